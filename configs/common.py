@@ -1,0 +1,66 @@
+"""What the configs share. A config is data: it imports nothing of roli_jax."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def parse_arg(arg: str, **defaults: str) -> ConfigDict:
+  """The `key=value,...` after a config's colon, over defaults.
+
+  Raises:
+    ValueError: a key that the config does not take.
+  """
+  given = ConfigDict(defaults)
+  for pair in filter(None, arg.split(",")):
+    key, equals, value = pair.partition("=")
+    if not equals or key not in defaults:
+      raise ValueError(
+          f"expected key=value with a key of {', '.join(defaults)}; got {pair!r}"
+      )
+    given[key] = value
+  return given
+
+
+def stage(num_steps: int, **changes) -> ConfigDict:
+  """A stage of training, as `probe`, `adapt` or `pretrain`."""
+  section = ConfigDict({
+      "num_steps": num_steps,
+      "batch_size": 64,
+      # None: the rate chosen for the cell, in config.rates.
+      "lr": config_dict.placeholder(float),
+      # Validated, and saved, every so many steps, at the start and the end.
+      "val_every": 20,
+      "log_every": 5,
+      "loss": {"name": "at", "beta": 6.0},  # beta: of trades
+      "optim": {
+          "name": "adamw",
+          "b1": 0.9,
+          "b2": 0.999,
+          "eps": 1e-8,
+          "momentum": 0.9,  # of sgd
+          "weight_decay": 0.01,
+          "no_decay": (".*bias",),
+          # The largest norm of all trained leaves' gradient; 0: any.
+          "clip_norm": 1.0,
+          # (group, factor) of the rate; groups are backbone, peft and head.
+          "multipliers": (),
+      },
+      "schedule": {"warmup_steps": num_steps // 10, "decay": "cosine"},
+      # The training radius, as a share of threat.eps: 0 until `begin`, linear
+      # to 1 at `end`, both as shares of the stage. 0 and 0 is constant.
+      "radius": {"begin": 0.0, "end": 0.0},
+  })
+  section.update(changes)
+  return section
+
+
+def pgd(num_steps: int) -> ConfigDict:
+  """A PGD attack as the RoLI reference makes it, but for `keep`."""
+  return ConfigDict({
+      "name": "pgd",
+      "num_steps": num_steps,
+      "step_size": "eps/4",
+      "num_restarts": 1,
+      "random_start": True,
+      "keep": "sample",
+      "loss": "ce",
+  })

@@ -1,0 +1,47 @@
+"""What an attack is, to those who call one."""
+
+from typing import Protocol
+
+from roli_jax.threat import ThreatModel
+from roli_jax.types import Images, Keys, Labels, Logits, LogitsFn
+
+
+class Attack(Protocol):
+  """A frozen dataclass and a pytree; its `repr` says all of its settings.
+
+  Attributes:
+    threat: where the attack may go.
+    name: as it stands in rows.
+    num_steps: gradient steps of one restart.
+    num_restarts: independent starts, of which each image keeps the worst.
+    passes: forward and backward passes that one image costs.
+  """
+
+  threat: ThreatModel
+
+  @property
+  def name(self) -> str: ...
+
+  @property
+  def num_steps(self) -> int: ...
+
+  @property
+  def num_restarts(self) -> int: ...
+
+  @property
+  def passes(self) -> tuple[int, int]: ...
+
+  def __call__(
+      self,
+      logits_fn: LogitsFn,
+      images: Images,
+      labels: Labels | Logits,
+      keys: Keys,
+  ) -> Images:
+    """Images within the threat model, meant to be misclassified.
+
+    Pure and traceable; whoever calls it judges the result by a forward pass of
+    its own. Each image's result depends on that image, its label and its key,
+    not on the rest of the batch.
+    """
+    ...

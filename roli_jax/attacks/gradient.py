@@ -1,0 +1,174 @@
+"""FGSM and PGD: one loop of projected steepest ascent in the pixels."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from roli_jax import losses, trees
+from roli_jax.threat import ThreatModel
+from roli_jax.types import Array, Float, Images, Int, Keys, Labels, Logits, LogitsFn
+
+Keep = Literal["sample", "batch", "last"]
+
+TRADES_START = 1e-3  # standard deviation of TRADES' start, in pixel values
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pgd:
+  """Projected gradient ascent (Madry et al. 2018, section 2.1).
+
+  The gradient is taken with respect to the pixels only, in one loop whose
+  memory does not grow with the number of steps. With K steps there are K + 1
+  candidates, the start among them, and K + 1 forward passes.
+
+  Attributes:
+    threat: the ball and the box.
+    num_steps: K; 0 returns the start. Data, like eps and the step size: other
+      values compile nothing.
+    step_size: in the norm of the threat model; None stands for eps / 4, as in
+      RoLI (2/255 at 8/255).
+    num_restarts: independent starts, of which each image keeps the one of the
+      highest loss.
+    random_start: start at a uniform draw from the ball; with the loss `kl`,
+      which has no gradient at the clean image, at a Gaussian draw of 0.001
+      around it (Zhang et al. 2019, algorithm 1). False starts at the image.
+    keep: which iterate is returned. `sample`: each image's own of the highest
+      loss. `batch`: the one of the highest mean loss over the batch, as in the
+      RoLI reference; an image's result then depends on its batch. `last`.
+    loss: the surrogate that is raised, a name in `losses.SURROGATES`. `kl`
+      takes the clean logits in place of labels.
+    name: as it stands in rows.
+  """
+
+  threat: ThreatModel
+  num_steps: int | Int[Array, ""] = 10
+  step_size: float | Float[Array, ""] | None = None
+  num_restarts: int = trees.static(default=1)
+  random_start: bool = trees.static(default=True)
+  keep: Keep = trees.static(default="sample")
+  loss: str = trees.static(default="ce")
+  name: str = trees.static(default="pgd")
+
+  def __post_init__(self):
+    if self.keep not in ("sample", "batch", "last"):
+      raise ValueError(
+          f"keep must be 'sample', 'batch' or 'last', got {self.keep!r}"
+      )
+    if self.loss not in losses.SURROGATES:
+      raise ValueError(
+          f"unknown loss {self.loss!r}; there are {sorted(losses.SURROGATES)}"
+      )
+    if isinstance(self.num_steps, int) and self.num_steps < 0:
+      raise ValueError(f"num_steps must be >= 0, got {self.num_steps}")
+    if self.num_restarts < 1:
+      raise ValueError(
+          f"num_restarts must be >= 1, got {self.num_restarts}"
+      )
+    if isinstance(self.step_size, (int, float, np.generic)):
+      most = 1.0 if self.threat.norm == "linf" else np.inf
+      if not 0 <= self.step_size <= most or not np.isfinite(self.step_size):
+        raise ValueError(
+            "step_size is in units of an image in [0, 1] and must be within"
+            f" [0, {most}], got {self.step_size}"
+        )
+
+  @property
+  def passes(self) -> tuple[int, int]:
+    forward = int(self.num_steps) + self._compares
+    return self.num_restarts * forward, self.num_restarts * int(self.num_steps)
+
+  @property
+  def _compares(self) -> bool:
+    """Whether the last iterate's loss is asked for."""
+    return self.keep != "last" or self.num_restarts > 1
+
+  def scaled(self, ratio: float | Float[Array, ""]) -> "Pgd":
+    """The same attack at `ratio` times the radius and the step size."""
+    threat = dataclasses.replace(self.threat, eps=self.threat.eps * ratio)
+    step_size = None if self.step_size is None else self.step_size * ratio
+    return dataclasses.replace(self, threat=threat, step_size=step_size)
+
+  def __call__(
+      self,
+      logits_fn: LogitsFn,
+      images: Images,
+      labels: Labels | Logits,
+      keys: Keys,
+  ) -> Images:
+    surrogate = losses.SURROGATES[self.loss]
+    step_size = self._step_size(images)
+
+    def loss(x):
+      values = surrogate(logits_fn(x), labels)
+      return values.sum(), values  # each image's gradient is its own
+
+    def step(_, carry):
+      x, best = carry
+      grads, values = jax.grad(loss, has_aux=True)(x)
+      best = self._better(best, x, values)
+      x = x + step_size * self.threat.steepest(grads, x)
+      return self.threat.project(x, images), best
+
+    def restart(i, best):
+      start = self._start(images, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
+      none = (start, jnp.full(len(images), -jnp.inf))
+      x, kept = jax.lax.fori_loop(0, self.num_steps, step, (start, none))
+      if self.keep == "last":
+        kept = none
+      if self._compares:
+        kept = self._better(kept, x, loss(x)[1])
+      else:
+        kept = (x, none[1])
+      return kept if best is None else self._better(best, *kept)
+
+    best = restart(0, None)
+    if self.num_restarts > 1:
+      best = jax.lax.fori_loop(1, self.num_restarts, restart, best)
+    return best[0]
+
+  def _step_size(self, images):
+    if self.step_size is not None:
+      return self.step_size
+    step_size = jnp.asarray(self.threat.eps, images.dtype) / 4
+    ones = (1,) * (images.ndim - 1)
+    return step_size.reshape(-1, *ones) if step_size.ndim else step_size
+
+  def _start(self, images, keys):
+    if not self.random_start:
+      return images
+    if self.loss == "kl":
+      noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))
+      return self.threat.project(images + TRADES_START * noise(keys), images)
+    return self.threat.sample(keys, images)
+
+  def _better(self, best, x, values):
+    """Of two candidates with their losses, the one to keep; a tie keeps."""
+    best_x, best_values = best
+    if self.keep == "batch":
+      wins = jnp.broadcast_to(values.mean() > best_values.mean(), values.shape)
+    else:
+      wins = values > best_values
+    at_pixels = wins.reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.where(at_pixels, x, best_x), jnp.where(wins, values, best_values)
+
+
+def fgsm(threat: ThreatModel, loss: str = "ce") -> Pgd:
+  """One step to the edge of the ball (Goodfellow et al. 2015).
+
+  Args:
+    threat: the ball and the box.
+    loss: the surrogate that is raised.
+  """
+  return Pgd(
+      threat,
+      num_steps=1,
+      step_size=threat.eps,
+      random_start=False,
+      keep="last",
+      loss=loss,
+      name="fgsm",
+  )

@@ -1,0 +1,136 @@
+"""Checkpoints of a stage, with orbax: all that going on needs, and the best.
+
+A checkpoint holds three items: `model` (parameters and running statistics),
+`rest` (optimizer state, step, random key) and `meta` (JSON: whose it is, the
+resolved config, the position in the data, the results so far).
+"""
+
+import math
+import pathlib
+import re
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+_STEP = re.compile(r"\d{8}")
+
+
+def _score(metrics: dict[str, float]) -> tuple[float, float]:
+  """The validation score; of equal ones the earliest step's is the best."""
+  score = metrics["score"]
+  return (score if math.isfinite(score) else -math.inf, -metrics["step"])
+
+
+def manager(
+    directory: pathlib.Path, read_only: bool = False
+) -> ocp.CheckpointManager:
+  """Keeps the latest and the best step of a stage in this directory.
+
+  Saving is asynchronous and atomic: a process that is killed leaves the
+  checkpoints before. Close it, or use it in `with`, to have all on disk.
+  """
+  policies = [
+      preservation_policy.LatestN(1),
+      preservation_policy.BestN(get_metric_fn=_score, n=1),
+  ]
+  options = ocp.CheckpointManagerOptions(
+      best_fn=_score,
+      step_format_fixed_length=8,
+      cleanup_tmp_directories=not read_only,
+      create=not read_only,
+      read_only=read_only,
+      preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+  )
+  return ocp.CheckpointManager(directory.absolute(), options=options)
+
+
+def save(
+    checkpoints: ocp.CheckpointManager,
+    step: int,
+    *,
+    model: Any,
+    rest: Any,
+    meta: dict[str, Any],
+    score: float,
+) -> None:
+  """Writes a checkpoint of this step; a step already there stays as it is.
+
+  Args:
+    checkpoints: of the stage.
+    step: steps taken.
+    model: a tree of arrays.
+    rest: a tree of arrays.
+    meta: plain JSON.
+    score: validation accuracy; the largest is the best.
+  """
+  args = ocp.args.Composite(
+      model=ocp.args.StandardSave(model),
+      rest=ocp.args.StandardSave(rest),
+      meta=ocp.args.JsonSave(meta),
+  )
+  checkpoints.save(
+      step, args=args, metrics={"score": float(score), "step": step}
+  )
+
+
+def restore(
+    checkpoints: ocp.CheckpointManager, step: int, **templates: Any
+) -> dict[str, Any]:
+  """The items asked for, on the shardings of their templates.
+
+  Args:
+    checkpoints: of the stage.
+    step: one that is there.
+    **templates: a tree of arrays like what was saved, for `model` and `rest`.
+
+  Raises:
+    ValueError: the checkpoint can't be read, or holds another tree.
+  """
+  items = {
+      name: ocp.args.StandardRestore(
+          jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+      )
+      for name, tree in templates.items()
+  }
+  try:
+    return dict(checkpoints.restore(step, args=ocp.args.Composite(**items)))
+  except (KeyError, OSError, TypeError, ValueError) as error:
+    raise ValueError(
+        f"checkpoint {checkpoints.directory}/{step:08d} can't be restored:"
+        f" {_first_line(error)}"
+    ) from error
+
+
+def restore_meta(
+    checkpoints: ocp.CheckpointManager, step: int
+) -> dict[str, Any]:
+  """What the checkpoint says of itself."""
+  items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+  try:
+    return checkpoints.restore(step, args=items)["meta"]
+  except (KeyError, OSError, ValueError) as error:
+    raise ValueError(
+        f"checkpoint {checkpoints.directory}/{step:08d} can't be read:"
+        f" {_first_line(error)}"
+    ) from error
+
+
+def _first_line(error: Exception) -> str:
+  text = str(error).strip() or type(error).__name__
+  return text.splitlines()[0][:200]
+
+
+def find(root: pathlib.Path) -> list[pathlib.Path]:
+  """The directories of stages at or below a directory, sorted."""
+  if not root.is_dir():
+    return []
+  steps = (p for p in root.rglob("*") if _STEP.fullmatch(p.name))
+  stages = {p.parent for p in steps if p.is_dir()}
+  return sorted(stages)
+
+
+def step_of(path: pathlib.Path) -> int | None:
+  """The step, if the path is that of a single one."""
+  return int(path.name) if _STEP.fullmatch(path.name) else None

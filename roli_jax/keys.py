@@ -1,0 +1,33 @@
+"""Random keys by name: a root, streams from it, steps of a stream, images.
+
+Every draw is `fold_in`ed from what it is for, never split in sequence: a new
+consumer shifts no other's numbers, and an image's noise is its own whatever
+the batch it stands in. The generator is threefry, whose draws under `vmap` do
+not depend on the batch (those of rbg do).
+"""
+
+import zlib
+
+import jax
+
+from roli_jax.types import Array, Int, Key, Keys, UInt32
+
+
+def root(seed: int) -> Key[Array, ""]:
+  """The key that a run's seed stands for."""
+  return jax.random.key(seed, impl="threefry2x32")
+
+
+def stream(
+    key: Key[Array, ""], name: str, step: int | Int[Array, ""] = 0
+) -> Key[Array, ""]:
+  """The key of a named purpose at a step of it."""
+  named = jax.random.fold_in(key, zlib.crc32(name.encode()))
+  return jax.random.fold_in(named, step)
+
+
+def per_image(
+    key: Key[Array, ""], indices: Int[Array, "b"] | UInt32[Array, "b"]
+) -> Keys:
+  """One key for each image, from who the image is and from nothing else."""
+  return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)

@@ -1,0 +1,129 @@
+"""What an attack raises, and what training lowers.
+
+A *surrogate* gives each image's loss, which an attack raises in the pixels. An
+*objective* gives each image's loss from clean and adversarial logits, which
+training lowers in the weights; it names the surrogate that its inner attack
+raises.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from roli_jax.types import Array, Bool, Float, Labels, Logits
+
+
+def correct(logits: Logits, labels: Labels) -> Bool[Array, "b"]:
+  """Whether each image's largest logit is its label's.
+
+  A tie goes to the lower class. Logits that are not numbers are not correct.
+  """
+  return (jnp.argmax(logits, -1) == labels) & jnp.isfinite(logits).all(-1)
+
+
+def cross_entropy(logits: Logits, labels: Labels) -> Float[Array, "b"]:
+  """-log softmax of the label's logit."""
+  return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def margin(logits: Logits, labels: Labels) -> Float[Array, "b"]:
+  """The best other logit minus the label's: positive where misclassified."""
+  own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+  best_other = jnp.where(own, -jnp.inf, logits).max(-1)
+  return best_other - jnp.where(own, logits, 0).sum(-1)
+
+
+def kl(logits: Logits, target: Logits) -> Float[Array, "b"]:
+  """KL(softmax(target) || softmax(logits)), TRADES' inner loss."""
+  log_p = jax.nn.log_softmax(target)
+  return (jnp.exp(log_p) * (log_p - jax.nn.log_softmax(logits))).sum(-1)
+
+
+SURROGATES = {"ce": cross_entropy, "margin": margin, "kl": kl}
+
+
+class Objective(Protocol):
+  """What training lowers.
+
+  Attributes:
+    surrogate: the name of the loss that the inner attack raises by default.
+    adversarial: the share of a batch that is attacked: 0, 0.5 or 1.
+    needs_clean: whether the clean logits of attacked images are asked for.
+  """
+
+  surrogate: ClassVar[str]
+  adversarial: ClassVar[float]
+  needs_clean: ClassVar[bool]
+
+  def __call__(
+      self, *, clean: Logits | None, adv: Logits, labels: Labels
+  ) -> Float[Array, "b"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Clean:
+  """Cross-entropy on clean images: ordinary training."""
+
+  surrogate: ClassVar[str] = "ce"
+  adversarial: ClassVar[float] = 0.0
+  needs_clean: ClassVar[bool] = False
+
+  def __call__(
+      self, *, clean: Logits | None, adv: Logits, labels: Labels
+  ) -> Float[Array, "b"]:
+    del clean
+    return cross_entropy(adv, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class At(Clean):
+  """Cross-entropy on adversarial images only (Madry et al. 2018, eq. 2.1)."""
+
+  adversarial: ClassVar[float] = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfAt(Clean):
+  """Cross-entropy on a batch of which every other image is attacked.
+
+  Half clean, half adversarial, as in Goodfellow et al. 2015 and in the RoLI
+  reference's HALF_ADV.
+  """
+
+  adversarial: ClassVar[float] = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Trades:
+  """CE(clean) + beta KL(clean || adv) (Zhang et al. 2019, eq. 5).
+
+  Attributes:
+    beta: the weight of the robust term, 1/lambda in the paper, which uses 6 on
+      CIFAR-10.
+  """
+
+  beta: float = 6.0
+  surrogate: ClassVar[str] = "kl"
+  adversarial: ClassVar[float] = 1.0
+  needs_clean: ClassVar[bool] = True
+
+  def __post_init__(self):
+    if not self.beta >= 0:
+      raise ValueError(f"beta must be >= 0, got {self.beta}")
+
+  def __call__(
+      self, *, clean: Logits | None, adv: Logits, labels: Labels
+  ) -> Float[Array, "b"]:
+    assert clean is not None
+    return cross_entropy(clean, labels) + self.beta * kl(adv, clean)
+
+
+OBJECTIVES: dict[str, Any] = {
+    "clean": Clean,
+    "at": At,
+    "half_at": HalfAt,
+    "trades": Trades,
+}

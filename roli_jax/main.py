@@ -1,0 +1,194 @@
+"""roli_jax: robust fine-tuning in JAX.
+
+  python -m roli_jax.main --config=configs/X.py[:key=value,...]
+      [--mode=MODE] [--workdir=DIR] [--config.field=value ...]
+
+Modes:
+  train     all stages of the config's table, tests, report (the default)
+  evaluate  restores a checkpoint of the run in --workdir and adds the rows
+            that are missing; needs no --config
+  report    draws tables and figures from the rows of the run in --workdir
+  bench     measures speed, with --config=configs/bench.py
+
+Any field of the config can be overridden: --config.adapt.num_steps=120.
+--config.attack=NAME is short for --config.attack.name=NAME, in evaluate for
+--config.eval_attack.name=NAME. Radii and step sizes are text: 8/255, 0.1.
+--help with a --config prints the config's fields.
+
+A run that was killed goes on when the same command is given again.
+"""
+
+import os
+import pathlib
+import re
+import sys
+import traceback
+from typing import Any
+
+from absl import app, flags, logging
+
+MODES = ("train", "evaluate", "report", "bench")
+
+_MOST_LINES = 6
+_SHORT = re.compile(r"(--?config\.)(attack|val_attack|eval_attack)=(.*)")
+
+
+def _given(argv: list[str], name: str) -> str:
+  """The value that a flag has on the command line, "" without it."""
+  for i, word in enumerate(argv):
+    match = re.fullmatch(rf"--?{name}(=(.*))?", word, re.DOTALL)
+    if match:
+      following = argv[i + 1] if i + 1 < len(argv) else ""
+      return match[2] if match[1] else following
+  return ""
+
+
+def _lengthen(word: str, mode: str) -> str:
+  """`--config.attack=pgd` in full."""
+  match = _SHORT.fullmatch(word)
+  if not match:
+    return word
+  section = match[2]
+  if mode == "evaluate" and section == "attack":
+    section = "eval_attack"
+  return f"{match[1]}{section}.name={match[3]}"
+
+
+def _define(argv: list[str], mode: str) -> None:
+  """Defines the flags; where the config comes from depends on the mode."""
+  from ml_collections import config_flags
+
+  flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+  flags.DEFINE_string("workdir", "", "The run's directory.")
+  source = _given(argv, "config")
+  if source or mode not in ("evaluate", "report"):
+    if not source:
+      raise ValueError("--config=configs/X.py is missing; see --help")
+    file = pathlib.Path(source.split(":")[0])
+    if not file.is_file():
+      raise ValueError(f"there is no config at {file}")
+    # A config imports its neighbours as `configs.common`, from anywhere.
+    sys.path.append(str(file.resolve().parent.parent))
+    config_flags.DEFINE_config_file("config", lock_config=True)
+    return
+  from roli_jax import workdir
+
+  if not _given(argv, "workdir"):
+    raise ValueError(f"--mode={mode} needs --workdir=RUN, or a --config")
+  config = workdir.read_config(pathlib.Path(_given(argv, "workdir")))
+  config_flags.DEFINE_config_dict(
+      "config", _overridable(config), lock_config=True
+  )
+
+
+def _overridable(config: Any) -> Any:
+  """As ml_collections wants it: a null is an unset number."""
+  from ml_collections import ConfigDict, config_dict
+
+  if config is None:
+    return config_dict.placeholder(float)
+  if isinstance(config, dict):
+    return ConfigDict({k: _overridable(v) for k, v in config.items()})
+  return config
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Parses the flags; a user's mistake ends in a short message and status 2."""
+  mode = _given(argv, "mode") or "train"
+  asked = {"--help", "-help", "-h", "--helpshort"} & set(argv)
+  if asked:
+    print(__doc__)
+    argv = [word for word in argv if word not in asked]
+    if not _given(argv, "config"):
+      sys.exit(0)
+  try:
+    _define(argv, mode)
+    rest = flags.FLAGS([_lengthen(word, mode) for word in argv])
+    if len(rest) > 1:
+      raise ValueError(f"unexpected arguments: {' '.join(rest[1:])}")
+    config = flags.FLAGS.config
+  except Exception as error:  # whatever a config file raises is its user's
+    _exit(_said(error))
+  if asked:
+    print(config)
+    sys.exit(0)
+  return rest
+
+
+def _said(error: Exception) -> str:
+  """An error's message; of a traceback within, what was raised."""
+  text = str(error).strip() or type(error).__name__
+  if "Traceback" in text:
+    text = text.splitlines()[-1].partition(": ")[2]
+  return text
+
+
+def _exit(message: str) -> None:
+  lines = message.splitlines()[:_MOST_LINES]
+  print("\n".join([f"roli_jax: {lines[0]}", *lines[1:]]), file=sys.stderr)
+  sys.exit(2)
+
+
+def _workdir() -> pathlib.Path:
+  """--workdir, or runs/<config>-<key=value>-... after the config's name."""
+  if flags.FLAGS.workdir:
+    return pathlib.Path(flags.FLAGS.workdir)
+  file, _, arg = _given(sys.argv, "config").partition(":")
+  name = "-".join([pathlib.Path(file).stem, *filter(None, arg.split(","))])
+  return pathlib.Path("runs", name)
+
+
+def _prepare_jax(path: pathlib.Path) -> None:
+  """Compiled programs are kept beside the run, for the next one."""
+  import jax
+
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    cache = path.absolute().parent / ".jax_cache"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _run(argv: list[str]) -> None:
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  path, mode = _workdir(), flags.FLAGS.mode
+  config = flags.FLAGS.config.to_dict()
+  try:
+    _prepare_jax(path)
+    if mode == "train":
+      from roli_jax import report, train
+
+      train.run(config, path)
+      report.show(report.write(path))
+      print(f"Written to {path}: report.md, figures/, results.jsonl.")
+    elif mode == "evaluate":
+      from roli_jax import report, train
+
+      rows = train.evaluate(config, path)
+      report.show([report.accuracies(rows)])
+    elif mode == "report":
+      from roli_jax import report
+
+      report.show(report.write(path))
+    else:
+      from roli_jax import bench
+
+      bench.run(config, path)
+  except ValueError as error:
+    if not _is_ours(error):
+      raise
+    _exit(str(error))
+  except KeyboardInterrupt:
+    _exit("interrupted; the same command goes on from the last checkpoint")
+
+
+def _is_ours(error: Exception) -> bool:
+  """Whether roli_jax itself raised it: then it is meant for the user."""
+  *_, last = traceback.extract_tb(error.__traceback__)
+  return pathlib.Path(last.filename).parent.is_relative_to(
+      pathlib.Path(__file__).parent
+  )
+
+
+if __name__ == "__main__":
+  app.run(_run, flags_parser=_parse)

@@ -1,0 +1,51 @@
+"""Counts that add up, and what can be said from them."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from roli_jax import trees
+from roli_jax.types import Array, Float, Int
+
+
+@trees.tree_class
+class Counts:
+  """Sums over the images of a step; sums of sums are means of images.
+
+  Attributes:
+    loss: of the objective, summed.
+    correct: images classified as labelled, as they were trained on.
+    seen: images.
+  """
+
+  loss: Float[Array, ""]
+  correct: Int[Array, ""]
+  seen: Int[Array, ""]
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+  """The Wilson score interval of a rate; 95% by default (Wilson 1927)."""
+  if n == 0:
+    return 0.0, 1.0
+  rate, z2 = successes / n, z * z
+  middle = (rate + z2 / (2 * n)) / (1 + z2 / n)
+  half = z / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+  return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def t_interval(
+    values: Sequence[float], level: float = 0.95
+) -> tuple[float, float, float]:
+  """The mean, and Student's interval for it with len(values) - 1 degrees.
+
+  Of fewer than two values the interval is unbounded.
+  """
+  from scipy import stats
+
+  mean = float(np.mean(values))
+  if len(values) < 2:
+    return mean, -math.inf, math.inf
+  error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+  half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
+  return mean, mean - half, mean + half

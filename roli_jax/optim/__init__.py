@@ -1,0 +1,88 @@
+"""Optimizers over groups of leaves, as optax transformations."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from roli_jax import specs, trees
+from roli_jax.optim import schedules
+
+# Of a path, what exempts a leaf from weight decay: biases are, scales of
+# norms are not, as in the RoLI reference.
+NO_DECAY = (".*bias",)
+
+
+def adamw(learning_rate, decay, weight_decay, b1=0.9, b2=0.999, eps=1e-8):
+  """AdamW (Loshchilov and Hutter 2019)."""
+  return optax.adamw(
+      learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay
+  )
+
+
+def sgd(learning_rate, decay, weight_decay, momentum=0.9):
+  """SGD with momentum and L2 regularisation, as in PyTorch."""
+  return optax.chain(
+      optax.add_decayed_weights(weight_decay, decay),
+      optax.sgd(learning_rate, momentum),
+  )
+
+
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
+
+
+def build(
+    spec: Mapping[str, Any], labels: Any, shape: schedules.Schedule
+) -> optax.GradientTransformationExtraArgs:
+  """The optimizer of a stage, over its trained leaves.
+
+  The peak learning rate is data in the state (`at_rate`), not structure: one
+  compiled step serves a whole grid of rates.
+
+  Args:
+    spec: `{"name": "adamw" or "sgd", "weight_decay": 0.01, "no_decay":
+      patterns of paths, "clip_norm": the largest norm of all trained leaves'
+      gradient together (0: any), "multipliers": ((group, factor), ...) of the
+      rate, ...the optimizer's own}`.
+    labels: the group of each trained leaf; None where a leaf is frozen.
+    shape: the learning rate by step, as a share of its peak.
+  """
+  own = specs.taken(OPTIMIZERS, {"weight_decay": 0.0, **spec}, "optimizer")
+  patterns = tuple(spec.get("no_decay", NO_DECAY))
+  clip_norm = spec.get("clip_norm", 0.0)
+  multipliers = dict(spec.get("multipliers", ()))
+  groups = sorted(set(trees.paths(labels).values()))
+  for name in ("weight_decay", "clip_norm"):
+    if not spec.get(name, 0.0) >= 0:
+      raise ValueError(f"{name} must be >= 0, got {spec[name]}")
+  for group in multipliers:
+    specs.choose(dict.fromkeys(("backbone", "peft", "head")), group, "group")
+
+  def decay(params):
+    rules = [(pattern, False) for pattern in patterns] + [(".*", True)]
+    return trees.label(params, rules)
+
+  def make(learning_rate):
+    def of(group):
+      factor = multipliers.get(group, 1.0)
+      return specs.build(
+          OPTIMIZERS,
+          own,
+          "optimizer",
+          learning_rate=lambda step: factor * learning_rate * shape(step),
+          decay=decay,
+      )
+
+    tx = optax.partition({group: of(group) for group in groups}, labels)
+    if clip_norm:
+      tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+    return tx
+
+  return optax.inject_hyperparams(make)(learning_rate=0.0)
+
+
+def at_rate(opt_state: Any, learning_rate: float) -> Any:
+  """The same state at another peak learning rate."""
+  peak = jnp.full_like(opt_state.hyperparams["learning_rate"], learning_rate)
+  return opt_state._replace(hyperparams={"learning_rate": peak})

@@ -1,0 +1,59 @@
+"""Learning rates by step, as fractions of their peak, and radii likewise."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+
+from roli_jax import specs
+from roli_jax.types import Array, Float, Int
+
+Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+
+
+def warmup(num_steps: int, warmup_steps: int, decay: str) -> Schedule:
+  """Rises linearly to 1, then falls to 0 at `num_steps`, or stays.
+
+  The first step is already at 1 / warmup_steps, and step `warmup_steps` is the
+  first after the peak. A step at rate 0 would be wasted.
+
+  Args:
+    num_steps: of the whole stage.
+    warmup_steps: of them, those that rise; 0 starts at the peak.
+    decay: `cosine`, `linear` or `constant`.
+  """
+  if not 0 <= warmup_steps <= num_steps:
+    raise ValueError(
+        f"expected 0 <= warmup_steps <= {num_steps}, got {warmup_steps}"
+    )
+  after = max(num_steps - warmup_steps, 1)
+  decays = {
+      "cosine": optax.cosine_decay_schedule(1.0, after),
+      "linear": optax.linear_schedule(1.0, 0.0, after),
+      "constant": optax.constant_schedule(1.0),
+  }
+  fall = specs.choose(decays, decay, "decay")
+  rise = optax.linear_schedule(
+      1 / max(warmup_steps, 1), 1.0, max(warmup_steps - 1, 1)
+  )
+  return optax.join_schedules([rise, fall], [warmup_steps])
+
+
+def ramp(num_steps: int, begin: float = 0.0, end: float = 0.0) -> Schedule:
+  """0 until `begin`, linear to 1 at `end`, and 1 from there on.
+
+  Scales the radius of the training attack (Epsilon-Scheduling, 2509.23325).
+
+  Args:
+    num_steps: of the whole stage.
+    begin: as a share of the stage, in [0, 1].
+    end: likewise, at least `begin`; 0 is the constant schedule.
+  """
+  if not 0 <= begin <= end <= 1:
+    raise ValueError(
+        f"expected 0 <= begin <= end <= 1, got {begin=} and {end=}"
+    )
+  if not end:
+    return optax.constant_schedule(1.0)
+  first, last = begin * num_steps, end * num_steps
+  return lambda step: jnp.clip((step - first) / max(last - first, 1), 0.0, 1.0)

@@ -1,0 +1,215 @@
+"""From rows to figures."""
+
+import collections
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from roli_jax import metrics, record, report
+
+Row = dict[str, Any]
+
+# Of a group: linear, RanLI, RoLI, std; the same colour in every figure.
+_COLOURS = {
+    "linear": "#777777",
+    "ranli": "#d1495b",
+    "roli": "#00798c",
+    "std": "#edae49",
+}
+
+
+def write(
+    rows: Sequence[Row], log: Sequence[Row], folder: pathlib.Path
+) -> list[pathlib.Path]:
+  """Draws what the rows allow, each figure as a PNG.
+
+  Args:
+    rows: of results.
+    log: of training curves.
+    folder: where figures go, and where `examples.npz` lies if there is one.
+  """
+  import matplotlib
+
+  matplotlib.use("Agg")
+  folder.mkdir(exist_ok=True)
+  examples = folder / "examples.npz"
+  figures = {
+      "accuracy": lambda: _bars(rows),
+      "curve": lambda: _curve(rows),
+      "examples": lambda: _examples(examples) if examples.exists() else None,
+      "training": lambda: _training(rows, log),
+  }
+  written = []
+  for name, draw in figures.items():
+    figure = draw()
+    if figure is not None:
+      written.append(folder / f"{name}.png")
+      figure.savefig(written[-1], dpi=120)
+  return written
+
+
+def _figure(width, height):
+  from matplotlib import figure
+
+  return figure.Figure(figsize=(width, height), layout="constrained")
+
+
+def _colour(group):
+  return _COLOURS["linear" if group.method == "linear" else group.init]
+
+
+def _label(group, groups):
+  """What tells this group from the others."""
+  parts = [group.name]
+  for field, word in (("train_size", "{} images"), ("steps", "{} steps")):
+    values = {getattr(g, field) for g in groups if g.stage == group.stage}
+    if len(values) > 1:
+      parts.append(word.format(getattr(group, field)))
+  return "\n".join(parts)
+
+
+def _bars(rows):
+  """Clean and robust accuracy of each group, with t intervals over seeds."""
+  tests = record.where(rows, split="test")
+  if not tests:
+    return None
+  groups = report.by_group(tests)
+  attack = report.attacks(tests)[0]
+  backbones = collections.Counter(group.weights for group in groups)
+  figure = _figure(2 + 1.3 * len(groups), 4.4)
+  axes = figure.subplots(
+      1,
+      len(backbones),
+      sharey=True,
+      squeeze=False,
+      width_ratios=list(backbones.values()),
+  )[0]
+  for axis, backbone in zip(axes, backbones, strict=True):
+    own = [group for group in groups if group.weights == backbone]
+    for x, group in enumerate(own):
+      for kind, side, alpha in ((report.CLEAN, -0.2, 0.4), (attack, 0.2, 1.0)):
+        values = report.by_seed(groups[group], kind).values()
+        mean, low, _ = metrics.t_interval([100 * value for value in values])
+        axis.bar(
+            x + side,
+            mean,
+            width=0.38,
+            yerr=mean - low if len(values) > 1 else 0,
+            capsize=3,
+            color=_colour(group),
+            alpha=alpha,
+        )
+        axis.text(x + side, 2, f"{mean:.1f}", ha="center", fontsize=8)
+    labels = [_label(group, groups) for group in own]
+    axis.set_xticks(range(len(own)), labels, fontsize=8)
+    axis.set_title(f"{backbone} backbone")
+    axis.set_ylim(0, 100)
+  axes[0].set_ylabel("test accuracy, %")
+  figure.suptitle(
+      f"pale: clean; full: {attack.name}; whiskers: 95% t interval over seeds",
+      fontsize=9,
+  )
+  return figure
+
+
+def _curve(rows):
+  """Accuracy against eps, of the seed for which it was measured."""
+  tests = record.where(rows, split="test")
+  curves = {}
+  for group, own in report.by_group(tests).items():
+    seeds = collections.Counter(row["seed"] for row in own)
+    seed, count = seeds.most_common(1)[0]
+    if count > 3:
+      curves[group] = record.where(own, seed=seed)
+  if not curves:
+    return None
+  main = report.attacks(tests)[0]
+  figure = _figure(5.5, 4)
+  axis = figure.subplots()
+  for group, own in curves.items():
+    points = {
+        row["eps"] or 0.0: 100 * row["value"]
+        for row in own
+        if row["attack"] in ("none", main.attack)
+    }
+    axis.plot(
+        sorted(points),
+        [points[eps] for eps in sorted(points)],
+        "o-",
+        color=_colour(group),
+        label=f"{group.name}, {group.weights} backbone, seed {own[0]['seed']}",
+    )
+  axis.axvline(main.eps, color="black", linewidth=0.8, linestyle=":")
+  axis.annotate("training radius", (main.eps, 2), fontsize=8)
+  axis.set(
+      xlabel=f"eps ({main.norm})",
+      ylabel=f"test accuracy under {main.recipe}, %",
+      ylim=(0, 100),
+  )
+  axis.legend(fontsize=8)
+  return figure
+
+
+def _training(rows, log):
+  """Training loss and validation accuracy by step, means over seeds."""
+  groups = {row["cell"]: report.Group.of(row) for row in rows}
+  figure = _figure(9, 3.8)
+  axes = figure.subplots(1, 2)
+  for axis, split, metric in (
+      (axes[0], "train", "loss"),
+      (axes[1], "val", "accuracy"),
+  ):
+    curves = collections.defaultdict(lambda: collections.defaultdict(list))
+    for row in record.where(log, split=split, metric=metric):
+      group = groups.get(row["cell"])
+      if group and (split == "train" or row["attack"] != "none"):
+        group = dataclasses.replace(
+            group, stage=row["stage"], steps=row["steps"], lr=row["lr"]
+        )
+        curves[group][row["step"]].append(row["value"])
+    for group, points in curves.items():
+      axis.plot(
+          list(points),
+          [statistics.mean(values) for values in points.values()],
+          "-" if group.weights == "robust" else "--",
+          color=_colour(group),
+          label=f"{_label(group, curves)}, {group.weights}".replace("\n", ", "),
+      )
+    axis.set(xlabel="step", ylabel=f"{_SPLITS[split]} {metric}")
+  if not axes[0].lines:
+    return None
+  axes[1].legend(fontsize=6)
+  return figure
+
+
+_SPLITS = {"train": "training", "val": "adversarial validation"}
+
+
+def _examples(file):
+  """Clean images, what was added to them, and what came out."""
+  shown = np.load(file)
+  clean, adv, labels = shown["images"], shown["adv"], shown["labels"]
+  eps = float(shown["eps"])
+  figure = _figure(1.1 * len(clean) + 1, 4.2)
+  axes = figure.subplots(3, len(clean), squeeze=False)
+  added = (adv - clean) / (2 * eps) + 0.5  # grey: nothing
+  kinds = (("clean", clean), (f"change (±{eps:g})", added), ("adversarial", adv))
+  for line, (name, images) in zip(axes, kinds, strict=True):
+    for axis, image in zip(line, images, strict=True):
+      axis.imshow(np.clip(image, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
+      axis.set(xticks=[], yticks=[])
+    line[0].set_ylabel(name)
+  for line, said in ((axes[0], shown["clean_said"]), (axes[2], shown["adv_said"])):
+    for axis, label, guess in zip(line, labels, said, strict=True):
+      right = label == guess
+      axis.set_title(
+          f"{guess}" if right else f"{guess} (is {label})",
+          color="black" if right else "#d1495b",
+          fontsize=9,
+      )
+  figure.suptitle(f"{shown['cell']}: what the model says", fontsize=9)
+  return figure

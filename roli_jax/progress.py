@@ -1,0 +1,43 @@
+"""Progress bars on a terminal's stderr; silence where stderr is none."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+Update = Callable[..., None]
+
+
+@contextlib.contextmanager
+def bar(description: str, total: int, start: int = 0) -> Iterator[Update]:
+  """A bar with what has been done, what was told, and the time left.
+
+  Args:
+    description: of what is being done.
+    total: of the units that `update` advances by.
+    start: units done before, which don't count for the speed.
+
+  Yields:
+    `update(advance, said="")`: `said` is shown beside the bar.
+  """
+  import rich.console
+  from rich import progress
+
+  columns = (
+      progress.TextColumn("{task.description}"),
+      progress.BarColumn(bar_width=24),
+      progress.MofNCompleteColumn(),
+      progress.TextColumn("{task.fields[said]}"),
+      progress.TimeRemainingColumn(),
+  )
+  with progress.Progress(
+      *columns,
+      console=rich.console.Console(stderr=True),
+      transient=True,
+      disable=not sys.stderr.isatty(),
+  ) as shown:
+    task = shown.add_task(description, total=total, completed=start, said="")
+
+    def update(advance: int, said: str = "") -> None:
+      shown.update(task, advance=advance, said=said)
+
+    yield update

@@ -1,0 +1,324 @@
+"""From rows to tables: what was measured, and what can be concluded."""
+
+import collections
+import dataclasses
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from roli_jax import metrics, record
+
+Row = dict[str, Any]
+
+_CAVEAT = (
+    "All seeds share one pair of pretrained backbones: what is concluded here"
+    " holds for that pair."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A table as text.
+
+  Attributes:
+    title: what it shows.
+    header: of the columns.
+    rows: of cells.
+    note: what the reader has to know.
+  """
+
+  title: str
+  header: tuple[str, ...]
+  rows: list[tuple[str, ...]]
+  note: str = ""
+
+  def markdown(self) -> str:
+    lines = [
+        f"## {self.title}",
+        "",
+        "| " + " | ".join(self.header) + " |",
+        "|" + " --- |" * len(self.header),
+        *("| " + " | ".join(row) + " |" for row in self.rows),
+    ]
+    return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Group:
+  """Cells that differ in their seed alone."""
+
+  weights: str
+  train_size: int
+  method: str
+  init: str
+  head_init: str
+  stage: str
+  steps: int
+  lr: float
+
+  @classmethod
+  def of(cls, row: Row) -> "Group":
+    return cls(**{f.name: row[f.name] for f in dataclasses.fields(cls)})
+
+  @property
+  def name(self) -> str:
+    """As people call it: `full RanLI (small head)`."""
+    inits = {"ranli": "RanLI", "roli": "RoLI", "std": "std"}
+    name = f"{self.method} {inits[self.init]}"
+    if self.stage != "adapt":
+      name = f"{self.method} {self.stage} ({inits[self.init]})"
+    return name + (" small head" if self.head_init == "small" else "")
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+  """All tables that the rows fill."""
+  made = [accuracies(rows), differences(rows), curves(rows), grid(rows)]
+  return [table for table in made if table.rows]
+
+
+def accuracies(rows: Sequence[Row]) -> Table:
+  """Each group's accuracies on the test set: mean and spread over seeds."""
+  tests = [row for row in rows if row["split"] == "test"]
+  shown = [attack for attack in attacks(tests) if not _is_curve(attack, tests)]
+  lines = []
+  for group, own in by_group(tests).items():
+    cells = [
+        group.weights,
+        group.name,
+        str(group.train_size),
+        str(group.steps),
+        f"{group.lr:g}",
+        str(len({row["seed"] for row in own})),
+        _spread(by_seed(own, CLEAN).values()),
+        *(_spread(by_seed(own, attack).values()) for attack in shown),
+    ]
+    lines.append(tuple(cells))
+  return Table(
+      "Test accuracy in percent, mean ± standard deviation over seeds",
+      ("backbone", "method", "images", "steps", "lr", "seeds", "clean",
+       *(attack.name for attack in shown)),
+      lines,
+      _CAVEAT,
+  )  # fmt: skip
+
+
+def differences(rows: Sequence[Row]) -> Table:
+  """What RoLI gains, and what linear probing does, paired by seed."""
+  tests = [row for row in rows if row["split"] == "test"]
+  groups = by_group(tests)
+  lines = []
+  for ours, theirs in _pairs(list(groups)):
+    for attack in (CLEAN, *attacks(tests)[:1]):
+      a, b = (by_seed(groups[group], attack) for group in (ours, theirs))
+      seeds = sorted(a.keys() & b.keys())
+      if not seeds:
+        continue
+      each = [100 * (a[seed] - b[seed]) for seed in seeds]
+      mean, low, high = metrics.t_interval(each)
+      verdict = "higher" if low > 0 else "lower" if high < 0 else "not separated"
+      verdict = verdict if len(seeds) > 1 else "one seed"
+      same = ours.weights == theirs.weights
+      pair = (
+          f"{ours.name} − {_apart(ours, theirs)}"
+          if same
+          else f"{ours.name}: {ours.weights} − {theirs.weights}"
+      )
+      lines.append((
+          ours.weights if same else "both",
+          str(ours.train_size),
+          pair,
+          attack.name,
+          f"{mean:+.1f}",
+          f"[{low:+.1f}, {high:+.1f}]" if len(seeds) > 1 else "",
+          " ".join(f"{value:+.1f}" for value in each),
+          verdict,
+      ))
+  header = ("backbone", "images", "difference", "accuracy", "mean",
+            "95% interval", "each seed", "verdict")  # fmt: skip
+  note = (
+      "In points, paired by seed; Student's interval with seeds - 1 degrees of"
+      " freedom, not corrected for the number of comparisons. " + _CAVEAT
+  )
+  return Table("Paired differences", header, lines, note)
+
+
+def _pairs(groups: list["Group"]) -> Iterator[tuple["Group", "Group"]]:
+  """RoLI against all else, linear probing against RanLI, robust or not."""
+  for ours in groups:
+    for theirs in groups:
+      setting = (ours.weights, ours.train_size)
+      if (theirs.weights, theirs.train_size) == setting:
+        is_roli = (ours.method, ours.init) == ("full", "roli")
+        is_probe = (ours.stage, ours.init) == ("probe", "roli")
+        if (is_roli and theirs != ours) or (is_probe and theirs.init == "ranli"):
+          yield ours, theirs
+      elif (ours.weights, theirs.weights) == ("robust", "standard"):
+        mine = dataclasses.replace(ours, weights="", lr=0.0)
+        if mine == dataclasses.replace(theirs, weights="", lr=0.0):
+          yield ours, theirs
+
+
+def _apart(ours: "Group", theirs: "Group") -> str:
+  """The other's name, with the steps where these are others."""
+  if theirs.stage == ours.stage and theirs.steps != ours.steps:
+    return f"{theirs.name}, {theirs.steps} steps"
+  return theirs.name
+
+
+def curves(rows: Sequence[Row]) -> Table:
+  """Accuracy against the radius, where it was measured at several."""
+  lines, columns = [], []
+  tests = [row for row in rows if row["split"] == "test"]
+  for attack in attacks(tests):
+    if _is_curve(attack, tests) or attack == attacks(tests)[0]:
+      columns.append(attack)
+  columns.sort(key=lambda attack: (attack.norm, attack.eps))
+  for group, own in by_group(tests).items():
+    seeds = [by_seed(own, attack) for attack in columns]
+    if len(columns) > 1 and sum(map(bool, seeds)) > 1:
+      seed = min(min(values) for values in seeds if values)
+      values = [by_seed(own, CLEAN), *seeds]
+      cells = [_percent(v[seed]) if seed in v else "" for v in values]
+      lines.append((group.weights, group.name, str(seed), *cells))
+  header = ("backbone", "method", "seed", "0")
+  header += tuple(f"{attack.eps:g}" for attack in columns)
+  name = columns[0].recipe if columns else ""
+  return Table(f"Test accuracy in percent against eps, {name}", header, lines)
+
+
+def grid(rows: Sequence[Row]) -> Table:
+  """Validation accuracy at each learning rate, where there are several."""
+  vals = [row for row in rows if row["split"] == "val"]
+  rates = collections.defaultdict(dict)
+  for group, own in by_group(vals).items():
+    attack = CLEAN if (group.stage, group.init) == ("probe", "std") else None
+    values = by_seed(own, attack or attacks(vals)[0]).values()
+    rates[dataclasses.replace(group, lr=0.0)][group.lr] = list(values)
+  lines = []
+  for group, of in rates.items():
+    if len(of) > 1:
+      best = max(of, key=lambda lr: statistics.mean(of[lr]))
+      cells = [
+          f"{lr:g}: {_percent(statistics.mean(values))}"
+          + (" (chosen)" if lr == best else "")
+          for lr, values in sorted(of.items())
+      ]
+      lines.append((
+          group.weights, group.name, str(group.train_size), str(group.steps),
+          str(len(of[best])), "; ".join(cells),
+      ))  # fmt: skip
+  return Table(
+      "Learning rates: mean validation accuracy in percent",
+      ("backbone", "method", "images", "steps", "seeds", "rate: accuracy"),
+      lines,
+      "Under attack, but for the clean probe (std), which is chosen by clean"
+      " accuracy. Of equal rates the smallest is chosen.",
+  )
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Attacked:
+  """What a row's images went through."""
+
+  attack: str
+  attack_steps: int | None
+  restarts: int | None
+  norm: str | None
+  eps: float | None
+
+  @classmethod
+  def of(cls, row: Row) -> "Attacked":
+    return cls(**{f.name: row[f.name] for f in dataclasses.fields(cls)})
+
+  @property
+  def recipe(self) -> str:
+    """The attack without its radius: `PGD-20 x 5`."""
+    name = f"{self.attack.upper()}-{self.attack_steps}"
+    return name + (f" x {self.restarts}" if (self.restarts or 1) > 1 else "")
+
+  @property
+  def name(self) -> str:
+    if self == CLEAN:
+      return "clean"
+    return f"{self.recipe} {self.norm} {self.eps:g}"
+
+
+CLEAN = Attacked("none", None, None, None, None)
+
+
+def attacks(rows: Iterable[Row]) -> list[Attacked]:
+  """The attacks, those on most cells first."""
+  counts = collections.Counter(Attacked.of(row) for row in rows)
+  return [attack for attack, _ in counts.most_common() if attack != CLEAN]
+
+
+def _is_curve(attack: Attacked, tests: Iterable[Row]) -> bool:
+  """Whether it is the main attack at another radius."""
+  main = attacks(tests)[0]
+  return attack != main and dataclasses.replace(attack, eps=main.eps) == main
+
+
+def by_group(rows: Iterable[Row]) -> dict[Group, list[Row]]:
+  """Rows by group, in the order in which groups first stand."""
+  groups: dict[Group, list[Row]] = {}
+  for row in rows:
+    groups.setdefault(Group.of(row), []).append(row)
+  return groups
+
+
+def by_seed(rows: Iterable[Row], attack: Attacked) -> dict[int, float]:
+  """The accuracy of each seed under an attack."""
+  return {r["seed"]: r["value"] for r in rows if Attacked.of(r) == attack}
+
+
+def _percent(value: float) -> str:
+  return f"{100 * value:.1f}"
+
+
+def _spread(values: Iterable[float]) -> str:
+  values = list(values)
+  if not values:
+    return ""
+  mean = _percent(statistics.mean(values))
+  if len(values) < 2:
+    return mean
+  return f"{mean} ± {_percent(statistics.stdev(values))}"
+
+
+def write(path: pathlib.Path) -> list[Table]:
+  """Writes `report.md` and the figures of a run's directory, from its rows.
+
+  Raises:
+    ValueError: there are no rows.
+  """
+  from roli_jax import plots
+
+  rows = record.read(path / "results.jsonl")
+  if not rows:
+    raise ValueError(f"there are no rows in {path / 'results.jsonl'}")
+  made = tables(rows)
+  figures = plots.write(
+      rows, record.read(path / "training.jsonl"), path / "figures"
+  )
+  parts = [f"# {path.name}", "", *(table.markdown() for table in made)]
+  parts += [f"![{f.stem}](figures/{f.name})\n" for f in figures]
+  (path / "report.md").write_text("\n".join(parts))
+  return made
+
+
+def show(made: Iterable[Table]) -> None:
+  """Prints tables to the terminal."""
+  import rich.console
+  import rich.table
+
+  width = None if sys.stdout.isatty() else 160
+  console = rich.console.Console(width=width, highlight=False)
+  for table in made:
+    shown = rich.table.Table(title=table.title, caption=table.note or None)
+    for name in table.header:
+      shown.add_column(name)
+    for row in table.rows:
+      shown.add_row(*row)
+    console.print(shown)

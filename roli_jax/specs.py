@@ -1,0 +1,99 @@
+"""From what a config says to objects: names with arguments, and numbers."""
+
+import difflib
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_EXPRESSION = re.compile(rf"(eps|{_NUMBER})(?:\s*([*/])\s*({_NUMBER}))?")
+
+
+def choose(registry: Mapping[str, T], name: str, what: str) -> T:
+  """The entry of that name, or a ValueError that says which there are."""
+  if name not in registry:
+    raise ValueError(f"unknown {what} {name!r}{_hint(name, registry)}")
+  return registry[name]
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+  names = sorted(known)
+  near = difflib.get_close_matches(name, names, n=1)
+  meant = f"; did you mean {near[0]!r}?" if near else ";"
+  return f"{meant} there are {', '.join(names)}"
+
+
+def build(
+    registry: Mapping[str, Callable[..., T]],
+    spec: Mapping[str, Any],
+    what: str,
+    **given: Any,
+) -> T:
+  """Calls what `spec["name"]` names with the rest of the spec as keywords.
+
+  Args:
+    registry: name -> class or function.
+    spec: `{"name": ..., keyword: value, ...}`, as it stands in a config.
+    what: what is being built, for messages.
+    **given: further keywords that the config does not hold.
+
+  Raises:
+    ValueError: an unknown name, or a keyword that it does not take.
+  """
+  fields = dict(spec)
+  make = choose(registry, fields.pop("name"), what)
+  takes = inspect.signature(make).parameters
+  for field in fields:
+    if field not in takes:
+      raise ValueError(
+          f"{what} {spec['name']!r} takes no"
+          f" {field!r}{_hint(field, set(takes) - set(given))}"
+      )
+  return make(**given, **fields)
+
+
+def taken(
+    registry: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], what: str
+) -> dict[str, Any]:
+  """The spec without what its name does not take.
+
+  A section of a config holds the fields of all the names that it may be given
+  (`--config.attack=fgsm`); those of the others wait.
+  """
+  takes = inspect.signature(choose(registry, spec["name"], what)).parameters
+  return {k: v for k, v in spec.items() if k == "name" or k in takes}
+
+
+def number(text: str | float, eps: float | None = None) -> float:
+  """The number that a string field such as `8/255`, `0.1` or `eps/4` means.
+
+  Args:
+    text: a number, or one product or quotient of numbers; `eps` may stand
+      first.
+    eps: the radius that `eps` means; None where the word makes no sense.
+
+  Raises:
+    ValueError: for anything else, and for what is not finite.
+  """
+  if isinstance(text, int | float):
+    value = float(text)
+  else:
+    match = _EXPRESSION.fullmatch(text.strip())
+    if not match or (match[1] == "eps" and eps is None):
+      words = "8/255 or 0.1" if eps is None else "2/255, 0.1 or eps/4"
+      raise ValueError(f"expected a number such as {words}, got {text!r}")
+    value = float(eps if match[1] == "eps" else match[1])  # type: ignore[arg-type]
+    if match[2] == "*":
+      value *= float(match[3])
+    elif match[2] == "/":
+      if not float(match[3]):
+        raise ValueError(f"division by zero in {text!r}")
+      value /= float(match[3])
+  if not math.isfinite(value):
+    raise ValueError(f"expected a finite number, got {text!r}")
+  return value
+

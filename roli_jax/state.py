@@ -1,0 +1,49 @@
+"""What a stage carries from step to step, and from one stage to the next."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from roli_jax import trees
+from roli_jax.peft import Method
+from roli_jax.types import Array, Int, Params, PyTree
+
+
+@trees.tree_class
+class TrainState:
+  """All that a step reads and writes.
+
+  Attributes:
+    step: steps taken in this stage.
+    params: the three trees, trained or not.
+    stats: running statistics; `{}` for models without.
+    opt_state: of the trained leaves only.
+  """
+
+  step: Int[Array, ""]
+  params: Params
+  stats: PyTree
+  opt_state: Any
+
+
+def create(
+    params: Params,
+    stats: PyTree,
+    method: Method,
+    tx: optax.GradientTransformation,
+) -> TrainState:
+  """The state before a stage's first step.
+
+  The parameters are copied: the step donates its state, and whoever holds the
+  pretrained tree still needs it.
+  """
+  params, stats = jax.tree.map(jnp.copy, (params, stats))
+  trained, _ = trees.split(params, method.trains(params))
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      stats=stats,
+      opt_state=tx.init(trained),
+  )

@@ -1,0 +1,160 @@
+"""From a config to the training stages of its table, each of them once."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+INITS = ("ranli", "roli", "std")
+
+# What a cell of `config.cells` may say; the rest comes from the config.
+_CELL_KEYS = (
+    "weights", "method", "init", "head_init", "train_size", "seeds",
+    "probe_steps_added", "rates", "curve", "loss",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One run of training: a probe, an adaptation, or a pretraining.
+
+  Attributes:
+    name: `probe`, `adapt` or `pretrain`; the section of the config that it
+      follows.
+    weights: of the backbone at the start: the name of shipped weights, or a
+      path; in pretraining, the name that the product goes by.
+    method: which leaves train, a name in `peft.METHODS`.
+    init: of the head. `ranli`: random. `roli`: from an adversarial linear
+      probe. `std`: from a clean one. A probe's is what it is a probe for.
+    head_init: the random head's distribution.
+    train_size: number of training images.
+    seed: of the subset, the head, the order and the attacks' noise.
+    num_steps: of this stage.
+    lr: peak learning rate.
+    loss: the objective, a name in `losses.OBJECTIVES`.
+    start: the stage whose best parameters this one starts from; None starts
+      from the weights and a random head.
+    curve: whether accuracy is measured along the radii of the curve.
+  """
+
+  name: str
+  weights: str
+  method: str
+  init: str
+  head_init: str
+  train_size: int
+  seed: int
+  num_steps: int
+  lr: float
+  loss: str
+  start: "Stage | None" = None
+  curve: bool = False
+
+  @property
+  def cell(self) -> str:
+    """The name that its rows and checkpoints go by."""
+    return _cell(self.__dict__)
+
+  @property
+  def directory(self) -> str:
+    """Where its checkpoints lie, below the run's."""
+    return f"{self.cell}/{self.name}/lr{self.lr:g}-steps{self.num_steps}"
+
+
+def _cell(about: Mapping[str, Any]) -> str:
+  head_init = about["head_init"]
+  parts = (
+      # A path's slashes would make directories of it.
+      re.sub(r"[^\w.]+", "_", about["weights"]),
+      about["method"],
+      about["init"],
+      *([head_init] if head_init != "kaiming_fan_out" else []),
+      f"n{about['train_size']}",
+      f"seed{about['seed']}",
+  )
+  return "-".join(parts)
+
+
+def expand(config: Mapping[str, Any]) -> list[Stage]:
+  """All stages of the config's cells, each after the one it starts from.
+
+  Raises:
+    ValueError: a cell with unknown words, or a learning rate that nothing
+      says.
+  """
+  stages: dict[Stage, None] = {}  # an ordered set
+  for cell in config["cells"]:
+    unknown = sorted(cell.keys() - set(_CELL_KEYS))
+    if unknown:
+      raise ValueError(f"cells have no {unknown}; they have {_CELL_KEYS}")
+    for k in range(cell.get("seeds", 1)):
+      for stage in _stages(config, cell, config["seed"] + k, first=k == 0):
+        stages.setdefault(stage)
+  return list(stages)
+
+
+def _stages(
+    config: Mapping[str, Any], cell: Mapping[str, Any], seed: int, first: bool
+) -> Iterator[Stage]:
+  """The stages of one seed of a cell."""
+  if "pretrain" in config:
+    about = _about(config, cell, seed, method="full", init="ranli")
+    yield from _at_rates(config, "pretrain", about, cell)
+    return
+  method, init = cell["method"], cell["init"]
+  if init not in INITS:
+    raise ValueError(f"unknown init {init!r}; there are {', '.join(INITS)}")
+  if method == "linear" and init == "ranli":
+    init = "roli"  # one stage from a random head: the probe itself
+  start = None
+  if init != "ranli":
+    loss = {"loss": "clean"} if init == "std" else {}
+    about = _about(config, cell, seed, method="linear", init=init, **loss)
+    if method == "linear":
+      yield from _at_rates(config, "probe", about, cell)
+      return
+    (start,) = _at_rates(config, "probe", about, {})
+    yield start
+  about = _about(config, cell, seed, method=method, init=init, start=start)
+  about["curve"] = first and cell.get("curve", False)
+  yield from _at_rates(config, "adapt", about, cell)
+
+
+def _about(config, cell, seed, **fields):
+  return {
+      "weights": cell.get("weights", config["backbone"]["weights"]),
+      "head_init": cell.get("head_init", config["head_init"]),
+      "train_size": cell.get("train_size", config["data"]["train_size"]),
+      "seed": seed,
+      **fields,
+  }
+
+
+def _at_rates(config, name, about, cell) -> Iterator[Stage]:
+  """The stage at the cell's own rates, or at the one that the config chose."""
+  section = config[name]
+  num_steps = section["num_steps"]
+  if cell.get("probe_steps_added"):
+    num_steps += config["probe"]["num_steps"]
+  loss = cell.get("loss", section["loss"]["name"])
+  rates = cell.get("rates") or (
+      section["lr"] or _chosen(config["rates"], name, about, num_steps),
+  )
+  for lr in rates:
+    if not lr > 0:
+      raise ValueError(f"learning rates must be > 0, got {lr}")
+    yield Stage(
+        name=name, num_steps=num_steps, lr=lr, **{"loss": loss, **about}
+    )
+
+
+def _chosen(rates, name, about, num_steps) -> float:
+  """The rate of the first pattern that matches `<cell>/<stage>/<steps>`."""
+  said = f"{_cell(about)}/{name}/{num_steps}"
+  for pattern, rate in rates:
+    if re.fullmatch(pattern, said):
+      return rate
+  raise ValueError(
+      f"no rate is chosen for {said!r}; set --config.{name}.lr, or add to"
+      " config.rates"
+  )

@@ -1,0 +1,184 @@
+"""The threat model: which images count as the same image to a person.
+
+It is the only owner of the ball around the clean image and of the box of valid
+pixels. Attacks ask it where they may go; evaluation measures with it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from roli_jax import trees
+from roli_jax.types import Array, Float, Images, Keys
+
+NORMS = ("linf", "l2", "l1")
+
+# Of an image's values, the share that one L1 step moves: the steepest step
+# moves a single value, which needs as many gradients as there are values.
+L1_SHARE = 0.05
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ThreatModel:
+  """All images within `eps` of the clean one in a norm, and within the box.
+
+  A pytree: the norm is structure; eps, low and high are data, so that another
+  radius compiles nothing.
+
+  Attributes:
+    norm: `linf`, `l2` or `l1`, over all values of an image.
+    eps: the radius in units of an image in [0, 1]: 8/255, never 8. A number,
+      or one for each image, shape [b].
+    low: the smallest value that a pixel may have.
+    high: the largest.
+  """
+
+  norm: str = trees.static()
+  eps: float | Float[Array, ""] | Float[Array, "b"]
+  low: float | Float[Array, ""] = 0.0
+  high: float | Float[Array, ""] = 1.0
+
+  def __post_init__(self):
+    if self.norm not in NORMS:
+      raise ValueError(f"unknown norm {self.norm!r}; there are {NORMS}")
+    numbers = (int, float, np.ndarray, np.generic)
+    if isinstance(self.eps, numbers):  # traced values can't be looked at
+      eps = np.asarray(self.eps, np.float64)
+      if not np.all(np.isfinite(eps) & (eps >= 0)):
+        raise ValueError(f"eps must be finite and >= 0, got {self.eps}")
+      box = isinstance(self.low, numbers) and isinstance(self.high, numbers)
+      if self.norm == "linf" and box and np.any(eps > self.high - self.low):
+        raise ValueError(
+            "eps is in units of an image in [0, 1] and at most"
+            f" {self.high - self.low} in linf, got {self.eps}"
+            + (f"; did you mean {self.eps}/255?" if np.all(eps <= 255) else "")
+        )
+
+  def project(self, images: Images, origin: Images) -> Images:
+    """An image of the ball and the box for each image.
+
+    Linf and L1: the nearest one. L2: the offset is scaled into the ball, then
+    clipped to the box, which never leaves the ball since `origin` is in the
+    box (as in AutoAttack); not always the nearest.
+
+    Args:
+      images: any finite values.
+      origin: the clean images, within the box.
+    """
+    eps = _per_image(self.eps, images)
+    if self.norm == "linf":
+      low = jnp.maximum(origin - eps, self.low)
+      return jnp.clip(images, low, jnp.minimum(origin + eps, self.high))
+    offset = images - origin
+    if self.norm == "l2":
+      inside = origin + offset * (eps / jnp.maximum(_norm2(offset), eps + TINY))
+      far = _norm2(offset) > eps
+      return jnp.clip(jnp.where(far, inside, images), self.low, self.high)
+    room = jnp.where(offset > 0, self.high - origin, origin - self.low)
+    return origin + jnp.sign(offset) * _shrink(jnp.abs(offset), room, eps)
+
+  def steepest(self, grads: Images, images: Images) -> Images:
+    """The direction of unit length that climbs fastest, 0 where grads are 0.
+
+    Linf: the sign. L2: the normalised gradient. L1: the signs of the 5% of
+    largest entries among those that can still move, in equal shares (after
+    Tramer and Boneh 2019, SLIDE).
+    """
+    if self.norm == "linf":
+      return jnp.sign(grads)
+    if self.norm == "l2":
+      return grads / (_norm2(grads) + TINY)
+    stuck = (images <= self.low) & (grads < 0)
+    stuck |= (images >= self.high) & (grads > 0)
+    flat = jnp.where(stuck, 0, grads).reshape(grads.shape[0], -1)
+    num_kept = max(1, round(L1_SHARE * flat.shape[1]))
+    least = jax.lax.top_k(jnp.abs(flat), num_kept)[0][:, -1:]
+    kept = jnp.where(jnp.abs(flat) >= least, jnp.sign(flat), 0)
+    count = jnp.maximum(jnp.abs(kept).sum(1, keepdims=True), 1)
+    return (kept / count).reshape(grads.shape)
+
+  def sample(self, keys: Keys, origin: Images) -> Images:
+    """A uniform draw from the ball around each image, moved into the box."""
+    shape = origin.shape[1:]
+    offset = jax.vmap(lambda key: _unit_ball(key, self.norm, shape))(keys)
+    return self.project(
+        origin + _per_image(self.eps, origin) * offset.astype(origin.dtype),
+        origin,
+    )
+
+  def distance(self, images: Images, origin: Images) -> Float[Array, "b"]:
+    """The norm of each image's offset. NumPy in (float64, say), NumPy out."""
+    offset = (images - origin).reshape(len(images), -1)
+    if self.norm == "linf":
+      return abs(offset).max(axis=1)
+    if self.norm == "l2":
+      return (offset**2).sum(axis=1) ** 0.5
+    return abs(offset).sum(axis=1)
+
+
+TINY = 1e-12  # guards divisions by a norm
+
+
+def _per_image(value, images):
+  """A scalar as it is; [b] values shaped to broadcast with the images."""
+  value = jnp.asarray(value, images.dtype)
+  return value.reshape(-1, *(1,) * (images.ndim - 1)) if value.ndim else value
+
+
+def _axes(images):
+  return tuple(range(1, images.ndim))
+
+
+def _norm2(images):
+  return jnp.sqrt(jnp.square(images).sum(_axes(images), keepdims=True))
+
+
+def _unit_ball(key, norm, shape):
+  """A uniform draw from the unit ball of a norm."""
+  if norm == "linf":
+    return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
+  towards, radius = jax.random.split(key)
+  size = int(np.prod(shape))
+  if norm == "l2":
+    offset = jax.random.normal(towards, shape)
+    length = jax.random.uniform(radius) ** (1 / size)
+    return offset * (length / (jnp.sqrt(jnp.square(offset).sum()) + TINY))
+  # The first d of d + 1 exponentials over their sum, with random signs.
+  parts = jax.random.exponential(towards, (size + 1,))
+  signs = jax.random.rademacher(radius, shape, parts.dtype)
+  return signs * (parts[:-1] / parts.sum()).reshape(shape)
+
+
+def _shrink(lengths, room, eps):
+  """min(max(|v| - a, 0), room) with the least a >= 0 whose sum is <= eps.
+
+  The Euclidean projection onto the L1 ball within the box (Croce and Hein
+  2021, "Mind the box", prop. 2.1). The sum falls piecewise linearly in a: a
+  bisection finds the piece, which is then solved exactly.
+  """
+  axes = _axes(lengths)
+
+  def total(a):
+    return jnp.clip(lengths - a, 0, room).sum(axes, keepdims=True)
+
+  def halve(_, bracket):
+    low, high = bracket
+    middle = (low + high) / 2
+    over = total(middle) > eps
+    return jnp.where(over, middle, low), jnp.where(over, high, middle)
+
+  high = lengths.max(axes, keepdims=True)
+  low, high = jax.lax.fori_loop(
+      0, 40, halve, (jnp.zeros_like(high), high)
+  )
+  middle = (low + high) / 2
+  free = (lengths > middle) & (lengths - middle < room)
+  full = jnp.where(lengths - middle >= room, room, 0).sum(axes, keepdims=True)
+  count = free.sum(axes, keepdims=True)
+  exact = jnp.where(free, lengths, 0).sum(axes, keepdims=True) + full - eps
+  a = jnp.where(count > 0, exact / jnp.maximum(count, 1), high)
+  a = jnp.clip(a, low, high)
+  return jnp.clip(lengths - jnp.where(total(0.0) > eps, a, 0.0), 0, room)

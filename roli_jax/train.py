@@ -1,0 +1,356 @@
+"""The story of a run: read this first.
+
+A run is a table of cells, and a cell one or two stages. RoLI is a *probe* (the
+head alone, adversarially) and then an *adaptation* from that head; RanLI is an
+adaptation from a random one. A stage trains, is validated on the way, keeps
+its best checkpoint, and is then tested. All that has happened is on disk: the
+same command goes on where a killed one stopped, to the same numbers.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from roli_jax import (
+    checkpoint,
+    convert,
+    data,
+    keys,
+    models,
+    optim,
+    progress,
+    record,
+    score,
+    sharding,
+    state,
+    table,
+    workdir,
+)
+from roli_jax.metrics import Counts
+from roli_jax.parts import Parts, Variables
+from roli_jax.table import Stage
+
+LOG_FIELDS = (
+    "cell", "stage", "lr", "steps", "step", "split", "attack", "metric",
+    "value", "n",
+)  # fmt: skip
+
+
+def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
+  """Trains, validates and tests every stage of the config's table.
+
+  Args:
+    config: any nested mapping with the fields of `configs/glyphs_roli.py`.
+    path: the run's directory.
+
+  Returns:
+    All rows of the run.
+
+  Raises:
+    ValueError: a user's mistake, found before anything is computed or
+      written; or a loss that is not finite.
+  """
+  stages = table.expand(config)
+  parts = Parts(config)
+  parts.check(stages)
+  for warning in workdir.claim(path, config):
+    logging.warning("%s", warning)
+  results = record.Record(path / "results.jsonl")
+  log = record.Record(path / "training.jsonl", LOG_FIELDS, {"value", "n"})
+  with progress.bar("stages", len(stages)) as update:
+    for stage in stages:
+      if not score.is_done(parts, stage, results):
+        meta = Trainer(parts, stage, path, log).train()
+        score.add_validation(parts, stage, results, meta)
+        score.add_tests(
+            parts,
+            stage,
+            results,
+            parts.model(stage),
+            best(parts, stage, path),
+            score.tests(parts, stage),
+        )
+      update(1)
+  for stage in stages:
+    if stage.name == "pretrain":
+      bundle = convert.Bundle(parts.model(stage), *best(parts, stage, path))
+      name = f"{bundle.model.name}_{stage.weights}.safetensors"
+      convert.save(bundle, path / name)
+  if config["test"]:
+    _keep_examples(parts, stages, path)
+  return results.rows
+
+
+def evaluate(
+    config: Mapping[str, Any], path: pathlib.Path
+) -> list[dict[str, Any]]:
+  """Tests a checkpoint, and adds the rows that are missing.
+
+  Args:
+    config: of the run, or over it: `checkpoint` says which, `eval_attack` by
+      what, `radii` how far (none: `threat.eps` alone).
+    path: the run's directory.
+
+  Returns:
+    The rows of this checkpoint's stage on the test split.
+
+  Raises:
+    ValueError: no such checkpoint, or more than one; data of other classes.
+  """
+  directory, step = _chosen(config, path)
+  parts = Parts(config)
+  parts.check(())
+  with checkpoint.manager(directory, read_only=True) as checkpoints:
+    step = checkpoints.best_step() if step is None else step
+    meta = checkpoint.restore_meta(checkpoints, step)
+    stage = Stage(**{**meta["stage"], "start": None})
+    model = models.described(meta["model"])
+    classes = parts.data["test"].num_classes
+    if model.num_classes != classes:
+      raise ValueError(
+          f"{directory} has a head of {model.num_classes} classes,"
+          f" {config['data']['name']} has {classes}"
+      )
+    like = sharding.shaped(
+        jax.eval_shape(model.init, keys.root(0)), parts.mesh
+    )
+    variables = checkpoint.restore(checkpoints, step, model=like)["model"]
+  results = record.Record(path / "results.jsonl")
+  radii = config["radii"] or (config["threat"]["eps"],)
+  chosen = [parts.attack("eval_attack", eps) for eps in radii]
+  score.add_tests(parts, stage, results, model, variables, chosen)
+  return record.where(
+      results.rows, cell=stage.cell, stage=stage.name, lr=stage.lr,
+      steps=stage.num_steps, split="test",
+  )  # fmt: skip
+
+
+def _chosen(config, path):
+  """The directory of the stage that config.checkpoint means, and the step."""
+  root = path.absolute() / "checkpoints"
+  if config["checkpoint"]:
+    asked = root / config["checkpoint"]
+    step = checkpoint.step_of(asked)
+    found = checkpoint.find(asked if step is None else asked.parent)
+    if step is not None and not asked.is_dir():
+      found = []
+  else:
+    asked, step = root, None
+    stages = table.expand(config)
+    starts = {stage.start for stage in stages}
+    last = [_directory(path, stage) for stage in stages if stage not in starts]
+    found = last if len(last) == 1 else checkpoint.find(root)
+  if not found or not found[0].is_dir():
+    raise ValueError(f"there is no checkpoint at {asked}")
+  if len(found) > 1:
+    names = [str(directory.relative_to(root)) for directory in found]
+    raise ValueError(
+        f"{len(found)} checkpoints are at {asked};"
+        f" give one as --config.checkpoint: {', '.join(names)}"
+    )
+  return found[0], step
+
+
+def best(parts: Parts, stage: Stage, path: pathlib.Path) -> Variables:
+  """The values of a stage's best checkpoint, on every device."""
+  like = parts.like(stage)
+  directory = _directory(path, stage)
+  with checkpoint.manager(directory, read_only=True) as checkpoints:
+    step = checkpoints.best_step()
+    if step is None:
+      raise ValueError(f"no checkpoint in {directory}")
+    model = (like.params, like.stats)
+    return checkpoint.restore(checkpoints, step, model=model)["model"]
+
+
+def _directory(path, stage):
+  return path / "checkpoints" / stage.directory
+
+
+def _keep_examples(parts, stages, path):
+  """Examples of the last stage whose curve is drawn, or of the last one."""
+  file = path / "figures" / "examples.npz"
+  if file.exists():
+    return
+  stage = ([s for s in stages if s.curve] or stages)[-1]
+  file.parent.mkdir(exist_ok=True)
+  examples = score.examples(parts, stage, best(parts, stage, path))
+  partial = file.with_name("examples.partial.npz")
+  np.savez(partial, **examples)
+  partial.replace(file)
+
+
+class Trainer:
+  """One stage, and where it is kept."""
+
+  def __init__(
+      self, parts: Parts, stage: Stage, path: pathlib.Path, log: record.Record
+  ):
+    self.parts = parts
+    self.stage = stage
+    self.path = path
+    self.log = log
+    self.section = parts.config[stage.name]
+    self.program = parts.program(stage)
+    self.directory = _directory(path, stage)
+
+  def train(self) -> dict[str, Any]:
+    """Trains from where the stage stopped, if it did, to its end.
+
+    Returns:
+      What the last checkpoint says: the validations so far, the seconds.
+    """
+    with checkpoint.manager(self.directory) as checkpoints:
+      now, key, meta = self._begin(checkpoints)
+      done = int(now.step)
+      batches = data.train_batches(
+          self.parts.train_data(self.stage),
+          self.section["batch_size"],
+          self.stage.seed,
+          start=done,
+      )
+      started = time.perf_counter() - meta["seconds"]
+      counts: list[Counts] = []  # of the steps since the last row of the log
+      with progress.bar(
+          f"{self.stage.cell} {self.stage.name}", self.stage.num_steps, done
+      ) as update:
+        while True:
+          due = self._is_due(done, "val_every")
+          if counts and (due or self._is_due(done, "log_every")):
+            self._log_training(done, counts)
+            counts = []
+          if due and done != meta["step"]:
+            meta = self._validate(now, meta, started)
+            self._save(checkpoints, now, key, meta)
+          if done == self.stage.num_steps:
+            return meta
+          batch = next(batches)
+          now, count = self.program.step(
+              now, sharding.put(batch, self.parts.mesh), key
+          )
+          # Waits for the step: simulated devices starve if steps queue up.
+          count = jax.device_get(count)
+          if not np.isfinite(count.loss):
+            raise ValueError(self._not_finite(done, batch, checkpoints))
+          counts.append(count)
+          done += 1
+          seconds = time.perf_counter() - started
+          update(1, _said(count, done * len(batch["label"]) / seconds))
+
+  def _is_due(self, done, every):
+    return done % self.section[every] == 0 or done == self.stage.num_steps
+
+  def _begin(self, checkpoints):
+    """The state to go on from, its key, and what was known when it was saved.
+    """
+    key = keys.stream(keys.root(self.stage.seed), self.stage.name)
+    last = checkpoints.latest_step()
+    if last is not None:
+      like = self.parts.like(self.stage)
+      items = checkpoint.restore(
+          checkpoints,
+          last,
+          model=(like.params, like.stats),
+          rest=(like.step, like.opt_state, key),
+      )
+      (params, stats), (step, opt_state, key) = items["model"], items["rest"]
+      now = state.TrainState(
+          step=step, params=params, stats=stats, opt_state=opt_state
+      )
+      return now, key, checkpoint.restore_meta(checkpoints, last)
+    if self.stage.start:
+      variables = best(self.parts, self.stage.start, self.path)
+    else:
+      variables = self.parts.initial(self.stage)
+    now = state.create(*variables, self.program.method, self.program.tx)
+    now = dataclasses.replace(
+        now, opt_state=optim.at_rate(now.opt_state, self.stage.lr)
+    )
+    now, key = sharding.replicate((now, key), self.parts.mesh)
+    return now, key, {"step": None, "history": [], "seconds": 0.0}
+
+  def _validate(self, now, meta, started):
+    """What is known at this step: its validation joins the history."""
+    attack = self.parts.attack("val_attack")
+    result = score.measure(
+        self.parts,
+        self.parts.model(self.stage),
+        (now.params, now.stats),
+        self.stage.seed,
+        "val",
+        attack,
+    )
+    entry = {
+        "step": int(now.step),
+        "clean": float(result.clean.mean()),
+        "robust": float(result.robust.mean()),
+    }
+    for name, kind in (("none", "clean"), (attack.name, "robust")):
+      self._log(entry["step"], "val", name, "accuracy", entry[kind],
+                len(result.clean))  # fmt: skip
+    return {
+        "step": entry["step"],
+        "history": [*meta["history"], entry],
+        "seconds": time.perf_counter() - started,
+    }
+
+  def _save(self, checkpoints, now, key, meta):
+    model = self.parts.model(self.stage)
+    about = {
+        "stage": dataclasses.asdict(self.stage),
+        "config": self.parts.config,
+        "model": models.describe(model),
+        "images_seen": meta["step"] * self.section["batch_size"],
+    }
+    checkpoint.save(
+        checkpoints,
+        meta["step"],
+        model=(now.params, now.stats),
+        rest=(now.step, now.opt_state, key),
+        meta={**meta, **about},
+        score=meta["history"][-1][score.selected_by(self.stage)],
+    )
+
+  def _log_training(self, done, counts):
+    total = jax.tree.map(lambda *x: sum(float(v) for v in x), *counts)
+    attacked = self.program.objective.adversarial > 0
+    attack = self.parts.config["attack"]["name"] if attacked else "none"
+    for metric, value in (("loss", total.loss), ("accuracy", total.correct)):
+      self._log(done, "train", attack, metric, value / total.seen,
+                int(total.seen))  # fmt: skip
+
+  def _log(self, step, split, attack, metric, value, n):
+    self.log.add({
+        "cell": self.stage.cell,
+        "stage": self.stage.name,
+        "lr": self.stage.lr,
+        "steps": self.stage.num_steps,
+        "step": step,
+        "split": split,
+        "attack": attack,
+        "metric": metric,
+        "value": value,
+        "n": n,
+    })
+
+  def _not_finite(self, done, batch, checkpoints):
+    checkpoints.wait_until_finished()
+    last = checkpoints.latest_step()
+    indices = np.asarray(batch["index"]).tolist()
+    return (
+        f"the loss is not finite at step {done} of {self.stage.cell}"
+        f" {self.stage.name} (lr {self.stage.lr:g})\n"
+        f"images: {indices}\n"
+        f"last good checkpoint: {self.directory}/{last:08d}"
+    )
+
+
+def _said(count: Counts, rate: float) -> str:
+  loss, accuracy = count.loss / count.seen, count.correct / count.seen
+  return f"loss {loss:.3f}  adv. acc. {accuracy:.3f}  {rate:.0f} images/s"

@@ -1,0 +1,147 @@
+"""Trees of arrays by the paths of their leaves: label, split, merge, compare.
+
+A leaf's path joins the keys on the way to it, `backbone/block3/attn/q/kernel`.
+Paths are API: rules, converters and checkpoints rest on them.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import numpy as np
+
+T = TypeVar("T")
+Rules = Sequence[tuple[str, T]]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def tree_class(cls):
+  """A frozen, keyword-only dataclass that is a pytree, one child a field."""
+  cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+  return jax.tree_util.register_dataclass(cls)
+
+
+def static(**kwargs: Any) -> Any:
+  """A dataclass field that is part of the tree's structure, not of its data."""
+  return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+def path(keys: Sequence[Any]) -> str:
+  """The name of a leaf, from the keys that JAX gives for it."""
+  return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+
+
+def paths(tree: Any) -> dict[str, Any]:
+  """Every leaf by its path, in the order in which JAX flattens the tree."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {path(keys): leaf for keys, leaf in leaves}
+
+
+def unpaths(leaves: dict[str, Any]) -> dict[str, Any]:
+  """The nested dict whose `paths` are these: undoes `paths` for dicts."""
+  tree: dict[str, Any] = {}
+  for name, leaf in leaves.items():
+    *parents, last = name.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return tree
+
+
+def label(tree: Any, rules: Rules[T]) -> Any:
+  """The value of the first rule whose pattern matches all of a leaf's path.
+
+  Example:
+    >>> rules = (("head/.*", "head"), (".*", "frozen"))
+    >>> label({"head": {"bias": 0}, "backbone": {"bias": 0}}, rules)
+    {'backbone': {'bias': 'frozen'}, 'head': {'bias': 'head'}}
+
+  Args:
+    tree: whose leaves are labelled; the result has its structure.
+    rules: pairs of a regular expression and a value; the first match wins.
+
+  Raises:
+    ValueError: if no rule covers a leaf. Nothing is labelled by default.
+  """
+  patterns = [(re.compile(pattern), value) for pattern, value in rules]
+
+  def of(keys, _):
+    name = path(keys)
+    for pattern, value in patterns:
+      if pattern.fullmatch(name):
+        return value
+    raise ValueError(
+        f"no rule covers {name!r}; the rules are {[r[0] for r in rules]}"
+    )
+
+  return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def split(tree: T, keep: Any) -> tuple[T, T]:
+  """The leaves to keep, and the others; None stands for the absent ones.
+
+  None is no leaf in JAX: gradients, norms, optimizers and sizes of either half
+  see the leaves that are there, and nothing else.
+  """
+  kept = jax.tree.map(lambda x, k: x if k else None, tree, keep)
+  rest = jax.tree.map(lambda x, k: None if k else x, tree, keep)
+  return kept, rest
+
+
+def merge(kept: T, rest: T) -> T:
+  """The tree that was split."""
+  return jax.tree.map(
+      lambda x, y: y if x is None else x, kept, rest, is_leaf=_is_none
+  )
+
+
+def _is_none(x: Any) -> bool:
+  return x is None
+
+
+def size(tree: Any) -> int:
+  """How many numbers the tree holds."""
+  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def check_same(got: Any, expected: Any, what: str) -> None:
+  """Raises a ValueError that lists both sides unless names and shapes agree.
+
+  Args:
+    got: a tree of arrays, or of anything with a shape.
+    expected: the tree that it must look like.
+    what: whose leaves these are, for the message.
+  """
+  mine = {k: tuple(v.shape) for k, v in paths(got).items()}
+  yours = {k: tuple(v.shape) for k, v in paths(expected).items()}
+  if mine == yours:
+    return
+  missing = sorted(yours.keys() - mine.keys())
+  unexpected = sorted(mine.keys() - yours.keys())
+  misshapen = [
+      f"{k} {mine[k]} (expected {yours[k]})"
+      for k in sorted(mine.keys() & yours.keys())
+      if mine[k] != yours[k]
+  ]
+  sides = {
+      "missing": missing,
+      "unexpected": unexpected,
+      "of another shape": misshapen,
+  }
+  raise ValueError(
+      f"{what}: "
+      + "; ".join(f"{k}: {_shorten(v)}" for k, v in sides.items() if v)
+  )
+
+
+def _shorten(names: Sequence[str], limit: int = 5) -> str:
+  more = f" and {len(names) - limit} more" if len(names) > limit else ""
+  return ", ".join(names[:limit]) + more
+
+
+def map_named(fn: Callable[[str, Any], T], tree: Any) -> Any:
+  """`jax.tree.map` whose function also sees the leaf's path, first."""
+  return jax.tree_util.tree_map_with_path(lambda k, x: fn(path(k), x), tree)

@@ -1,0 +1,64 @@
+"""The names that annotations share, and the three trees of a model.
+
+Shapes in annotations are checked when the tests run (jaxtyping and beartype)
+and cost nothing otherwise. Where jaxtyping is not installed they say to the
+reader what they say, and no more.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from roli_jax import trees
+
+try:
+  from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
+except ModuleNotFoundError:
+  if not TYPE_CHECKING:
+
+    class _Inert:
+      def __class_getitem__(cls, _):
+        return Any
+
+    Bool = Float = Int = Key = UInt8 = UInt32 = _Inert
+    Array = Any
+
+PyTree = Any
+
+Images = Float[Array, "b *image"]  # in [0, 1]; [b, h, w, c] for models
+Labels = Int[Array, "b"]
+Logits = Float[Array, "b k"]
+Keys = Key[Array, "b"]  # one per image, see keys.per_image
+
+LogitsFn = Callable[[Images], Logits]
+
+__all__ = [
+    "Array",
+    "Bool",
+    "Float",
+    "Images",
+    "Int",
+    "Key",
+    "Keys",
+    "Labels",
+    "Logits",
+    "LogitsFn",
+    "Params",
+    "PyTree",
+    "UInt8",
+    "UInt32",
+]
+
+
+@trees.tree_class
+class Params:
+  """A model's parameters as three trees, each with a fate of its own.
+
+  Attributes:
+    backbone: the pretrained tree; the same leaves for every method.
+    peft: what a method adds beside it; `{}` for linear, full and bias.
+    head: the classifier on the pooled features.
+  """
+
+  backbone: PyTree
+  peft: PyTree
+  head: PyTree
