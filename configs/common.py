@@ -3,18 +3,18 @@
 from ml_collections import ConfigDict, config_dict
 
 
-def parse_arg(arg: str, **defaults: str) -> ConfigDict:
+def parse_arg(text: str, **defaults: str) -> ConfigDict:
   """The `key=value,...` after a config's colon, over defaults.
 
   Raises:
     ValueError: a key that the config does not take.
   """
   given = ConfigDict(defaults)
-  for pair in filter(None, arg.split(",")):
+  for pair in filter(None, text.split(",")):
     key, equals, value = pair.partition("=")
     if not equals or key not in defaults:
       raise ValueError(
-          f"expected key=value with a key of {', '.join(defaults)}; got {pair!r}"
+        f"expected key=value, with a key of {', '.join(defaults)}; got {pair!r}"
       )
     given[key] = value
   return given
@@ -22,7 +22,8 @@ def parse_arg(arg: str, **defaults: str) -> ConfigDict:
 
 def stage(num_steps: int, **changes) -> ConfigDict:
   """A stage of training, as `probe`, `adapt` or `pretrain`."""
-  section = ConfigDict({
+  section = ConfigDict(
+    {
       "num_steps": num_steps,
       "batch_size": 64,
       # None: the rate chosen for the cell, in config.rates.
@@ -32,30 +33,32 @@ def stage(num_steps: int, **changes) -> ConfigDict:
       "log_every": 5,
       "loss": {"name": "at", "beta": 6.0},  # beta: of trades
       "optim": {
-          "name": "adamw",
-          "b1": 0.9,
-          "b2": 0.999,
-          "eps": 1e-8,
-          "momentum": 0.9,  # of sgd
-          "weight_decay": 0.01,
-          "no_decay": (".*bias",),
-          # The largest norm of all trained leaves' gradient; 0: any.
-          "clip_norm": 1.0,
-          # (group, factor) of the rate; groups are backbone, peft and head.
-          "multipliers": (),
+        "name": "adamw",
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "momentum": 0.9,  # of sgd
+        "weight_decay": 0.01,
+        "no_decay": (".*bias",),
+        # The largest norm of all trained leaves' gradient; 0: any.
+        "clip_norm": 1.0,
+        # (group, factor) of the rate; groups are backbone, peft and head.
+        "multipliers": (),
       },
       "schedule": {"warmup_steps": num_steps // 10, "decay": "cosine"},
       # The training radius, as a share of threat.eps: 0 until `begin`, linear
       # to 1 at `end`, both as shares of the stage. 0 and 0 is constant.
       "radius": {"begin": 0.0, "end": 0.0},
-  })
+    }
+  )
   section.update(changes)
   return section
 
 
 def pgd(num_steps: int) -> ConfigDict:
   """A PGD attack as the RoLI reference makes it, but for `keep`."""
-  return ConfigDict({
+  return ConfigDict(
+    {
       "name": "pgd",
       "num_steps": num_steps,
       "step_size": "eps/4",
@@ -63,4 +66,12 @@ def pgd(num_steps: int) -> ConfigDict:
       "random_start": True,
       "keep": "sample",
       "loss": "ce",
-  })
+    }
+  )
+
+
+def choose(options: dict, name: str, what: str):
+  """The option of that name, or a ValueError that says which there are."""
+  if name not in options:
+    raise ValueError(f"unknown {what} {name!r}; there are {', '.join(options)}")
+  return options[name]

@@ -4,27 +4,80 @@
 
 Robust and standard backbones, pretrained on rendered letters, are fine-tuned
 adversarially on 200 of scikit-learn's handwritten digits (linf, eps 0.1).
-Arguments, after a colon: `table=default|controls|sizes|grid|full`, or one cell
-by `method=linear|full|bias` and `init=roli|ranli|std`.
+
+Arguments, after a colon:
+  table=default|controls|sizes|grid|full
+  method=linear|full|bias, init=roli|ranli|std: one cell, with config.seed
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 
-GRID = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+PROBE_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+
+# What a cell of a table may say; the rest comes from the config.
+LINEAR = {"method": "linear", "init": "roli"}
+RANLI = {"method": "full", "init": "ranli"}
+ROLI = {"method": "full", "init": "roli"}
+STD = {"method": "full", "init": "std"}
+SMALL = {**RANLI, "head_init": "small"}
+LONGER = {**RANLI, "probe_steps_added": True}
+SMALL_LONGER = {**SMALL, "probe_steps_added": True}
+CURVE = {"curve": True}
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def _each(seeds: int, *cells: dict, **fields) -> tuple[dict, ...]:
+  return tuple({"seeds": seeds, **fields, **cell} for cell in cells)
+
+
+DEFAULT = (
+  *_each(5, LINEAR, {**RANLI, **CURVE}, {**ROLI, **CURVE}),
+  *_each(2, LINEAR, RANLI, ROLI, weights="standard"),
+)
+CONTROLS = _each(5, LINEAR, RANLI, LONGER, SMALL, SMALL_LONGER, STD, ROLI)
+SIZES = tuple(
+  cell
+  for size in (50, 200, 1000)
+  for cell in _each(5, LINEAR, RANLI, SMALL, STD, ROLI, train_size=size)
+)
+FULL = (*DEFAULT, *CONTROLS, *SIZES)
+
+
+def _grid() -> tuple[dict, ...]:
+  """Every cell of the tables at every rate; probes have a grid of their own."""
+  cells = []
+  for cell in FULL:
+    cell = {k: v for k, v in cell.items() if k != "curve"}
+    if cell["init"] != "ranli":
+      cells.append({**cell, "method": "linear", "rates": PROBE_RATES})
+    if cell["method"] != "linear":
+      cells.append({**cell, "rates": RATES})
+  # Probes first: adaptations start from theirs, at its chosen rate.
+  return tuple(sorted(cells, key=lambda cell: cell["method"] != "linear"))
+
+
+TABLES = {
+  "default": DEFAULT,
+  "controls": CONTROLS,
+  "sizes": SIZES,
+  "grid": _grid(),
+  "full": FULL,
+}
+
+
+def get_config(text: str = "") -> ConfigDict:
   arg = common.parse_arg(
-      arg, dataset="digits", backbone="glyph_vit", method="", init="", table=""
+    text, dataset="digits", backbone="glyph_vit", method="", init="", table=""
   )
-  config = ConfigDict({
+  config = ConfigDict(
+    {
       # Of the subset, the head, the order and the noise. Seed k of a cell is
       # this one plus k.
       "seed": 0,
       "data": {"name": arg.dataset, "train_size": 200},
-      "backbone": {"name": arg.backbone, "weights": "robust"},
+      "backbone": {"name": arg.backbone, "weights": "robust", "get": ""},
       "head_init": "kaiming_fan_out",
       "threat": {"norm": "linf", "eps": "0.1"},
       "attack": common.pgd(7),
@@ -33,6 +86,8 @@ def get_config(arg: str = "") -> ConfigDict:
       "eval_batch_size": 128,
       "probe": common.stage(60),
       "adapt": common.stage(60),
+      # Whether stages are tested; those of a grid are not: its rates are
+      # chosen on validation.
       "test": True,
       # Radii of the accuracy curve, beside threat.eps.
       "curve": ("0.025", "0.05", "0.075", "0.125", "0.15", "0.175", "0.2"),
@@ -40,33 +95,16 @@ def get_config(arg: str = "") -> ConfigDict:
       # stage), and the radii that it attacks at ((): threat.eps alone).
       "checkpoint": "",
       "radii": (),
+      # (pattern, rate): a stage's rate is that of the first pattern that
+      # matches <cell>/<stage>/<steps>.
       "rates": ((".*/probe/.*", 1e-1), (".*", 3e-3)),
-      "grid": GRID,
       "cells": (),
-  })
+    }
+  )
   if arg.method or arg.init:
-    config.cells = ({
-        "method": arg.method or "full",
-        "init": arg.init or "roli",
-        "curve": True,
-    },)
+    cell = {"method": arg.method or "full", "init": arg.init or "roli"}
+    config.cells = ({**cell, **CURVE},)
   else:
-    config.cells = TABLES[arg.table or "default"]
+    config.cells = common.choose(TABLES, arg.table or "default", "table")
+  config.test = arg.table != "grid"
   return config
-
-
-def _cells(weights: str, seeds: int, *cells: dict) -> tuple[dict, ...]:
-  return tuple({"weights": weights, "seeds": seeds, **cell} for cell in cells)
-
-
-LINEAR = {"method": "linear", "init": "roli"}
-RANLI = {"method": "full", "init": "ranli"}
-ROLI = {"method": "full", "init": "roli"}
-STD = {"method": "full", "init": "std"}
-SMALL = {**RANLI, "head_init": "small"}
-
-DEFAULT = (
-    *_cells("robust", 5, LINEAR, {**RANLI, "curve": True}, {**ROLI, "curve": True}),
-    *_cells("standard", 2, LINEAR, RANLI, ROLI),
-)
-TABLES = {"default": DEFAULT}

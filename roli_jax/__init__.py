@@ -16,7 +16,7 @@ def __getattr__(name: str):
   if name in _SUBMODULES:
     return importlib.import_module(f"{__name__}.{name}")
   raise AttributeError(
-      f"roli_jax has no {name!r}; it has {', '.join(sorted(_SUBMODULES))}"
+    f"roli_jax has no {name!r}; it has {', '.join(sorted(_SUBMODULES))}"
   )
 
 

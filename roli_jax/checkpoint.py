@@ -24,36 +24,38 @@ def _score(metrics: dict[str, float]) -> tuple[float, float]:
 
 
 def manager(
-    directory: pathlib.Path, read_only: bool = False
+  directory: pathlib.Path, reading: bool = False
 ) -> ocp.CheckpointManager:
   """Keeps the latest and the best step of a stage in this directory.
 
   Saving is asynchronous and atomic: a process that is killed leaves the
   checkpoints before. Close it, or use it in `with`, to have all on disk.
+
+  Args:
+    directory: of the stage.
+    reading: leave what another process may be writing.
   """
   policies = [
-      preservation_policy.LatestN(1),
-      preservation_policy.BestN(get_metric_fn=_score, n=1),
+    preservation_policy.LatestN(1),
+    preservation_policy.BestN(get_metric_fn=_score, n=1),
   ]
   options = ocp.CheckpointManagerOptions(
-      best_fn=_score,
-      step_format_fixed_length=8,
-      cleanup_tmp_directories=not read_only,
-      create=not read_only,
-      read_only=read_only,
-      preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+    best_fn=_score,
+    step_format_fixed_length=8,
+    cleanup_tmp_directories=not reading,
+    preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
   )
   return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
 def save(
-    checkpoints: ocp.CheckpointManager,
-    step: int,
-    *,
-    model: Any,
-    rest: Any,
-    meta: dict[str, Any],
-    score: float,
+  checkpoints: ocp.CheckpointManager,
+  step: int,
+  *,
+  model: Any,
+  rest: Any,
+  meta: dict[str, Any],
+  score: float,
 ) -> None:
   """Writes a checkpoint of this step; a step already there stays as it is.
 
@@ -66,17 +68,17 @@ def save(
     score: validation accuracy; the largest is the best.
   """
   args = ocp.args.Composite(
-      model=ocp.args.StandardSave(model),
-      rest=ocp.args.StandardSave(rest),
-      meta=ocp.args.JsonSave(meta),
+    model=ocp.args.StandardSave(model),
+    rest=ocp.args.StandardSave(rest),
+    meta=ocp.args.JsonSave(meta),
   )
   checkpoints.save(
-      step, args=args, metrics={"score": float(score), "step": step}
+    step, args=args, metrics={"score": float(score), "step": step}
   )
 
 
 def restore(
-    checkpoints: ocp.CheckpointManager, step: int, **templates: Any
+  checkpoints: ocp.CheckpointManager, step: int, **templates: Any
 ) -> dict[str, Any]:
   """The items asked for, on the shardings of their templates.
 
@@ -89,22 +91,22 @@ def restore(
     ValueError: the checkpoint can't be read, or holds another tree.
   """
   items = {
-      name: ocp.args.StandardRestore(
-          jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-      )
-      for name, tree in templates.items()
+    name: ocp.args.StandardRestore(
+      jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+    )
+    for name, tree in templates.items()
   }
   try:
     return dict(checkpoints.restore(step, args=ocp.args.Composite(**items)))
   except (KeyError, OSError, TypeError, ValueError) as error:
     raise ValueError(
-        f"checkpoint {checkpoints.directory}/{step:08d} can't be restored:"
-        f" {_first_line(error)}"
+      f"checkpoint {checkpoints.directory}/{step:08d} can't be restored:"
+      f" {_first_line(error)}"
     ) from error
 
 
 def restore_meta(
-    checkpoints: ocp.CheckpointManager, step: int
+  checkpoints: ocp.CheckpointManager, step: int
 ) -> dict[str, Any]:
   """What the checkpoint says of itself."""
   items = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -112,8 +114,8 @@ def restore_meta(
     return checkpoints.restore(step, args=items)["meta"]
   except (KeyError, OSError, ValueError) as error:
     raise ValueError(
-        f"checkpoint {checkpoints.directory}/{step:08d} can't be read:"
-        f" {_first_line(error)}"
+      f"checkpoint {checkpoints.directory}/{step:08d} can't be read:"
+      f" {_first_line(error)}"
     ) from error
 
 

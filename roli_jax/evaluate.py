@@ -61,31 +61,31 @@ class Result:
     names, counts = np.unique(self.broken_by, return_counts=True)
     outside = np.flatnonzero(self.invalid).tolist()
     return {
-        "n": len(self.clean),
-        "clean": rate(self.clean),
-        "robust": rate(self.robust),
-        "broken_by": dict(zip(names.tolist(), counts.tolist(), strict=True)),
-        "passes": self.passes,
-        "seconds": self.seconds,
-        "checks": {
-            "ball_and_box": {
-                "verdict": "fail" if outside else "pass",
-                "images": outside,
-            }
-        },
+      "n": len(self.clean),
+      "clean": rate(self.clean),
+      "robust": rate(self.robust),
+      "broken_by": dict(zip(names.tolist(), counts.tolist(), strict=True)),
+      "passes": self.passes,
+      "seconds": self.seconds,
+      "checks": {
+        "ball_and_box": {
+          "verdict": "fail" if outside else "pass",
+          "images": outside,
+        }
+      },
     }
 
 
 def run(
-    logits_fn: Callable[..., Any],
-    images: np.ndarray,
-    labels: np.ndarray,
-    attack: attacks.Attack | None,
-    *,
-    params: Any = None,
-    seed: int = 0,
-    batch_size: int = 128,
-    indices: np.ndarray | None = None,
+  logits_fn: Callable[..., Any],
+  images: np.ndarray,
+  labels: np.ndarray,
+  attack: attacks.Attack | None,
+  *,
+  params: Any = None,
+  seed: int = 0,
+  batch_size: int = 128,
+  indices: np.ndarray | None = None,
 ) -> Result:
   """Attacks each image that is classified as labelled, and judges the result.
 
@@ -119,7 +119,8 @@ def run(
   def judge(points, rows):
     outs = []
     for real, (x, y) in _buckets(mesh, batch_size, points, labels[rows]):
-      outs.append([np.asarray(v)[real] for v in _judge(logits_fn, params, x, y)])
+      judged = _judge(logits_fn, params, x, y)
+      outs.append([np.asarray(values)[real] for values in judged])
     if not outs:
       return np.zeros(0, bool), np.zeros(0, np.float32)
     right, margin = zip(*outs, strict=True)
@@ -137,12 +138,12 @@ def run(
     found = images[alive].copy()
     key = keys.stream(keys.root(seed), attack.name)
     jobs = _buckets(
-        mesh,
-        batch_size,
-        images[alive],
-        labels[alive],
-        indices[alive].astype(np.uint32),
-        np.broadcast_to(np.float32(attack.threat.eps), n)[alive],
+      mesh,
+      batch_size,
+      images[alive],
+      labels[alive],
+      indices[alive].astype(np.uint32),
+      np.broadcast_to(np.float32(attack.threat.eps), n)[alive],
     )
     done = 0
     with progress.bar(attack.name, len(alive)) as update:
@@ -165,15 +166,15 @@ def run(
     passes["forward"] += len(alive) * (forward + 1)
     passes["backward"] += len(alive) * backward
   return Result(
-      clean=clean,
-      robust=robust,
-      broken_by=broken_by.astype(str),
-      distance=distance,
-      margin=margin,
-      adv=adv,
-      invalid=invalid,
-      passes=passes,
-      seconds=time.perf_counter() - started,
+    clean=clean,
+    robust=robust,
+    broken_by=broken_by.astype(str),
+    distance=distance,
+    margin=margin,
+    adv=adv,
+    invalid=invalid,
+    passes=passes,
+    seconds=time.perf_counter() - started,
   )
 
 
@@ -187,10 +188,10 @@ def _with_params(logits_fn):
 def _attack(logits_fn, attack, params, key, images, labels, indices, eps):
   threat = dataclasses.replace(attack.threat, eps=eps)
   return dataclasses.replace(attack, threat=threat)(
-      functools.partial(logits_fn, params),
-      images,
-      labels,
-      keys.per_image(key, indices),
+    functools.partial(logits_fn, params),
+    images,
+    labels,
+    keys.per_image(key, indices),
   )
 
 
@@ -225,14 +226,14 @@ def _buckets(mesh, batch_size, *arrays) -> Iterator[tuple[np.ndarray, Any]]:
     size = large if n - start >= large else small
     rows = np.minimum(start + np.arange(size), n - 1)
     yield (
-        np.arange(start, start + size) < n,
-        sharding.put(tuple(a[rows] for a in arrays), mesh),
+      np.arange(start, start + size) < n,
+      sharding.put(tuple(a[rows] for a in arrays), mesh),
     )
     start += size
 
 
 def _measure(
-    threat: ThreatModel, found: np.ndarray, clean: np.ndarray, rows: np.ndarray
+  threat: ThreatModel, found: np.ndarray, clean: np.ndarray, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """Distances in float64, and whether ball or box were left.
 
@@ -246,8 +247,8 @@ def _measure(
   rounding = {"linf": 1.0, "l2": size**0.5, "l1": size}[threat.norm] * 2.0**-24
   eps = np.asarray(threat.eps, np.float64)
   eps = eps[rows] if eps.ndim else eps
-  inside = (adv >= threat.low) & (adv <= threat.high)
-  inside = inside.reshape(len(adv), -1).all(1)
+  valid = (adv >= threat.low) & (adv <= threat.high)
+  inside = valid.reshape(len(adv), -1).all(1)
   return far, ~(inside & (far <= eps * (1 + 1e-6) + rounding))
 
 
@@ -257,19 +258,19 @@ def _check_inputs(logits_fn, params, images, labels, indices, attack):
     raise ValueError(f"expected images [n, h, w, c], got {images.shape}")
   if not np.issubdtype(images.dtype, np.floating):
     raise ValueError(
-        f"expected floating-point images in [0, 1], got {images.dtype};"
-        " divide by 255?"
+      f"expected floating-point images in [0, 1], got {images.dtype};"
+      " divide by 255?"
     )
   low, high = (attack.threat.low, attack.threat.high) if attack else (0, 1)
   if not np.all((images >= low) & (images <= high)):
     raise ValueError(
-        f"expected images in [{low}, {high}], got values in"
-        f" [{images.min()}, {images.max()}]; normalise inside the function"
+      f"expected images in [{low}, {high}], got values in"
+      f" [{images.min()}, {images.max()}]; normalise inside the function"
     )
   for name, values in (("labels", labels), ("indices", indices)):
     if values.shape != (n,) or not np.issubdtype(values.dtype, np.integer):
       raise ValueError(
-          f"expected {name} as {n} integers, got {values.dtype} {values.shape}"
+        f"expected {name} as {n} integers, got {values.dtype} {values.shape}"
       )
   eps = np.asarray(attack.threat.eps) if attack else np.zeros(())
   if eps.shape not in ((), (n,)):
@@ -278,11 +279,11 @@ def _check_inputs(logits_fn, params, images, labels, indices, attack):
   out = jax.eval_shape(functools.partial(_logits, logits_fn), params, piece)
   if getattr(out, "ndim", None) != 2 or out.shape[0] != SMALLEST:
     raise ValueError(
-        f"expected logits [{SMALLEST}, classes] for {SMALLEST} images, got"
-        f" {getattr(out, 'shape', type(out).__name__)}"
+      f"expected logits [{SMALLEST}, classes] for {SMALLEST} images, got"
+      f" {getattr(out, 'shape', type(out).__name__)}"
     )
   if labels.min() < 0 or labels.max() >= out.shape[1]:
     raise ValueError(
-        f"expected labels in [0, {out.shape[1]}), the width of the logits, got"
-        f" {labels.min()} to {labels.max()}"
+      f"expected labels in [0, {out.shape[1]}), the width of the logits, got"
+      f" {labels.min()} to {labels.max()}"
     )

@@ -19,7 +19,7 @@ def root(seed: int) -> Key[Array, ""]:
 
 
 def stream(
-    key: Key[Array, ""], name: str, step: int | Int[Array, ""] = 0
+  key: Key[Array, ""], name: str, step: int | Int[Array, ""] = 0
 ) -> Key[Array, ""]:
   """The key of a named purpose at a step of it."""
   named = jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -27,7 +27,7 @@ def stream(
 
 
 def per_image(
-    key: Key[Array, ""], indices: Int[Array, "b"] | UInt32[Array, "b"]
+  key: Key[Array, ""], indices: Int[Array, "b"] | UInt32[Array, "b"]
 ) -> Keys:
   """One key for each image, from who the image is and from nothing else."""
   return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)

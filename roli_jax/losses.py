@@ -59,7 +59,7 @@ class Objective(Protocol):
   needs_clean: ClassVar[bool]
 
   def __call__(
-      self, *, clean: Logits | None, adv: Logits, labels: Labels
+    self, *, clean: Logits | None, adv: Logits, labels: Labels
   ) -> Float[Array, "b"]: ...
 
 
@@ -72,7 +72,7 @@ class Clean:
   needs_clean: ClassVar[bool] = False
 
   def __call__(
-      self, *, clean: Logits | None, adv: Logits, labels: Labels
+    self, *, clean: Logits | None, adv: Logits, labels: Labels
   ) -> Float[Array, "b"]:
     del clean
     return cross_entropy(adv, labels)
@@ -115,15 +115,15 @@ class Trades:
       raise ValueError(f"beta must be >= 0, got {self.beta}")
 
   def __call__(
-      self, *, clean: Logits | None, adv: Logits, labels: Labels
+    self, *, clean: Logits | None, adv: Logits, labels: Labels
   ) -> Float[Array, "b"]:
     assert clean is not None
     return cross_entropy(clean, labels) + self.beta * kl(adv, clean)
 
 
 OBJECTIVES: dict[str, Any] = {
-    "clean": Clean,
-    "at": At,
-    "half_at": HalfAt,
-    "trades": Trades,
+  "clean": Clean,
+  "at": At,
+  "half_at": HalfAt,
+  "trades": Trades,
 }

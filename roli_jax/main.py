@@ -77,7 +77,7 @@ def _define(argv: list[str], mode: str) -> None:
     raise ValueError(f"--mode={mode} needs --workdir=RUN, or a --config")
   config = workdir.read_config(pathlib.Path(_given(argv, "workdir")))
   config_flags.DEFINE_config_dict(
-      "config", _overridable(config), lock_config=True
+    "config", _overridable(config), lock_config=True
   )
 
 
@@ -102,8 +102,10 @@ def _parse(argv: list[str]) -> list[str]:
     if not _given(argv, "config"):
       sys.exit(0)
   try:
+    argv = [_lengthen(word, mode) for word in argv]
+    sys.argv[:] = argv  # config_flags looks for a config's fields there
     _define(argv, mode)
-    rest = flags.FLAGS([_lengthen(word, mode) for word in argv])
+    rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise ValueError(f"unexpected arguments: {' '.join(rest[1:])}")
     config = flags.FLAGS.config
@@ -117,6 +119,9 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _said(error: Exception) -> str:
   """An error's message; of a traceback within, what was raised."""
+  if isinstance(error, KeyError | AttributeError):  # a field that isn't there
+    text = str(error.args[0]).replace("\\n", " ").replace("\n", " ")
+    return "no such field: " + text.replace("\\", "").strip("'\"")
   text = str(error).strip() or type(error).__name__
   if "Traceback" in text:
     text = text.splitlines()[-1].partition(": ")[2]
@@ -186,7 +191,7 @@ def _is_ours(error: Exception) -> bool:
   """Whether roli_jax itself raised it: then it is meant for the user."""
   *_, last = traceback.extract_tb(error.__traceback__)
   return pathlib.Path(last.filename).parent.is_relative_to(
-      pathlib.Path(__file__).parent
+    pathlib.Path(__file__).parent
   )
 
 

@@ -35,7 +35,7 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def t_interval(
-    values: Sequence[float], level: float = 0.95
+  values: Sequence[float], level: float = 0.95
 ) -> tuple[float, float, float]:
   """The mean, and Student's interval for it with len(values) - 1 degrees.
 

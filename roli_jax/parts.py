@@ -13,18 +13,18 @@ import jax
 import optax
 
 from roli_jax import (
-    attacks,
-    convert,
-    data,
-    keys,
-    losses,
-    models,
-    optim,
-    peft,
-    sharding,
-    specs,
-    state,
-    step,
+  attacks,
+  convert,
+  data,
+  keys,
+  losses,
+  models,
+  optim,
+  peft,
+  sharding,
+  specs,
+  state,
+  step,
 )
 from roli_jax.metrics import Counts
 from roli_jax.optim import schedules
@@ -66,11 +66,10 @@ class Parts:
     self.config = config
     self.mesh = sharding.mesh()
     self.threat = ThreatModel(
-        config["threat"]["norm"], eps=specs.number(config["threat"]["eps"])
+      config["threat"]["norm"], eps=specs.number(config["threat"]["eps"])
     )
     self.data = {
-        split: data.build(config["data"]["name"], split)
-        for split in data.SPLITS
+      split: data.build(config["data"]["name"], split) for split in data.SPLITS
     }
     self._bundle = functools.cache(self._load)
     self._init = functools.cache(lambda model: jax.jit(model.init))
@@ -80,14 +79,14 @@ class Parts:
     """Raises the ValueError that a run of these stages would end in."""
     for kind in ("attack", "val_attack", "eval_attack"):
       self.attack(kind)
-    model = models.MODELS[self._backbone()]
-    channels = self.data["train"].images.shape[-1]
-    if channels != model.channels:
-      raise ValueError(
-          f"{self._backbone()} wants images of {model.channels} channels,"
-          f" {self.config['data']['name']} has {channels}"
-      )
+    have = self.data["train"].images.shape[-1]
     for stage in stages:
+      want = self.model(stage).channels
+      if have != want:
+        raise ValueError(
+          f"{self.config['backbone']['name']} wants images of {want} channels,"
+          f" {self.config['data']['name']} has {have}"
+        )
       self.program(stage)
       self.train_data(stage)
 
@@ -112,14 +111,14 @@ class Parts:
     """The stage's model; equal for all heads, so that they share programs."""
     classes = self.data["train"].num_classes
     if stage.name == "pretrain":
-      return models.create(self._backbone(), classes)
+      return models.create(self.config["backbone"]["name"], classes)
     return convert.with_classes(self._bundle(stage.weights).model, classes)
 
   def initial(self, stage: Stage) -> Variables:
     """The pretrained backbone under a random head, or all of it random."""
     model = self.model(stage)
     model = convert.with_classes(
-        model, model.num_classes, head_init=stage.head_init
+      model, model.num_classes, head_init=stage.head_init
     )
     params, stats = self._init(model)(keys.root(stage.seed))
     if stage.name != "pretrain":
@@ -131,27 +130,29 @@ class Parts:
   def program(self, stage: Stage) -> Program:
     """The compiled step of the stage's kind, with what belongs to it."""
     return self._program(
-        stage.name, stage.method, stage.loss, stage.num_steps, self.model(stage)
+      stage.name, stage.method, stage.loss, stage.num_steps, self.model(stage)
     )
 
   def like(self, stage: Stage) -> state.TrainState:
     """The shapes of the stage's state, on every device."""
     program = self.program(stage)
     shapes = jax.eval_shape(
-        lambda key: state.create(
-            *self.model(stage).init(key), program.method, program.tx
-        ),
-        keys.root(0),
+      lambda key: state.create(
+        *self.model(stage).init(key), program.method, program.tx
+      ),
+      keys.root(0),
     )
     return sharding.shaped(shapes, self.mesh)
 
-  def _backbone(self):
-    name = self.config["backbone"]["name"]
-    specs.choose(models.MODELS, name, "model")
-    return name
-
   def _load(self, weights):
-    return convert.load(convert.find(self._backbone(), weights))
+    backbone = self.config["backbone"]
+    file = convert.find(backbone["name"], weights, hint=backbone["get"])
+    bundle = convert.load(file)
+    if bundle.model.name != backbone["name"]:
+      raise ValueError(
+        f"{file} is a {bundle.model.name}, not a {backbone['name']}"
+      )
+    return bundle
 
   def _make_program(self, name, method_name, loss, num_steps, model):
     section = self.config[name]
@@ -164,30 +165,26 @@ class Parts:
       attack = dataclasses.replace(attack, loss="kl")
     _check_section(name, section, objective, self.mesh)
     params, _ = jax.eval_shape(model.init, keys.root(0))
-    labels = jax.tree.map(
-        lambda group: None if group == peft.FROZEN else group,
-        method.labels(params),
-    )
     tx = optim.build(
-        section["optim"],
-        labels,
-        schedules.warmup(num_steps, **section["schedule"]),
+      section["optim"],
+      method.labels(params),
+      schedules.warmup(num_steps, **section["schedule"]),
     )
     train_step = step.make_train_step(
-        model,
-        method,
-        objective,
-        attack,
-        schedules.ramp(num_steps, **section["radius"]),
-        tx,
-        self.data["train"].white,
+      model,
+      method,
+      objective,
+      attack,
+      schedules.ramp(num_steps, **section["radius"]),
+      tx,
+      self.data["train"].white,
     )
     everywhere = sharding.replicated(self.mesh)
     jitted = jax.jit(
-        train_step,
-        in_shardings=(everywhere, sharding.split(self.mesh), everywhere),
-        out_shardings=everywhere,
-        donate_argnums=0,
+      train_step,
+      in_shardings=(everywhere, sharding.split(self.mesh), everywhere),
+      out_shardings=everywhere,
+      donate_argnums=0,
     )
     return Program(method, objective, tx, jitted)
 
@@ -199,6 +196,6 @@ def _check_section(name, section, objective, mesh):
   sharding.check_batch(section["batch_size"], mesh)
   if objective.adversarial == 0.5 and section["batch_size"] % (2 * mesh.size):
     raise ValueError(
-        "half_at needs an even number of images on each device, got"
-        f" {name}.batch_size={section['batch_size']} for {mesh.size} devices"
+      "half_at needs an even number of images on each device, got"
+      f" {name}.batch_size={section['batch_size']} for {mesh.size} devices"
     )

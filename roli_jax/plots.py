@@ -15,15 +15,15 @@ Row = dict[str, Any]
 
 # Of a group: linear, RanLI, RoLI, std; the same colour in every figure.
 _COLOURS = {
-    "linear": "#777777",
-    "ranli": "#d1495b",
-    "roli": "#00798c",
-    "std": "#edae49",
+  "linear": "#777777",
+  "ranli": "#d1495b",
+  "roli": "#00798c",
+  "std": "#edae49",
 }
 
 
 def write(
-    rows: Sequence[Row], log: Sequence[Row], folder: pathlib.Path
+  rows: Sequence[Row], log: Sequence[Row], folder: pathlib.Path
 ) -> list[pathlib.Path]:
   """Draws what the rows allow, each figure as a PNG.
 
@@ -38,10 +38,10 @@ def write(
   folder.mkdir(exist_ok=True)
   examples = folder / "examples.npz"
   figures = {
-      "accuracy": lambda: _bars(rows),
-      "curve": lambda: _curve(rows),
-      "examples": lambda: _examples(examples) if examples.exists() else None,
-      "training": lambda: _training(rows, log),
+    "accuracy": lambda: _bars(rows),
+    "curve": lambda: _curve(rows),
+    "examples": lambda: _examples(examples) if examples.exists() else None,
+    "training": lambda: _training(rows, log),
   }
   written = []
   for name, draw in figures.items():
@@ -82,11 +82,11 @@ def _bars(rows):
   backbones = collections.Counter(group.weights for group in groups)
   figure = _figure(2 + 1.3 * len(groups), 4.4)
   axes = figure.subplots(
-      1,
-      len(backbones),
-      sharey=True,
-      squeeze=False,
-      width_ratios=list(backbones.values()),
+    1,
+    len(backbones),
+    sharey=True,
+    squeeze=False,
+    width_ratios=list(backbones.values()),
   )[0]
   for axis, backbone in zip(axes, backbones, strict=True):
     own = [group for group in groups if group.weights == backbone]
@@ -95,13 +95,13 @@ def _bars(rows):
         values = report.by_seed(groups[group], kind).values()
         mean, low, _ = metrics.t_interval([100 * value for value in values])
         axis.bar(
-            x + side,
-            mean,
-            width=0.38,
-            yerr=mean - low if len(values) > 1 else 0,
-            capsize=3,
-            color=_colour(group),
-            alpha=alpha,
+          x + side,
+          mean,
+          width=0.38,
+          yerr=mean - low if len(values) > 1 else 0,
+          capsize=3,
+          color=_colour(group),
+          alpha=alpha,
         )
         axis.text(x + side, 2, f"{mean:.1f}", ha="center", fontsize=8)
     labels = [_label(group, groups) for group in own]
@@ -110,8 +110,8 @@ def _bars(rows):
     axis.set_ylim(0, 100)
   axes[0].set_ylabel("test accuracy, %")
   figure.suptitle(
-      f"pale: clean; full: {attack.name}; whiskers: 95% t interval over seeds",
-      fontsize=9,
+    f"pale: clean; full: {attack.name}; whiskers: 95% t interval over seeds",
+    fontsize=9,
   )
   return figure
 
@@ -132,23 +132,23 @@ def _curve(rows):
   axis = figure.subplots()
   for group, own in curves.items():
     points = {
-        row["eps"] or 0.0: 100 * row["value"]
-        for row in own
-        if row["attack"] in ("none", main.attack)
+      row["eps"] or 0.0: 100 * row["value"]
+      for row in own
+      if row["attack"] in ("none", main.attack)
     }
     axis.plot(
-        sorted(points),
-        [points[eps] for eps in sorted(points)],
-        "o-",
-        color=_colour(group),
-        label=f"{group.name}, {group.weights} backbone, seed {own[0]['seed']}",
+      sorted(points),
+      [points[eps] for eps in sorted(points)],
+      "o-",
+      color=_colour(group),
+      label=f"{group.name}, {group.weights} backbone, seed {own[0]['seed']}",
     )
   axis.axvline(main.eps, color="black", linewidth=0.8, linestyle=":")
   axis.annotate("training radius", (main.eps, 2), fontsize=8)
   axis.set(
-      xlabel=f"eps ({main.norm})",
-      ylabel=f"test accuracy under {main.recipe}, %",
-      ylim=(0, 100),
+    xlabel=f"eps ({main.norm})",
+    ylabel=f"test accuracy under {main.recipe}, %",
+    ylim=(0, 100),
   )
   axis.legend(fontsize=8)
   return figure
@@ -160,24 +160,24 @@ def _training(rows, log):
   figure = _figure(9, 3.8)
   axes = figure.subplots(1, 2)
   for axis, split, metric in (
-      (axes[0], "train", "loss"),
-      (axes[1], "val", "accuracy"),
+    (axes[0], "train", "loss"),
+    (axes[1], "val", "accuracy"),
   ):
     curves = collections.defaultdict(lambda: collections.defaultdict(list))
     for row in record.where(log, split=split, metric=metric):
       group = groups.get(row["cell"])
       if group and (split == "train" or row["attack"] != "none"):
         group = dataclasses.replace(
-            group, stage=row["stage"], steps=row["steps"], lr=row["lr"]
+          group, stage=row["stage"], steps=row["steps"], lr=row["lr"]
         )
         curves[group][row["step"]].append(row["value"])
     for group, points in curves.items():
       axis.plot(
-          list(points),
-          [statistics.mean(values) for values in points.values()],
-          "-" if group.weights == "robust" else "--",
-          color=_colour(group),
-          label=f"{_label(group, curves)}, {group.weights}".replace("\n", ", "),
+        list(points),
+        [statistics.mean(values) for values in points.values()],
+        "-" if group.weights == "robust" else "--",
+        color=_colour(group),
+        label=f"{_label(group, curves)}, {group.weights}".replace("\n", ", "),
       )
     axis.set(xlabel="step", ylabel=f"{_SPLITS[split]} {metric}")
   if not axes[0].lines:
@@ -197,19 +197,19 @@ def _examples(file):
   figure = _figure(1.1 * len(clean) + 1, 4.2)
   axes = figure.subplots(3, len(clean), squeeze=False)
   added = (adv - clean) / (2 * eps) + 0.5  # grey: nothing
-  kinds = (("clean", clean), (f"change (±{eps:g})", added), ("adversarial", adv))
-  for line, (name, images) in zip(axes, kinds, strict=True):
+  kinds = {"clean": clean, f"change (±{eps:g})": added, "adversarial": adv}
+  for line, (name, images) in zip(axes, kinds.items(), strict=True):
     for axis, image in zip(line, images, strict=True):
       axis.imshow(np.clip(image, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
       axis.set(xticks=[], yticks=[])
     line[0].set_ylabel(name)
-  for line, said in ((axes[0], shown["clean_said"]), (axes[2], shown["adv_said"])):
-    for axis, label, guess in zip(line, labels, said, strict=True):
+  for line, said in ((axes[0], "clean_said"), (axes[2], "adv_said")):
+    for axis, label, guess in zip(line, labels, shown[said], strict=True):
       right = label == guess
       axis.set_title(
-          f"{guess}" if right else f"{guess} (is {label})",
-          color="black" if right else "#d1495b",
-          fontsize=9,
+        f"{guess}" if right else f"{guess} (is {label})",
+        color="black" if right else "#d1495b",
+        fontsize=9,
       )
   figure.suptitle(f"{shown['cell']}: what the model says", fontsize=9)
   return figure

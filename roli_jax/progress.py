@@ -23,17 +23,17 @@ def bar(description: str, total: int, start: int = 0) -> Iterator[Update]:
   from rich import progress
 
   columns = (
-      progress.TextColumn("{task.description}"),
-      progress.BarColumn(bar_width=24),
-      progress.MofNCompleteColumn(),
-      progress.TextColumn("{task.fields[said]}"),
-      progress.TimeRemainingColumn(),
+    progress.TextColumn("{task.description}"),
+    progress.BarColumn(bar_width=24),
+    progress.MofNCompleteColumn(),
+    progress.TextColumn("{task.fields[said]}"),
+    progress.TimeRemainingColumn(),
   )
   with progress.Progress(
-      *columns,
-      console=rich.console.Console(stderr=True),
-      transient=True,
-      disable=not sys.stderr.isatty(),
+    *columns,
+    console=rich.console.Console(stderr=True),
+    transient=True,
+    disable=not sys.stderr.isatty(),
   ) as shown:
     task = shown.add_task(description, total=total, completed=start, said="")
 

@@ -25,10 +25,10 @@ class Record:
   """
 
   def __init__(
-      self,
-      path: pathlib.Path,
-      fields: tuple[str, ...] = FIELDS,
-      said: frozenset[str] = SAID,
+    self,
+    path: pathlib.Path,
+    fields: tuple[str, ...] = FIELDS,
+    said: frozenset[str] = SAID,
   ):
     self.path = path
     self._fields = fields

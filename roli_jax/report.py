@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import pathlib
 import statistics
 import sys
@@ -13,8 +14,8 @@ from roli_jax import metrics, record
 Row = dict[str, Any]
 
 _CAVEAT = (
-    "All seeds share one pair of pretrained backbones: what is concluded here"
-    " holds for that pair."
+  "All seeds share one pair of pretrained backbones: what is concluded here"
+  " holds for that pair."
 )
 
 
@@ -31,16 +32,16 @@ class Table:
 
   title: str
   header: tuple[str, ...]
-  rows: list[tuple[str, ...]]
+  rows: Sequence[tuple[str, ...]]
   note: str = ""
 
   def markdown(self) -> str:
     lines = [
-        f"## {self.title}",
-        "",
-        "| " + " | ".join(self.header) + " |",
-        "|" + " --- |" * len(self.header),
-        *("| " + " | ".join(row) + " |" for row in self.rows),
+      f"## {self.title}",
+      "",
+      "| " + " | ".join(self.header) + " |",
+      "|" + " --- |" * len(self.header),
+      *("| " + " | ".join(row) + " |" for row in self.rows),
     ]
     return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
 
@@ -85,14 +86,14 @@ def accuracies(rows: Sequence[Row]) -> Table:
   lines = []
   for group, own in by_group(tests).items():
     cells = [
-        group.weights,
-        group.name,
-        str(group.train_size),
-        str(group.steps),
-        f"{group.lr:g}",
-        str(len({row["seed"] for row in own})),
-        _spread(by_seed(own, CLEAN).values()),
-        *(_spread(by_seed(own, attack).values()) for attack in shown),
+      group.weights,
+      group.name,
+      str(group.train_size),
+      str(group.steps),
+      f"{group.lr:g}",
+      str(len({row["seed"] for row in own})),
+      _spread(by_seed(own, CLEAN).values()),
+      *(_spread(by_seed(own, attack).values()) for attack in shown),
     ]
     lines.append(tuple(cells))
   return Table(
@@ -117,15 +118,14 @@ def differences(rows: Sequence[Row]) -> Table:
         continue
       each = [100 * (a[seed] - b[seed]) for seed in seeds]
       mean, low, high = metrics.t_interval(each)
-      verdict = "higher" if low > 0 else "lower" if high < 0 else "not separated"
-      verdict = verdict if len(seeds) > 1 else "one seed"
       same = ours.weights == theirs.weights
       pair = (
-          f"{ours.name} − {_apart(ours, theirs)}"
-          if same
-          else f"{ours.name}: {ours.weights} − {theirs.weights}"
+        f"{ours.name} − {_apart(ours, theirs)}"
+        if same
+        else f"{ours.name}: {ours.weights} − {theirs.weights}"
       )
-      lines.append((
+      lines.append(
+        (
           ours.weights if same else "both",
           str(ours.train_size),
           pair,
@@ -133,15 +133,22 @@ def differences(rows: Sequence[Row]) -> Table:
           f"{mean:+.1f}",
           f"[{low:+.1f}, {high:+.1f}]" if len(seeds) > 1 else "",
           " ".join(f"{value:+.1f}" for value in each),
-          verdict,
-      ))
+          _verdict(low, high),
+        )
+      )
   header = ("backbone", "images", "difference", "accuracy", "mean",
             "95% interval", "each seed", "verdict")  # fmt: skip
   note = (
-      "In points, paired by seed; Student's interval with seeds - 1 degrees of"
-      " freedom, not corrected for the number of comparisons. " + _CAVEAT
+    "In points, paired by seed; Student's interval with seeds - 1 degrees of"
+    " freedom, not corrected for the number of comparisons. " + _CAVEAT
   )
   return Table("Paired differences", header, lines, note)
+
+
+def _verdict(low: float, high: float) -> str:
+  if math.isinf(low):
+    return "one seed"
+  return "higher" if low > 0 else "lower" if high < 0 else "not separated"
 
 
 def _pairs(groups: list["Group"]) -> Iterator[tuple["Group", "Group"]]:
@@ -152,7 +159,9 @@ def _pairs(groups: list["Group"]) -> Iterator[tuple["Group", "Group"]]:
       if (theirs.weights, theirs.train_size) == setting:
         is_roli = (ours.method, ours.init) == ("full", "roli")
         is_probe = (ours.stage, ours.init) == ("probe", "roli")
-        if (is_roli and theirs != ours) or (is_probe and theirs.init == "ranli"):
+        if is_roli and theirs != ours:
+          yield ours, theirs
+        if is_probe and theirs.init == "ranli":
           yield ours, theirs
       elif (ours.weights, theirs.weights) == ("robust", "standard"):
         mine = dataclasses.replace(ours, weights="", lr=0.0)
@@ -182,8 +191,8 @@ def curves(rows: Sequence[Row]) -> Table:
       values = [by_seed(own, CLEAN), *seeds]
       cells = [_percent(v[seed]) if seed in v else "" for v in values]
       lines.append((group.weights, group.name, str(seed), *cells))
-  header = ("backbone", "method", "seed", "0")
-  header += tuple(f"{attack.eps:g}" for attack in columns)
+  radii = (f"{attack.eps:g}" for attack in columns)
+  header = ("backbone", "method", "seed", "0", *radii)
   name = columns[0].recipe if columns else ""
   return Table(f"Test accuracy in percent against eps, {name}", header, lines)
 
@@ -191,30 +200,31 @@ def curves(rows: Sequence[Row]) -> Table:
 def grid(rows: Sequence[Row]) -> Table:
   """Validation accuracy at each learning rate, where there are several."""
   vals = [row for row in rows if row["split"] == "val"]
-  rates = collections.defaultdict(dict)
+  rates: dict[Group, dict[float, list[float]]] = {}
   for group, own in by_group(vals).items():
     attack = CLEAN if (group.stage, group.init) == ("probe", "std") else None
     values = by_seed(own, attack or attacks(vals)[0]).values()
-    rates[dataclasses.replace(group, lr=0.0)][group.lr] = list(values)
+    same = dataclasses.replace(group, lr=0.0)
+    rates.setdefault(same, {})[group.lr] = list(values)
   lines = []
   for group, of in rates.items():
     if len(of) > 1:
       best = max(of, key=lambda lr: statistics.mean(of[lr]))
       cells = [
-          f"{lr:g}: {_percent(statistics.mean(values))}"
-          + (" (chosen)" if lr == best else "")
-          for lr, values in sorted(of.items())
+        f"{lr:g}: {_percent(statistics.mean(values))}"
+        + (" (chosen)" if lr == best else "")
+        for lr, values in sorted(of.items())
       ]
       lines.append((
           group.weights, group.name, str(group.train_size), str(group.steps),
           str(len(of[best])), "; ".join(cells),
       ))  # fmt: skip
   return Table(
-      "Learning rates: mean validation accuracy in percent",
-      ("backbone", "method", "images", "steps", "seeds", "rate: accuracy"),
-      lines,
-      "Under attack, but for the clean probe (std), which is chosen by clean"
-      " accuracy. Of equal rates the smallest is chosen.",
+    "Learning rates: mean validation accuracy in percent",
+    ("backbone", "method", "images", "steps", "seeds", "rate: accuracy"),
+    lines,
+    "Under attack, but for the clean probe (std), which is chosen by clean"
+    " accuracy. Of equal rates the smallest is chosen.",
   )
 
 
@@ -300,7 +310,7 @@ def write(path: pathlib.Path) -> list[Table]:
     raise ValueError(f"there are no rows in {path / 'results.jsonl'}")
   made = tables(rows)
   figures = plots.write(
-      rows, record.read(path / "training.jsonl"), path / "figures"
+    rows, record.read(path / "training.jsonl"), path / "figures"
   )
   parts = [f"# {path.name}", "", *(table.markdown() for table in made)]
   parts += [f"![{f.stem}](figures/{f.name})\n" for f in figures]

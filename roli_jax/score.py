@@ -8,13 +8,13 @@ import jax
 import numpy as np
 
 from roli_jax import (
-    attacks,
-    data,
-    evaluate,
-    keys,
-    models,
-    record,
-    step,
+  attacks,
+  data,
+  evaluate,
+  keys,
+  models,
+  record,
+  step,
 )
 from roli_jax.parts import Parts, Variables
 from roli_jax.table import Stage
@@ -23,29 +23,29 @@ CLEAN: dict[str, Any] = {"attack": "none"}
 
 
 def measure(
-    parts: Parts,
-    model: models.Model,
-    variables: Variables,
-    seed: int,
-    split: str,
-    attack: attacks.Attack,
+  parts: Parts,
+  model: models.Model,
+  variables: Variables,
+  seed: int,
+  split: str,
+  attack: attacks.Attack,
 ) -> evaluate.Result:
   """One attack on one split of the run's data."""
   source: data.Source = parts.data[split]
   return evaluate.run(
-      step.make_predict(model),
-      source.pixels(),
-      source.labels,
-      attack,
-      params=variables,
-      seed=seed,
-      batch_size=parts.config["eval_batch_size"],
-      indices=source.indices,
+    step.make_predict(model),
+    source.pixels(),
+    source.labels,
+    attack,
+    params=variables,
+    seed=seed,
+    batch_size=parts.config["eval_batch_size"],
+    indices=source.indices,
   )
 
 
 def examples(
-    parts: Parts, stage: Stage, variables: Variables
+  parts: Parts, stage: Stage, variables: Variables
 ) -> dict[str, Any]:
   """One test image of each class (ten at most), attacked, for a picture.
 
@@ -70,13 +70,13 @@ def examples(
 
   adv, clean_said, adv_said = look(few.pixels(), few.labels, few.indices)
   return {
-      "cell": stage.cell,
-      "eps": attack.threat.eps,
-      "images": few.pixels(),
-      "labels": few.labels,
-      "adv": np.asarray(adv),
-      "clean_said": np.asarray(clean_said),
-      "adv_said": np.asarray(adv_said),
+    "cell": stage.cell,
+    "eps": attack.threat.eps,
+    "images": few.pixels(),
+    "labels": few.labels,
+    "adv": np.asarray(adv),
+    "clean_said": np.asarray(clean_said),
+    "adv_said": np.asarray(adv_said),
   }
 
 
@@ -89,31 +89,31 @@ def tests(parts: Parts, stage: Stage) -> Iterator[attacks.Attack]:
 
 
 def rows(
-    parts: Parts, stage: Stage, split: str, attack: attacks.Attack
+  parts: Parts, stage: Stage, split: str, attack: attacks.Attack
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """What the clean and the adversarial row of a measurement are about."""
   about = {
-      "cell": stage.cell,
-      "stage": stage.name,
-      "init": stage.init,
-      "head_init": stage.head_init,
-      "method": stage.method,
-      "backbone": parts.config["backbone"]["name"],
-      "weights": stage.weights,
-      "data": parts.config["data"]["name"],
-      "train_size": stage.train_size,
-      "lr": stage.lr,
-      "steps": stage.num_steps,
-      "split": split,
-      "metric": "accuracy",
-      "seed": stage.seed,
+    "cell": stage.cell,
+    "stage": stage.name,
+    "init": stage.init,
+    "head_init": stage.head_init,
+    "method": stage.method,
+    "backbone": parts.config["backbone"]["name"],
+    "weights": stage.weights,
+    "data": parts.config["data"]["name"],
+    "train_size": stage.train_size,
+    "lr": stage.lr,
+    "steps": stage.num_steps,
+    "split": split,
+    "metric": "accuracy",
+    "seed": stage.seed,
   }
   attacked = {
-      "attack": attack.name,
-      "attack_steps": attack.num_steps,
-      "restarts": attack.num_restarts,
-      "norm": attack.threat.norm,
-      "eps": float(attack.threat.eps),
+    "attack": attack.name,
+    "attack_steps": attack.num_steps,
+    "restarts": attack.num_restarts,
+    "norm": attack.threat.norm,
+    "eps": float(attack.threat.eps),
   }
   return {**about, **CLEAN}, {**about, **attacked}
 
@@ -127,7 +127,7 @@ def is_done(parts: Parts, stage: Stage, results: record.Record) -> bool:
 
 
 def add_validation(
-    parts: Parts, stage: Stage, results: record.Record, meta: Mapping[str, Any]
+  parts: Parts, stage: Stage, results: record.Record, meta: Mapping[str, Any]
 ) -> None:
   """The rows of the best checkpoint's validation, as it was when selected.
 
@@ -140,22 +140,24 @@ def add_validation(
   best = max(meta["history"], key=lambda entry: entry[selected_by(stage)])
   about = rows(parts, stage, "val", parts.attack("val_attack"))
   for row, value in zip(about, (best["clean"], best["robust"]), strict=True):
-    results.add({
+    results.add(
+      {
         **row,
         "run": results.path.parent.name,
         "value": value,
         "n": len(parts.data["val"]),
         "seconds": meta["seconds"],
-    })
+      }
+    )
 
 
 def add_tests(
-    parts: Parts,
-    stage: Stage,
-    results: record.Record,
-    model: models.Model,
-    variables: Variables,
-    chosen: Iterable[attacks.Attack],
+  parts: Parts,
+  stage: Stage,
+  results: record.Record,
+  model: models.Model,
+  variables: Variables,
+  chosen: Iterable[attacks.Attack],
 ) -> None:
   """The rows of these attacks on the test split, those that are missing."""
   for attack in chosen:
@@ -164,13 +166,15 @@ def add_tests(
       continue
     result = measure(parts, model, variables, stage.seed, "test", attack)
     for row, flags in zip(about, (result.clean, result.robust), strict=True):
-      results.add({
+      results.add(
+        {
           **row,
           "run": results.path.parent.name,
           "value": float(flags.mean()),
           "n": len(flags),
           "seconds": result.seconds,
-      })
+        }
+      )
 
 
 def selected_by(stage: Stage) -> str:

@@ -30,17 +30,15 @@ def replicate(tree: Any, over: Mesh) -> Any:
 def shaped(shapes: Any, over: Mesh) -> Any:
   """The shapes as those of arrays that are on every device of the mesh."""
   return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-          x.shape, x.dtype, sharding=replicated(over)
-      ),
-      shapes,
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(over)),
+    shapes,
   )
 
 
 def put(batch: Any, over: Mesh) -> Any:
   """This process's part of a batch, as its share of the global arrays."""
   return jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(split(over), x), batch
+    lambda x: jax.make_array_from_process_local_data(split(over), x), batch
   )
 
 
@@ -48,6 +46,6 @@ def check_batch(batch_size: int, over: Mesh) -> None:
   """Raises a ValueError unless the devices divide the batch."""
   if batch_size < 1 or batch_size % over.size:
     raise ValueError(
-        f"batch_size must be a multiple of the {over.size} devices,"
-        f" got {batch_size}"
+      f"batch_size must be a multiple of the {over.size} devices,"
+      f" got {batch_size}"
     )

@@ -28,10 +28,10 @@ def _hint(name: str, known: Iterable[str]) -> str:
 
 
 def build(
-    registry: Mapping[str, Callable[..., T]],
-    spec: Mapping[str, Any],
-    what: str,
-    **given: Any,
+  registry: Mapping[str, Callable[..., T]],
+  spec: Mapping[str, Any],
+  what: str,
+  **given: Any,
 ) -> T:
   """Calls what `spec["name"]` names with the rest of the spec as keywords.
 
@@ -50,14 +50,16 @@ def build(
   for field in fields:
     if field not in takes:
       raise ValueError(
-          f"{what} {spec['name']!r} takes no"
-          f" {field!r}{_hint(field, set(takes) - set(given))}"
+        f"{what} {spec['name']!r} takes no"
+        f" {field!r}{_hint(field, set(takes) - set(given))}"
       )
   return make(**given, **fields)
 
 
 def taken(
-    registry: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], what: str
+  registry: Mapping[str, Callable[..., Any]],
+  spec: Mapping[str, Any],
+  what: str,
 ) -> dict[str, Any]:
   """The spec without what its name does not take.
 
@@ -96,4 +98,3 @@ def number(text: str | float, eps: float | None = None) -> float:
   if not math.isfinite(value):
     raise ValueError(f"expected a finite number, got {text!r}")
   return value
-

@@ -29,10 +29,10 @@ class TrainState:
 
 
 def create(
-    params: Params,
-    stats: PyTree,
-    method: Method,
-    tx: optax.GradientTransformation,
+  params: Params,
+  stats: PyTree,
+  method: Method,
+  tx: optax.GradientTransformation,
 ) -> TrainState:
   """The state before a stage's first step.
 
@@ -42,8 +42,8 @@ def create(
   params, stats = jax.tree.map(jnp.copy, (params, stats))
   trained, _ = trees.split(params, method.trains(params))
   return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      stats=stats,
-      opt_state=tx.init(trained),
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    stats=stats,
+    opt_state=tx.init(trained),
   )

@@ -30,13 +30,13 @@ def make_predict(model: Model) -> Callable[[Any, Images], Logits]:
 
 
 def make_train_step(
-    model: Model,
-    method: Method,
-    objective: losses.Objective,
-    attack: attacks.Attack,
-    radius: Schedule,
-    tx: optax.GradientTransformation,
-    white: int = 255,
+  model: Model,
+  method: Method,
+  objective: losses.Objective,
+  attack: attacks.Attack,
+  radius: Schedule,
+  tx: optax.GradientTransformation,
+  white: int = 255,
 ) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Counts]]:
   """A step of adversarial training.
 
@@ -64,7 +64,7 @@ def make_train_step(
     labels = batch["label"]
     scaled = attack.scaled(radius(state.step))
     image_keys = keys.per_image(
-        keys.stream(key, "attack", state.step), batch["index"]
+      keys.stream(key, "attack", state.step), batch["index"]
     )
 
     def logits_fn(x):
@@ -92,9 +92,7 @@ def make_train_step(
       params = trees.merge(trained, frozen)
 
       def forward(x, stats):
-        return model(
-            params, stats, x, train=method.train_mode, key=dropout
-        )
+        return model(params, stats, x, train=method.train_mode, key=dropout)
 
       logits, stats = forward(adv, state.stats)
       clean_logits = None
@@ -102,9 +100,9 @@ def make_train_step(
         clean_logits, stats = forward(clean, stats)
       values = objective(clean=clean_logits, adv=logits, labels=labels)
       counts = Counts(
-          loss=values.sum(),
-          correct=losses.correct(logits, labels).sum(),
-          seen=jnp.asarray(len(labels)),
+        loss=values.sum(),
+        correct=losses.correct(logits, labels).sum(),
+        seen=jnp.asarray(len(labels)),
       )
       return values.mean(), (counts, stats)
 
@@ -112,10 +110,10 @@ def make_train_step(
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
     state = TrainState(
-        step=state.step + 1,
-        params=trees.merge(trained, frozen),
-        stats=stats,
-        opt_state=opt_state,
+      step=state.step + 1,
+      params=trees.merge(trained, frozen),
+      stats=stats,
+      opt_state=opt_state,
     )
     return state, counts
 

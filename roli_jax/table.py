@@ -64,13 +64,13 @@ class Stage:
 def _cell(about: Mapping[str, Any]) -> str:
   head_init = about["head_init"]
   parts = (
-      # A path's slashes would make directories of it.
-      re.sub(r"[^\w.]+", "_", about["weights"]),
-      about["method"],
-      about["init"],
-      *([head_init] if head_init != "kaiming_fan_out" else []),
-      f"n{about['train_size']}",
-      f"seed{about['seed']}",
+    # A path's slashes would make directories of it.
+    re.sub(r"[^\w.]+", "_", about["weights"]),
+    about["method"],
+    about["init"],
+    *([head_init] if head_init != "kaiming_fan_out" else []),
+    f"n{about['train_size']}",
+    f"seed{about['seed']}",
   )
   return "-".join(parts)
 
@@ -94,7 +94,7 @@ def expand(config: Mapping[str, Any]) -> list[Stage]:
 
 
 def _stages(
-    config: Mapping[str, Any], cell: Mapping[str, Any], seed: int, first: bool
+  config: Mapping[str, Any], cell: Mapping[str, Any], seed: int, first: bool
 ) -> Iterator[Stage]:
   """The stages of one seed of a cell."""
   if "pretrain" in config:
@@ -122,11 +122,11 @@ def _stages(
 
 def _about(config, cell, seed, **fields):
   return {
-      "weights": cell.get("weights", config["backbone"]["weights"]),
-      "head_init": cell.get("head_init", config["head_init"]),
-      "train_size": cell.get("train_size", config["data"]["train_size"]),
-      "seed": seed,
-      **fields,
+    "weights": cell.get("weights", config["backbone"]["weights"]),
+    "head_init": cell.get("head_init", config["head_init"]),
+    "train_size": cell.get("train_size", config["data"]["train_size"]),
+    "seed": seed,
+    **fields,
   }
 
 
@@ -138,13 +138,13 @@ def _at_rates(config, name, about, cell) -> Iterator[Stage]:
     num_steps += config["probe"]["num_steps"]
   loss = cell.get("loss", section["loss"]["name"])
   rates = cell.get("rates") or (
-      section["lr"] or _chosen(config["rates"], name, about, num_steps),
+    section["lr"] or _chosen(config["rates"], name, about, num_steps),
   )
   for lr in rates:
     if not lr > 0:
       raise ValueError(f"learning rates must be > 0, got {lr}")
     yield Stage(
-        name=name, num_steps=num_steps, lr=lr, **{"loss": loss, **about}
+      name=name, num_steps=num_steps, lr=lr, **{"loss": loss, **about}
     )
 
 
@@ -155,6 +155,6 @@ def _chosen(rates, name, about, num_steps) -> float:
     if re.fullmatch(pattern, said):
       return rate
   raise ValueError(
-      f"no rate is chosen for {said!r}; set --config.{name}.lr, or add to"
-      " config.rates"
+    f"no rate is chosen for {said!r}; set --config.{name}.lr, or add to"
+    " config.rates"
   )

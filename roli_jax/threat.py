@@ -5,6 +5,7 @@ pixels. Attacks ask it where they may go; evaluation measures with it.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class ThreatModel:
     high: the largest.
   """
 
-  norm: str = trees.static()
+  norm: str = dataclasses.field(metadata=trees.STATIC)
   eps: float | Float[Array, ""] | Float[Array, "b"]
   low: float | Float[Array, ""] = 0.0
   high: float | Float[Array, ""] = 1.0
@@ -52,9 +53,9 @@ class ThreatModel:
       box = isinstance(self.low, numbers) and isinstance(self.high, numbers)
       if self.norm == "linf" and box and np.any(eps > self.high - self.low):
         raise ValueError(
-            "eps is in units of an image in [0, 1] and at most"
-            f" {self.high - self.low} in linf, got {self.eps}"
-            + (f"; did you mean {self.eps}/255?" if np.all(eps <= 255) else "")
+          "eps is in units of an image in [0, 1] and at most"
+          f" {self.high - self.low} in linf, got {self.eps}"
+          + (f"; did you mean {self.eps}/255?" if np.all(eps <= 255) else "")
         )
 
   def project(self, images: Images, origin: Images) -> Images:
@@ -68,7 +69,7 @@ class ThreatModel:
       images: any finite values.
       origin: the clean images, within the box.
     """
-    eps = _per_image(self.eps, images)
+    eps = per_image(self.eps, images)
     if self.norm == "linf":
       low = jnp.maximum(origin - eps, self.low)
       return jnp.clip(images, low, jnp.minimum(origin + eps, self.high))
@@ -105,13 +106,15 @@ class ThreatModel:
     shape = origin.shape[1:]
     offset = jax.vmap(lambda key: _unit_ball(key, self.norm, shape))(keys)
     return self.project(
-        origin + _per_image(self.eps, origin) * offset.astype(origin.dtype),
-        origin,
+      origin + per_image(self.eps, origin) * offset.astype(origin.dtype),
+      origin,
     )
 
-  def distance(self, images: Images, origin: Images) -> Float[Array, "b"]:
+  def distance(
+    self, images: Images, origin: Images
+  ) -> Float[Array | np.ndarray, "b"]:
     """The norm of each image's offset. NumPy in (float64, say), NumPy out."""
-    offset = (images - origin).reshape(len(images), -1)
+    offset: Any = (images - origin).reshape(len(images), -1)
     if self.norm == "linf":
       return abs(offset).max(axis=1)
     if self.norm == "l2":
@@ -122,8 +125,10 @@ class ThreatModel:
 TINY = 1e-12  # guards divisions by a norm
 
 
-def _per_image(value, images):
-  """A scalar as it is; [b] values shaped to broadcast with the images."""
+def per_image(
+  value: float | Float[Array, ""] | Float[Array, "b"], images: Images
+) -> Float[Array, "..."]:
+  """A scalar as it is; one value an image, shaped to broadcast with them."""
   value = jnp.asarray(value, images.dtype)
   return value.reshape(-1, *(1,) * (images.ndim - 1)) if value.ndim else value
 
@@ -171,9 +176,7 @@ def _shrink(lengths, room, eps):
     return jnp.where(over, middle, low), jnp.where(over, high, middle)
 
   high = lengths.max(axes, keepdims=True)
-  low, high = jax.lax.fori_loop(
-      0, 40, halve, (jnp.zeros_like(high), high)
-  )
+  low, high = jax.lax.fori_loop(0, 40, halve, (jnp.zeros_like(high), high))
   middle = (low + high) / 2
   free = (lengths > middle) & (lengths - middle < room)
   full = jnp.where(lengths - middle >= room, room, 0).sum(axes, keepdims=True)

@@ -18,19 +18,19 @@ import numpy as np
 from absl import logging
 
 from roli_jax import (
-    checkpoint,
-    convert,
-    data,
-    keys,
-    models,
-    optim,
-    progress,
-    record,
-    score,
-    sharding,
-    state,
-    table,
-    workdir,
+  checkpoint,
+  convert,
+  data,
+  keys,
+  models,
+  optim,
+  progress,
+  record,
+  score,
+  sharding,
+  state,
+  table,
+  workdir,
 )
 from roli_jax.metrics import Counts
 from roli_jax.parts import Parts, Variables
@@ -40,6 +40,8 @@ LOG_FIELDS = (
     "cell", "stage", "lr", "steps", "step", "split", "attack", "metric",
     "value", "n",
 )  # fmt: skip
+
+LOG_SAID = frozenset({"value", "n"})
 
 
 def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
@@ -62,19 +64,19 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
   for warning in workdir.claim(path, config):
     logging.warning("%s", warning)
   results = record.Record(path / "results.jsonl")
-  log = record.Record(path / "training.jsonl", LOG_FIELDS, {"value", "n"})
+  log = record.Record(path / "training.jsonl", LOG_FIELDS, LOG_SAID)
   with progress.bar("stages", len(stages)) as update:
     for stage in stages:
       if not score.is_done(parts, stage, results):
         meta = Trainer(parts, stage, path, log).train()
         score.add_validation(parts, stage, results, meta)
         score.add_tests(
-            parts,
-            stage,
-            results,
-            parts.model(stage),
-            best(parts, stage, path),
-            score.tests(parts, stage),
+          parts,
+          stage,
+          results,
+          parts.model(stage),
+          best(parts, stage, path),
+          score.tests(parts, stage),
         )
       update(1)
   for stage in stages:
@@ -88,7 +90,7 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def evaluate(
-    config: Mapping[str, Any], path: pathlib.Path
+  config: Mapping[str, Any], path: pathlib.Path
 ) -> list[dict[str, Any]]:
   """Tests a checkpoint, and adds the rows that are missing.
 
@@ -106,7 +108,7 @@ def evaluate(
   directory, step = _chosen(config, path)
   parts = Parts(config)
   parts.check(())
-  with checkpoint.manager(directory, read_only=True) as checkpoints:
+  with checkpoint.manager(directory, reading=True) as checkpoints:
     step = checkpoints.best_step() if step is None else step
     meta = checkpoint.restore_meta(checkpoints, step)
     stage = Stage(**{**meta["stage"], "start": None})
@@ -114,12 +116,10 @@ def evaluate(
     classes = parts.data["test"].num_classes
     if model.num_classes != classes:
       raise ValueError(
-          f"{directory} has a head of {model.num_classes} classes,"
-          f" {config['data']['name']} has {classes}"
+        f"{directory} has a head of {model.num_classes} classes,"
+        f" {config['data']['name']} has {classes}"
       )
-    like = sharding.shaped(
-        jax.eval_shape(model.init, keys.root(0)), parts.mesh
-    )
+    like = sharding.shaped(jax.eval_shape(model.init, keys.root(0)), parts.mesh)
     variables = checkpoint.restore(checkpoints, step, model=like)["model"]
   results = record.Record(path / "results.jsonl")
   radii = config["radii"] or (config["threat"]["eps"],)
@@ -151,8 +151,8 @@ def _chosen(config, path):
   if len(found) > 1:
     names = [str(directory.relative_to(root)) for directory in found]
     raise ValueError(
-        f"{len(found)} checkpoints are at {asked};"
-        f" give one as --config.checkpoint: {', '.join(names)}"
+      f"{len(found)} checkpoints are at {asked};"
+      f" give one as --config.checkpoint: {', '.join(names)}"
     )
   return found[0], step
 
@@ -161,7 +161,7 @@ def best(parts: Parts, stage: Stage, path: pathlib.Path) -> Variables:
   """The values of a stage's best checkpoint, on every device."""
   like = parts.like(stage)
   directory = _directory(path, stage)
-  with checkpoint.manager(directory, read_only=True) as checkpoints:
+  with checkpoint.manager(directory, reading=True) as checkpoints:
     step = checkpoints.best_step()
     if step is None:
       raise ValueError(f"no checkpoint in {directory}")
@@ -190,7 +190,7 @@ class Trainer:
   """One stage, and where it is kept."""
 
   def __init__(
-      self, parts: Parts, stage: Stage, path: pathlib.Path, log: record.Record
+    self, parts: Parts, stage: Stage, path: pathlib.Path, log: record.Record
   ):
     self.parts = parts
     self.stage = stage
@@ -210,15 +210,15 @@ class Trainer:
       now, key, meta = self._begin(checkpoints)
       done = int(now.step)
       batches = data.train_batches(
-          self.parts.train_data(self.stage),
-          self.section["batch_size"],
-          self.stage.seed,
-          start=done,
+        self.parts.train_data(self.stage),
+        self.section["batch_size"],
+        self.stage.seed,
+        start=done,
       )
       started = time.perf_counter() - meta["seconds"]
       counts: list[Counts] = []  # of the steps since the last row of the log
       with progress.bar(
-          f"{self.stage.cell} {self.stage.name}", self.stage.num_steps, done
+        f"{self.stage.cell} {self.stage.name}", self.stage.num_steps, done
       ) as update:
         while True:
           due = self._is_due(done, "val_every")
@@ -232,7 +232,7 @@ class Trainer:
             return meta
           batch = next(batches)
           now, count = self.program.step(
-              now, sharding.put(batch, self.parts.mesh), key
+            now, sharding.put(batch, self.parts.mesh), key
           )
           # Waits for the step: simulated devices starve if steps queue up.
           count = jax.device_get(count)
@@ -247,21 +247,20 @@ class Trainer:
     return done % self.section[every] == 0 or done == self.stage.num_steps
 
   def _begin(self, checkpoints):
-    """The state to go on from, its key, and what was known when it was saved.
-    """
+    """The state to go on from, its key, and what was known at its saving."""
     key = keys.stream(keys.root(self.stage.seed), self.stage.name)
     last = checkpoints.latest_step()
     if last is not None:
       like = self.parts.like(self.stage)
       items = checkpoint.restore(
-          checkpoints,
-          last,
-          model=(like.params, like.stats),
-          rest=(like.step, like.opt_state, key),
+        checkpoints,
+        last,
+        model=(like.params, like.stats),
+        rest=(like.step, like.opt_state, key),
       )
       (params, stats), (step, opt_state, key) = items["model"], items["rest"]
       now = state.TrainState(
-          step=step, params=params, stats=stats, opt_state=opt_state
+        step=step, params=params, stats=stats, opt_state=opt_state
       )
       return now, key, checkpoint.restore_meta(checkpoints, last)
     if self.stage.start:
@@ -270,7 +269,7 @@ class Trainer:
       variables = self.parts.initial(self.stage)
     now = state.create(*variables, self.program.method, self.program.tx)
     now = dataclasses.replace(
-        now, opt_state=optim.at_rate(now.opt_state, self.stage.lr)
+      now, opt_state=optim.at_rate(now.opt_state, self.stage.lr)
     )
     now, key = sharding.replicate((now, key), self.parts.mesh)
     return now, key, {"step": None, "history": [], "seconds": 0.0}
@@ -279,42 +278,42 @@ class Trainer:
     """What is known at this step: its validation joins the history."""
     attack = self.parts.attack("val_attack")
     result = score.measure(
-        self.parts,
-        self.parts.model(self.stage),
-        (now.params, now.stats),
-        self.stage.seed,
-        "val",
-        attack,
+      self.parts,
+      self.parts.model(self.stage),
+      (now.params, now.stats),
+      self.stage.seed,
+      "val",
+      attack,
     )
     entry = {
-        "step": int(now.step),
-        "clean": float(result.clean.mean()),
-        "robust": float(result.robust.mean()),
+      "step": int(now.step),
+      "clean": float(result.clean.mean()),
+      "robust": float(result.robust.mean()),
     }
     for name, kind in (("none", "clean"), (attack.name, "robust")):
       self._log(entry["step"], "val", name, "accuracy", entry[kind],
                 len(result.clean))  # fmt: skip
     return {
-        "step": entry["step"],
-        "history": [*meta["history"], entry],
-        "seconds": time.perf_counter() - started,
+      "step": entry["step"],
+      "history": [*meta["history"], entry],
+      "seconds": time.perf_counter() - started,
     }
 
   def _save(self, checkpoints, now, key, meta):
     model = self.parts.model(self.stage)
     about = {
-        "stage": dataclasses.asdict(self.stage),
-        "config": self.parts.config,
-        "model": models.describe(model),
-        "images_seen": meta["step"] * self.section["batch_size"],
+      "stage": dataclasses.asdict(self.stage),
+      "config": self.parts.config,
+      "model": models.describe(model),
+      "images_seen": meta["step"] * self.section["batch_size"],
     }
     checkpoint.save(
-        checkpoints,
-        meta["step"],
-        model=(now.params, now.stats),
-        rest=(now.step, now.opt_state, key),
-        meta={**meta, **about},
-        score=meta["history"][-1][score.selected_by(self.stage)],
+      checkpoints,
+      meta["step"],
+      model=(now.params, now.stats),
+      rest=(now.step, now.opt_state, key),
+      meta={**meta, **about},
+      score=meta["history"][-1][score.selected_by(self.stage)],
     )
 
   def _log_training(self, done, counts):
@@ -326,7 +325,8 @@ class Trainer:
                 int(total.seen))  # fmt: skip
 
   def _log(self, step, split, attack, metric, value, n):
-    self.log.add({
+    self.log.add(
+      {
         "cell": self.stage.cell,
         "stage": self.stage.name,
         "lr": self.stage.lr,
@@ -337,17 +337,18 @@ class Trainer:
         "metric": metric,
         "value": value,
         "n": n,
-    })
+      }
+    )
 
   def _not_finite(self, done, batch, checkpoints):
     checkpoints.wait_until_finished()
     last = checkpoints.latest_step()
     indices = np.asarray(batch["index"]).tolist()
     return (
-        f"the loss is not finite at step {done} of {self.stage.cell}"
-        f" {self.stage.name} (lr {self.stage.lr:g})\n"
-        f"images: {indices}\n"
-        f"last good checkpoint: {self.directory}/{last:08d}"
+      f"the loss is not finite at step {done} of {self.stage.cell}"
+      f" {self.stage.name} (lr {self.stage.lr:g})\n"
+      f"images: {indices}\n"
+      f"last good checkpoint: {self.directory}/{last:08d}"
     )
 
 

@@ -23,9 +23,8 @@ def tree_class(cls):
   return jax.tree_util.register_dataclass(cls)
 
 
-def static(**kwargs: Any) -> Any:
-  """A dataclass field that is part of the tree's structure, not of its data."""
-  return dataclasses.field(metadata={"static": True}, **kwargs)
+# Metadata of a dataclass field that is part of the tree's structure, not data.
+STATIC = {"static": True}
 
 
 def path(keys: Sequence[Any]) -> str:
@@ -74,7 +73,7 @@ def label(tree: Any, rules: Rules[T]) -> Any:
       if pattern.fullmatch(name):
         return value
     raise ValueError(
-        f"no rule covers {name!r}; the rules are {[r[0] for r in rules]}"
+      f"no rule covers {name!r}; the rules are {[r[0] for r in rules]}"
     )
 
   return jax.tree_util.tree_map_with_path(of, tree)
@@ -94,7 +93,7 @@ def split(tree: T, keep: Any) -> tuple[T, T]:
 def merge(kept: T, rest: T) -> T:
   """The tree that was split."""
   return jax.tree.map(
-      lambda x, y: y if x is None else x, kept, rest, is_leaf=_is_none
+    lambda x, y: y if x is None else x, kept, rest, is_leaf=_is_none
   )
 
 
@@ -122,18 +121,18 @@ def check_same(got: Any, expected: Any, what: str) -> None:
   missing = sorted(yours.keys() - mine.keys())
   unexpected = sorted(mine.keys() - yours.keys())
   misshapen = [
-      f"{k} {mine[k]} (expected {yours[k]})"
-      for k in sorted(mine.keys() & yours.keys())
-      if mine[k] != yours[k]
+    f"{k} {mine[k]} (expected {yours[k]})"
+    for k in sorted(mine.keys() & yours.keys())
+    if mine[k] != yours[k]
   ]
   sides = {
-      "missing": missing,
-      "unexpected": unexpected,
-      "of another shape": misshapen,
+    "missing": missing,
+    "unexpected": unexpected,
+    "of another shape": misshapen,
   }
   raise ValueError(
-      f"{what}: "
-      + "; ".join(f"{k}: {_shorten(v)}" for k, v in sides.items() if v)
+    f"{what}: "
+    + "; ".join(f"{k}: {_shorten(v)}" for k, v in sides.items() if v)
   )
 
 

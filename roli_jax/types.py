@@ -8,6 +8,8 @@ reader what they say, and no more.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from roli_jax import trees
 
 try:
@@ -24,28 +26,29 @@ except ModuleNotFoundError:
 
 PyTree = Any
 
-Images = Float[Array, "b *image"]  # in [0, 1]; [b, h, w, c] for models
-Labels = Int[Array, "b"]
+# In [0, 1]; [b, h, w, c] for models, any shape for attacks.
+Images = Float[Array | np.ndarray, "b *image"]
+Labels = Int[Array | np.ndarray, "b"]
 Logits = Float[Array, "b k"]
 Keys = Key[Array, "b"]  # one per image, see keys.per_image
 
 LogitsFn = Callable[[Images], Logits]
 
 __all__ = [
-    "Array",
-    "Bool",
-    "Float",
-    "Images",
-    "Int",
-    "Key",
-    "Keys",
-    "Labels",
-    "Logits",
-    "LogitsFn",
-    "Params",
-    "PyTree",
-    "UInt8",
-    "UInt32",
+  "Array",
+  "Bool",
+  "Float",
+  "Images",
+  "Int",
+  "Key",
+  "Keys",
+  "Labels",
+  "Logits",
+  "LogitsFn",
+  "Params",
+  "PyTree",
+  "UInt8",
+  "UInt32",
 ]
 
 

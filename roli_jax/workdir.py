@@ -37,15 +37,15 @@ def claim(path: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
     shown = "\n".join(f"  {line}" for line in differences[:3])
     more = len(differences) - 3
     raise ValueError(
-        f"{path} holds a run of another config (there -> here):\n{shown}"
-        + (f"\n  and {more} more" if more > 0 else "")
-        + "\nGive another --workdir, or the same config."
+      f"{path} holds a run of another config (there -> here):\n{shown}"
+      + (f"\n  and {more} more" if more > 0 else "")
+      + "\nGive another --workdir, or the same config."
     )
   before = json.loads(file.read_text()).get("versions", {})
   return [
-      f"{name} was {before[name]} when this run began, and is {version} now"
-      for name, version in _versions().items()
-      if before.get(name, version) != version
+    f"{name} was {before[name]} when this run began, and is {version} now"
+    for name, version in _versions().items()
+    if before.get(name, version) != version
   ]
 
 
@@ -102,18 +102,18 @@ def _short(value):
 
 def _beside(path):
   return {
-      "versions": _versions(),
-      "commit": _commit(),
-      "workdir": str(path),
+    "versions": _versions(),
+    "commit": _commit(),
+    "workdir": str(path),
   }
 
 
 def _versions():
   versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
   return {
-      "python": platform.python_version(),
-      "roli_jax": roli_jax.__version__,
-      **versions,
+    "python": platform.python_version(),
+    "roli_jax": roli_jax.__version__,
+    **versions,
   }
 
 

@@ -4,10 +4,10 @@ from typing import Any
 
 from roli_jax import specs
 from roli_jax.attacks.base import Attack
-from roli_jax.attacks.gradient import Pgd, fgsm
+from roli_jax.attacks.gradient import Fgsm, Pgd
 from roli_jax.threat import ThreatModel
 
-ATTACKS: dict[str, Any] = {"fgsm": fgsm, "pgd": Pgd}
+ATTACKS: dict[str, Any] = {"fgsm": Fgsm, "pgd": Pgd}
 
 
 def build(name: str, threat: ThreatModel, **fields: Any) -> Attack:
@@ -34,4 +34,4 @@ def build(name: str, threat: ThreatModel, **fields: Any) -> Attack:
   return specs.build(ATTACKS, spec, "attack", threat=threat)
 
 
-__all__ = ["ATTACKS", "Attack", "Pgd", "build", "fgsm"]
+__all__ = ["ATTACKS", "Attack", "Fgsm", "Pgd", "build"]

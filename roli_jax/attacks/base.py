@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from roli_jax.threat import ThreatModel
-from roli_jax.types import Images, Keys, Labels, Logits, LogitsFn
+from roli_jax.types import Array, Float, Images, Keys, Labels, Logits, LogitsFn
 
 
 class Attack(Protocol):
@@ -31,12 +31,16 @@ class Attack(Protocol):
   @property
   def passes(self) -> tuple[int, int]: ...
 
+  def scaled(self, ratio: float | Float[Array, ""]) -> "Attack":
+    """The same attack at `ratio` times the radius and the step size."""
+    ...
+
   def __call__(
-      self,
-      logits_fn: LogitsFn,
-      images: Images,
-      labels: Labels | Logits,
-      keys: Keys,
+    self,
+    logits_fn: LogitsFn,
+    images: Images,
+    labels: Labels | Logits,
+    keys: Keys,
   ) -> Images:
     """Images within the threat model, meant to be misclassified.
 

@@ -1,15 +1,24 @@
 """FGSM and PGD: one loop of projected steepest ascent in the pixels."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roli_jax import losses, trees
+from roli_jax import losses, threat, trees
 from roli_jax.threat import ThreatModel
-from roli_jax.types import Array, Float, Images, Int, Keys, Labels, Logits, LogitsFn
+from roli_jax.types import (
+  Array,
+  Float,
+  Images,
+  Int,
+  Keys,
+  Labels,
+  Logits,
+  LogitsFn,
+)
 
 Keep = Literal["sample", "batch", "last"]
 
@@ -41,40 +50,41 @@ class Pgd:
       RoLI reference; an image's result then depends on its batch. `last`.
     loss: the surrogate that is raised, a name in `losses.SURROGATES`. `kl`
       takes the clean logits in place of labels.
-    name: as it stands in rows.
   """
 
   threat: ThreatModel
   num_steps: int | Int[Array, ""] = 10
-  step_size: float | Float[Array, ""] | None = None
-  num_restarts: int = trees.static(default=1)
-  random_start: bool = trees.static(default=True)
-  keep: Keep = trees.static(default="sample")
-  loss: str = trees.static(default="ce")
-  name: str = trees.static(default="pgd")
+  step_size: float | Float[Array, ""] | Float[Array, "b"] | None = None
+  num_restarts: int = dataclasses.field(default=1, metadata=trees.STATIC)
+  random_start: bool = dataclasses.field(default=True, metadata=trees.STATIC)
+  keep: Keep = dataclasses.field(default="sample", metadata=trees.STATIC)
+  loss: str = dataclasses.field(default="ce", metadata=trees.STATIC)
 
   def __post_init__(self):
     if self.keep not in ("sample", "batch", "last"):
       raise ValueError(
-          f"keep must be 'sample', 'batch' or 'last', got {self.keep!r}"
+        f"keep must be 'sample', 'batch' or 'last', got {self.keep!r}"
       )
     if self.loss not in losses.SURROGATES:
       raise ValueError(
-          f"unknown loss {self.loss!r}; there are {sorted(losses.SURROGATES)}"
+        f"unknown loss {self.loss!r}; there are {sorted(losses.SURROGATES)}"
       )
     if isinstance(self.num_steps, int) and self.num_steps < 0:
       raise ValueError(f"num_steps must be >= 0, got {self.num_steps}")
     if self.num_restarts < 1:
-      raise ValueError(
-          f"num_restarts must be >= 1, got {self.num_restarts}"
-      )
+      raise ValueError(f"num_restarts must be >= 1, got {self.num_restarts}")
     if isinstance(self.step_size, (int, float, np.generic)):
       most = 1.0 if self.threat.norm == "linf" else np.inf
       if not 0 <= self.step_size <= most or not np.isfinite(self.step_size):
         raise ValueError(
-            "step_size is in units of an image in [0, 1] and must be within"
-            f" [0, {most}], got {self.step_size}"
+          "step_size is in units of an image in [0, 1] and must be within"
+          f" [0, {most}], got {self.step_size}"
         )
+
+  @property
+  def name(self) -> str:
+    """As it stands in rows; another loss makes it another attack."""
+    return "pgd" if self.loss == "ce" else f"pgd_{self.loss}"
 
   @property
   def passes(self) -> tuple[int, int]:
@@ -93,14 +103,16 @@ class Pgd:
     return dataclasses.replace(self, threat=threat, step_size=step_size)
 
   def __call__(
-      self,
-      logits_fn: LogitsFn,
-      images: Images,
-      labels: Labels | Logits,
-      keys: Keys,
+    self,
+    logits_fn: LogitsFn,
+    images: Images,
+    labels: Labels | Logits,
+    keys: Keys,
   ) -> Images:
     surrogate = losses.SURROGATES[self.loss]
-    step_size = self._step_size(images)
+    eps = self.threat.eps
+    step_size = eps / 4 if self.step_size is None else self.step_size
+    step_size = threat.per_image(step_size, images)
 
     def loss(x):
       values = surrogate(logits_fn(x), labels)
@@ -114,7 +126,8 @@ class Pgd:
       return self.threat.project(x, images), best
 
     def restart(i, best):
-      start = self._start(images, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
+      own_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+      start = self._start(images, own_keys)
       none = (start, jnp.full(len(images), -jnp.inf))
       x, kept = jax.lax.fori_loop(0, self.num_steps, step, (start, none))
       if self.keep == "last":
@@ -130,13 +143,6 @@ class Pgd:
       best = jax.lax.fori_loop(1, self.num_restarts, restart, best)
     return best[0]
 
-  def _step_size(self, images):
-    if self.step_size is not None:
-      return self.step_size
-    step_size = jnp.asarray(self.threat.eps, images.dtype) / 4
-    ones = (1,) * (images.ndim - 1)
-    return step_size.reshape(-1, *ones) if step_size.ndim else step_size
-
   def _start(self, images, keys):
     if not self.random_start:
       return images
@@ -146,29 +152,56 @@ class Pgd:
     return self.threat.sample(keys, images)
 
   def _better(self, best, x, values):
-    """Of two candidates with their losses, the one to keep; a tie keeps."""
+    """Of two candidates with their losses, the one to keep.
+
+    Of an image's equal losses the later: those that have underflowed to 0 say
+    nothing, and the later iterate has climbed further. A batch keeps its
+    first, as the reference does.
+    """
     best_x, best_values = best
     if self.keep == "batch":
       wins = jnp.broadcast_to(values.mean() > best_values.mean(), values.shape)
     else:
-      wins = values > best_values
+      wins = values >= best_values
     at_pixels = wins.reshape(-1, *(1,) * (x.ndim - 1))
     return jnp.where(at_pixels, x, best_x), jnp.where(wins, values, best_values)
 
 
-def fgsm(threat: ThreatModel, loss: str = "ce") -> Pgd:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fgsm:
   """One step to the edge of the ball (Goodfellow et al. 2015).
 
-  Args:
+  Attributes:
     threat: the ball and the box.
     loss: the surrogate that is raised.
   """
-  return Pgd(
-      threat,
+
+  threat: ThreatModel
+  loss: str = dataclasses.field(default="ce", metadata=trees.STATIC)
+  name: ClassVar[str] = "fgsm"
+  num_steps: ClassVar[int] = 1
+  num_restarts: ClassVar[int] = 1
+  passes: ClassVar[tuple[int, int]] = (1, 1)
+
+  def scaled(self, ratio: float | Float[Array, ""]) -> "Fgsm":
+    """The same attack at `ratio` times the radius."""
+    threat = dataclasses.replace(self.threat, eps=self.threat.eps * ratio)
+    return dataclasses.replace(self, threat=threat)
+
+  def __call__(
+    self,
+    logits_fn: LogitsFn,
+    images: Images,
+    labels: Labels | Logits,
+    keys: Keys,
+  ) -> Images:
+    step = Pgd(
+      self.threat,
       num_steps=1,
-      step_size=threat.eps,
+      step_size=self.threat.eps,
       random_start=False,
       keep="last",
-      loss=loss,
-      name="fgsm",
-  )
+      loss=self.loss,
+    )
+    return step(logits_fn, images, labels, keys)

@@ -34,12 +34,13 @@ def shipped(model: str) -> dict[str, pathlib.Path]:
   return {file.stem.removeprefix(f"{model}_"): file for file in files}
 
 
-def find(model: str, weights: str) -> pathlib.Path:
+def find(model: str, weights: str, hint: str = "") -> pathlib.Path:
   """The file that a config means by a model and its weights.
 
   Args:
     model: a name in `models.MODELS`.
     weights: the name of shipped weights (`robust`), or a path.
+    hint: how to get them, for the message.
 
   Raises:
     ValueError: neither; the message says which there are.
@@ -51,7 +52,8 @@ def find(model: str, weights: str) -> pathlib.Path:
   if path.is_file():
     return path
   known = f"; {model} comes with {', '.join(names)}" if names else ""
-  raise ValueError(f"no weights at {weights!r}{known}")
+  how = f"; {hint}" if hint else ""
+  raise ValueError(f"no weights of {model} at {weights!r}{known}{how}")
 
 
 def save(bundle: Bundle, path: str | pathlib.Path) -> None:
@@ -59,14 +61,14 @@ def save(bundle: Bundle, path: str | pathlib.Path) -> None:
   from safetensors import numpy as safetensors
 
   tree = {
-      "backbone": bundle.params.backbone,
-      "peft": bundle.params.peft,
-      "head": bundle.params.head,
-      "stats": bundle.stats,
+    "backbone": bundle.params.backbone,
+    "peft": bundle.params.peft,
+    "head": bundle.params.head,
+    "stats": bundle.stats,
   }
   metadata = {
-      "format": _FORMAT,
-      "model": json.dumps(models.describe(bundle.model)),
+    "format": _FORMAT,
+    "model": json.dumps(models.describe(bundle.model)),
   }
   path = pathlib.Path(path)
   partial = path.with_name(path.name + ".partial")
@@ -75,9 +77,7 @@ def save(bundle: Bundle, path: str | pathlib.Path) -> None:
   partial.replace(path)
 
 
-def load(
-    source: str | pathlib.Path, num_classes: int | None = None
-) -> Bundle:
+def load(source: str | pathlib.Path, num_classes: int | None = None) -> Bundle:
   """The bundle of a file.
 
   Args:
@@ -95,19 +95,20 @@ def load(
   try:
     with safe_open(path, "numpy") as file:
       metadata = file.metadata() or {}
-      tree = trees.unpaths({k: file.get_tensor(k) for k in file.keys()})
+      names = list(file.keys())
+      tree = trees.unpaths({k: file.get_tensor(k) for k in names})
   except (OSError, SafetensorError) as error:
     raise ValueError(f"{path} can't be read: {error}") from error
   if metadata.get("format") != _FORMAT:
     raise ValueError(
-        f"{path} is no bundle of roli_jax: its metadata say"
-        f" {metadata.get('format')!r}"
+      f"{path} is no bundle of roli_jax: its metadata say"
+      f" {metadata.get('format')!r}"
     )
   model = models.described(json.loads(metadata["model"]))
   params = Params(
-      backbone=tree.get("backbone", {}),
-      peft=tree.get("peft", {}),
-      head=tree.get("head", {}),
+    backbone=tree.get("backbone", {}),
+    peft=tree.get("peft", {}),
+    head=tree.get("head", {}),
   )
   stats = tree.get("stats", {})
   expected = jax.eval_shape(model.init, jax.random.key(0))
@@ -124,8 +125,8 @@ def load(
 
 
 def with_classes(
-    model: models.Model, num_classes: int, **head: str
+  model: models.Model, num_classes: int, head_init: str = "kaiming_fan_out"
 ) -> models.Model:
   """The same backbone under a new linear head."""
-  new = models.create(model.name, num_classes, model.image_size, **head)
-  return dataclasses.replace(new, mean=model.mean, std=model.std)
+  head = models.heads.linear(num_classes, head_init)
+  return dataclasses.replace(model, head=head, num_classes=num_classes)

@@ -9,10 +9,10 @@ from roli_jax.data.pipeline import train_batches
 from roli_jax.data.source import SPLITS, Source
 
 SOURCES: dict[str, Callable[[str], Source]] = {
-    "cifar10": functools.partial(tfds.cifar, "cifar10"),
-    "cifar100": functools.partial(tfds.cifar, "cifar100"),
-    "digits": glyphs.digits,
-    "letters": glyphs.letters,
+  "cifar10": functools.partial(tfds.cifar, "cifar10"),
+  "cifar100": functools.partial(tfds.cifar, "cifar100"),
+  "digits": glyphs.digits,
+  "letters": glyphs.letters,
 }
 
 

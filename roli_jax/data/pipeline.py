@@ -9,7 +9,7 @@ from roli_jax.data.source import Source
 
 
 def train_batches(
-    source: Source, batch_size: int, seed: int, start: int = 0
+  source: Source, batch_size: int, seed: int, start: int = 0
 ) -> Iterator[dict[str, Any]]:
   """Endless batches of this process's images, from a step on.
 
@@ -31,10 +31,10 @@ def train_batches(
 
   process, processes = jax.process_index(), jax.process_count()
   batches = (
-      grain.MapDataset.source(source)  # type: ignore[arg-type]
-      .shuffle(seed=seed)
-      .repeat(None)[process::processes]
-      .batch(batch_size // processes)[start:]
+    grain.MapDataset.source(source)  # type: ignore[arg-type]
+    .shuffle(seed=seed)
+    .repeat(None)[process::processes]
+    .batch(batch_size // processes)[start:]
   )
   options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
   return iter(batches.to_iter_dataset(options))

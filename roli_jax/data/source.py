@@ -32,9 +32,9 @@ class Source:
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     return {
-        "image": self.images[i],
-        "label": self.labels[i],
-        "index": self.indices[i],
+      "image": self.images[i],
+      "label": self.labels[i],
+      "index": self.indices[i],
     }
 
   def pixels(self) -> np.ndarray:
@@ -51,8 +51,8 @@ class Source:
       return self
     if not self.num_classes <= size < len(self):
       raise ValueError(
-          f"train_size must be between {self.num_classes} (one image of each"
-          f" class) and {len(self)}, got {size}"
+        f"train_size must be between {self.num_classes} (one image of each"
+        f" class) and {len(self)}, got {size}"
       )
     rows, _ = stratified(self.labels, size, len(self) - size, seed)
     return self.take(rows)
@@ -60,25 +60,25 @@ class Source:
   def take(self, rows: np.ndarray) -> "Source":
     """The images at these positions."""
     return dataclasses.replace(
-        self,
-        images=self.images[rows],
-        labels=self.labels[rows],
-        indices=self.indices[rows],
+      self,
+      images=self.images[rows],
+      labels=self.labels[rows],
+      indices=self.indices[rows],
     )
 
 
 def stratified(
-    labels: np.ndarray, first: int, second: int, seed: int
+  labels: np.ndarray, first: int, second: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Disjoint positions, as many as asked for, each with the classes' shares."""
   from sklearn import model_selection
 
   positions = np.arange(len(labels))
   a, b = model_selection.train_test_split(
-      positions,
-      train_size=first,
-      test_size=second,
-      stratify=labels,
-      random_state=seed,
+    positions,
+    train_size=first,
+    test_size=second,
+    stratify=labels,
+    random_state=seed,
   )
   return np.sort(a), np.sort(b)

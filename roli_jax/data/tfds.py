@@ -35,15 +35,15 @@ def cifar(name: str, split: str) -> source.Source:
     reason = f"{name} is not prepared as array_record."
     raise ValueError(_PREPARE.format(name=name, reason=reason)) from error
   rows = {
-      "train": range(min(_TRAIN, len(records))),
-      "val": range(_TRAIN, len(records)),
-      "test": range(len(records)),
+    "train": range(min(_TRAIN, len(records))),
+    "val": range(_TRAIN, len(records)),
+    "test": range(len(records)),
   }[split]
   chosen = [records[i] for i in rows]
   return source.Source(
-      images=np.stack([record["image"] for record in chosen]),
-      labels=np.array([record["label"] for record in chosen], np.int32),
-      # Test images count on from the training split's.
-      indices=np.array(rows, np.uint32) + (50_000 if split == "test" else 0),
-      num_classes=builder.info.features["label"].num_classes,
+    images=np.stack([record["image"] for record in chosen]),
+    labels=np.array([record["label"] for record in chosen], np.int32),
+    # Test images count on from the training split's.
+    indices=np.array(rows, np.uint32) + (50_000 if split == "test" else 0),
+    num_classes=builder.info.features["label"].num_classes,
   )

@@ -25,7 +25,7 @@ def linear(num_classes: int, init: str = "kaiming_fan_out") -> nn.Dense:
   if init == "small":
     return nn.Dense(num_classes, kernel_init=nn.initializers.normal(0.02))
   return nn.Dense(
-      num_classes,
-      kernel_init=nn.initializers.normal(math.sqrt(2 / num_classes)),
-      bias_init=nn.initializers.constant(-math.log(99)),
+    num_classes,
+    kernel_init=nn.initializers.normal(math.sqrt(2 / num_classes)),
+    bias_init=nn.initializers.constant(-math.log(99)),
   )

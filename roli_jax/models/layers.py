@@ -1,7 +1,7 @@
 """What two backbones share."""
 
-from flax import linen as nn
 import jax
+from flax import linen as nn
 
 from roli_jax.models.seams import Seams
 from roli_jax.types import Array, Float
@@ -22,8 +22,8 @@ class Attention(nn.Module):
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     heads = (*x.shape[:2], self.num_heads, -1)
     q, k, v = (
-        self.seams.dense(x.shape[-1], name=name)(x).reshape(heads)
-        for name in ("q", "k", "v")
+      self.seams.dense(x.shape[-1], name=name)(x).reshape(heads)
+      for name in ("q", "k", "v")
     )
     mixed = jax.nn.dot_product_attention(q, k, v)
     return nn.Dense(x.shape[-1], name="out")(mixed.reshape(x.shape))
@@ -57,7 +57,7 @@ class PatchEmbed(nn.Module):
     if h % p or w % p:
       raise ValueError(f"patches of {p} do not tile images of {h} x {w}")
     kernel = self.param(
-        "kernel", nn.initializers.lecun_normal(), (p, p, c, self.width)
+      "kernel", nn.initializers.lecun_normal(), (p, p, c, self.width)
     )
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
     x = x.reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3)

@@ -1,10 +1,11 @@
-"""A model: resize, normalise, backbone, head, as pure functions of its trees."""
+"""A model: resize, normalise, backbone, head; pure functions of its trees."""
 
 import dataclasses
+from typing import Any
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from roli_jax import keys
 from roli_jax.types import Array, Float, Images, Key, Logits, Params, PyTree
@@ -42,24 +43,24 @@ class Model:
     """
     images = jnp.zeros((1, self.image_size, self.image_size, self.channels))
     features, variables = jax.jit(self.backbone.init_with_output)(
-        keys.stream(key, "backbone"), images
+      keys.stream(key, "backbone"), images
     )
     head = jax.jit(self.head.init)(keys.stream(key, "head"), features)
     params = Params(
-        backbone=variables["params"],
-        peft=variables.get("peft", {}),
-        head=head["params"],
+      backbone=variables["params"],
+      peft=variables.get("peft", {}),
+      head=head["params"],
     )
     return params, variables.get("batch_stats", {})
 
   def __call__(
-      self,
-      params: Params,
-      stats: PyTree,
-      images: Images,
-      *,
-      train: bool = False,
-      key: Key[Array, ""] | None = None,
+    self,
+    params: Params,
+    stats: PyTree,
+    images: Images,
+    *,
+    train: bool = False,
+    key: Key[Array, ""] | None = None,
   ) -> tuple[Logits, PyTree]:
     """Logits, and the running statistics after this batch.
 
@@ -71,10 +72,11 @@ class Model:
       key: what dropout draws from.
     """
     features, stats = self._features(params, stats, images, train, key)
-    return self.head.apply({"params": params.head}, features), stats
+    logits: Any = self.head.apply({"params": params.head}, features)
+    return logits, stats
 
   def features(
-      self, params: Params, stats: PyTree, images: Images
+    self, params: Params, stats: PyTree, images: Images
   ) -> Float[Array, "b d"]:
     """The pooled features before the head, in evaluation mode."""
     return self._features(params, stats, images, False, None)[0]
@@ -88,17 +90,19 @@ class Model:
     if images.shape[1:3] != size:
       shape = (images.shape[0], *size, images.shape[3])
       images = jax.image.resize(images, shape, "linear", antialias=False)
-    mean, std = (jnp.array(v).reshape(1, 1, 1, -1) for v in (self.mean, self.std))
+    mean, std = (
+      jnp.array(values).reshape(1, 1, 1, -1) for values in (self.mean, self.std)
+    )
     variables = {
-        "params": params.backbone,
-        "peft": params.peft,
-        "batch_stats": stats,
+      "params": params.backbone,
+      "peft": params.peft,
+      "batch_stats": stats,
     }
     features, moved = self.backbone.apply(
-        variables,
-        (images - mean) / std,
-        train=train,
-        rngs={"dropout": key} if key is not None else None,
-        mutable=["batch_stats"] if train else [],
+      variables,
+      (images - mean) / std,
+      train=train,
+      rngs={"dropout": key} if key is not None else None,
+      mutable=["batch_stats"] if train else [],
     )
     return features, moved.get("batch_stats", stats)

@@ -46,12 +46,12 @@ class Vit(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: Float[Array, "b h w c"], *, train: bool = False
+    self, x: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b d"]:
     del train  # no dropout, no running statistics
     x = layers.PatchEmbed(self.patch, self.width, name="embed")(x)
     x = x + self.param(
-        "positions", nn.initializers.normal(0.02), (1, *x.shape[1:])
+      "positions", nn.initializers.normal(0.02), (1, *x.shape[1:])
     )
     for i in range(self.depth):
       if self.seams.tokens:

@@ -1,6 +1,6 @@
 """Optimizers over groups of leaves, as optax transformations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,15 +17,15 @@ NO_DECAY = (".*bias",)
 def adamw(learning_rate, decay, weight_decay, b1=0.9, b2=0.999, eps=1e-8):
   """AdamW (Loshchilov and Hutter 2019)."""
   return optax.adamw(
-      learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay
+    learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay
   )
 
 
 def sgd(learning_rate, decay, weight_decay, momentum=0.9):
   """SGD with momentum and L2 regularisation, as in PyTorch."""
   return optax.chain(
-      optax.add_decayed_weights(weight_decay, decay),
-      optax.sgd(learning_rate, momentum),
+    optax.add_decayed_weights(weight_decay, decay),
+    optax.sgd(learning_rate, momentum),
   )
 
 
@@ -33,7 +33,7 @@ OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
 
 
 def build(
-    spec: Mapping[str, Any], labels: Any, shape: schedules.Schedule
+  spec: Mapping[str, Any], labels: Any, shape: schedules.Schedule
 ) -> optax.GradientTransformationExtraArgs:
   """The optimizer of a stage, over its trained leaves.
 
@@ -67,11 +67,11 @@ def build(
     def of(group):
       factor = multipliers.get(group, 1.0)
       return specs.build(
-          OPTIMIZERS,
-          own,
-          "optimizer",
-          learning_rate=lambda step: factor * learning_rate * shape(step),
-          decay=decay,
+        OPTIMIZERS,
+        own,
+        "optimizer",
+        learning_rate=lambda step: factor * learning_rate * shape(step),
+        decay=decay,
       )
 
     tx = optax.partition({group: of(group) for group in groups}, labels)

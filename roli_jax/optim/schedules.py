@@ -24,17 +24,17 @@ def warmup(num_steps: int, warmup_steps: int, decay: str) -> Schedule:
   """
   if not 0 <= warmup_steps <= num_steps:
     raise ValueError(
-        f"expected 0 <= warmup_steps <= {num_steps}, got {warmup_steps}"
+      f"expected 0 <= warmup_steps <= {num_steps}, got {warmup_steps}"
     )
   after = max(num_steps - warmup_steps, 1)
   decays = {
-      "cosine": optax.cosine_decay_schedule(1.0, after),
-      "linear": optax.linear_schedule(1.0, 0.0, after),
-      "constant": optax.constant_schedule(1.0),
+    "cosine": optax.cosine_decay_schedule(1.0, after),
+    "linear": optax.linear_schedule(1.0, 0.0, after),
+    "constant": optax.constant_schedule(1.0),
   }
   fall = specs.choose(decays, decay, "decay")
   rise = optax.linear_schedule(
-      1 / max(warmup_steps, 1), 1.0, max(warmup_steps - 1, 1)
+    1 / max(warmup_steps, 1), 1.0, max(warmup_steps - 1, 1)
   )
   return optax.join_schedules([rise, fall], [warmup_steps])
 
@@ -51,7 +51,7 @@ def ramp(num_steps: int, begin: float = 0.0, end: float = 0.0) -> Schedule:
   """
   if not 0 <= begin <= end <= 1:
     raise ValueError(
-        f"expected 0 <= begin <= end <= 1, got {begin=} and {end=}"
+      f"expected 0 <= begin <= end <= 1, got {begin=} and {end=}"
     )
   if not end:
     return optax.constant_schedule(1.0)

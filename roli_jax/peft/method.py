@@ -31,8 +31,9 @@ class Method:
   train_mode: bool = False
 
   def labels(self, params: Params) -> Any:
-    """The group of every leaf."""
-    return trees.label(params, self.groups)
+    """The group of every trained leaf; None for the frozen ones."""
+    groups = [(p, None if g == FROZEN else g) for p, g in self.groups]
+    return trees.label(params, groups)
 
   def trains(self, params: Params) -> Any:
     """Whether each leaf is trained."""
@@ -44,8 +45,6 @@ _REST = (".*", FROZEN)
 
 LINEAR = Method("linear", Seams(), (_HEAD, _REST))
 FULL = Method(
-    "full", Seams(), (_HEAD, ("backbone/.*", "backbone")), train_mode=True
+  "full", Seams(), (_HEAD, ("backbone/.*", "backbone")), train_mode=True
 )
-BIAS = Method(
-    "bias", Seams(), (_HEAD, ("backbone/.*bias", "backbone"), _REST)
-)
+BIAS = Method("bias", Seams(), (_HEAD, ("backbone/.*bias", "backbone"), _REST))

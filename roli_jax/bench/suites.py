@@ -1,0 +1,171 @@
+"""What is measured, each beside its floor or its baseline."""
+
+import functools
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from roli_jax import (
+  attacks,
+  keys,
+  losses,
+  models,
+  optim,
+  peft,
+  sharding,
+  state,
+  step,
+  trees,
+)
+from roli_jax.bench import timing
+from roli_jax.optim import schedules
+from roli_jax.threat import ThreatModel
+
+Row = dict[str, Any]
+NUM_STEPS = 7  # of PGD in a training step, as in RoLI
+
+
+def _batch(model, size):
+  shape = (size, model.image_size, model.image_size, model.channels)
+  rng = np.random.default_rng(0)
+  return {
+    "image": rng.integers(0, 256, shape, dtype=np.uint8),
+    "label": rng.integers(0, model.num_classes, size, dtype=np.int32),
+    "index": np.arange(size, dtype=np.uint32),
+  }
+
+
+def _training(model, method):
+  """A jitted PGD step, and the state before it; nothing is donated."""
+  params, stats = model.init(keys.root(0))
+  shape = schedules.warmup(100, 10, "cosine")
+  tx = optim.build({"name": "adamw"}, method.labels(params), shape)
+  attack = attacks.build("pgd", ThreatModel("linf", 0.1), num_steps=NUM_STEPS)
+  train_step = step.make_train_step(
+    model, method, losses.At(), attack, schedules.ramp(100), tx
+  )
+  return train_step, state.create(params, stats, method, tx)
+
+
+def _counted(model, method, now, batch):
+  """FLOPs of a step by its passes: K gradients, a forward, and the update's.
+
+  XLA counts a loop's body once, so each pass is counted by itself.
+  """
+  images = batch["image"] / np.float32(255)
+  predict = step.make_predict(model)
+
+  def loss(variables, x):
+    return losses.cross_entropy(predict(variables, x), batch["label"]).sum()
+
+  variables = (now.params, now.stats)
+  in_pixels = timing.flops(jax.grad(loss, argnums=1), variables, images)
+  forward = timing.flops(loss, variables, images)
+
+  def of_trained(trained, frozen):
+    return loss((trees.merge(trained, frozen), now.stats), images)
+
+  halves = trees.split(now.params, method.trains(now.params))
+  update = timing.flops(jax.grad(of_trained), *halves)
+  return NUM_STEPS * in_pixels + forward + update
+
+
+def matmul(runs: int, side: int = 2048) -> tuple[Row, float]:
+  """This machine's rate at a large square product, in FLOP/s."""
+  a = jnp.ones((side, side))
+  product = jax.jit(jnp.matmul)
+  seconds = timing.medians({"": lambda: product(a, a)}, runs)[""]
+  rate = 2 * side**3 / seconds
+  return _row("step", f"matmul {side}", seconds, gflops=rate / 1e9), rate
+
+
+def steps(config: Mapping[str, Any]) -> Iterator[Row]:
+  """The PGD step against its floor: counted FLOPs at the rate of a matmul."""
+  row, rate = matmul(config["runs"])
+  yield row
+  model = models.create(config["model"], 10)
+  everywhere = sharding.mesh()
+  for size in config["batch_sizes"]:
+    batch = _batch(model, size)
+    for name in config["methods"]:
+      train_step, now = _training(model, peft.METHODS[name])
+      counted = _counted(model, peft.METHODS[name], now, batch)
+      call = functools.partial(
+        jax.jit(train_step),
+        sharding.replicate(now, everywhere),
+        sharding.put(batch, everywhere),
+        keys.root(0),
+      )
+      seconds = timing.medians({"": call}, config["runs"])[""]
+      yield _row(
+        "step",
+        f"{name} PGD-{NUM_STEPS} batch {size}",
+        seconds,
+        images_per_s=size / seconds,
+        gflops=counted / seconds / 1e9,
+        share_of_floor=counted / rate / seconds,
+      )
+
+
+def seeds(config: Mapping[str, Any]) -> Iterator[Row]:
+  """Five seeds by vmap against one after another, the same total work."""
+  model = models.create(config["model"], 10)
+  batch = _batch(model, 64)
+  train_step, now = _training(model, peft.FULL)
+  many = jax.tree.map(lambda x: jnp.stack([x] * 5), now)
+  one = jax.jit(train_step)
+  all_of_them = jax.jit(jax.vmap(train_step, (0, None, None)))
+  key = keys.root(0)
+  calls = {
+    "5 seeds in turn": lambda: [one(now, batch, key) for _ in range(5)],
+    "5 seeds by vmap": lambda: all_of_them(many, batch, key),
+  }
+  for name, seconds in timing.medians(calls, config["runs"]).items():
+    yield _row("seeds", name, seconds, images_per_s=5 * 64 / seconds)
+
+
+def compiling(config: Mapping[str, Any]) -> Iterator[Row]:
+  """From the first call of a step to its end, without any cache."""
+  model = models.create(config["model"], 10)
+  batch = _batch(model, 64)
+  jax.config.update("jax_enable_compilation_cache", False)
+  for name in config["methods"]:
+    train_step, now = _training(model, peft.METHODS[name])
+    started = time.perf_counter()
+    traced = jax.jit(train_step).trace(now, batch, keys.root(0))
+    tracing = time.perf_counter() - started
+    traced.lower().compile()
+    whole = time.perf_counter() - started
+    yield _row("compile", f"{name} step: trace", tracing)
+    yield _row("compile", f"{name} step: lower, compile", whole - tracing)
+  jax.config.update("jax_enable_compilation_cache", True)
+
+
+def imports(config: Mapping[str, Any]) -> Iterator[Row]:
+  """A fresh Python that imports, against one that imports JAX alone."""
+  for line in ("import jax", "from roli_jax import attacks, evaluate, threat"):
+    times = []
+    for _ in range(5):
+      started = time.perf_counter()
+      subprocess.run([sys.executable, "-c", line], check=True)
+      times.append(time.perf_counter() - started)
+    yield _row("import", line, statistics.median(times))
+
+
+SUITES = {
+  "import": imports,
+  "compile": compiling,
+  "step": steps,
+  "seeds": seeds,
+}
+
+
+def _row(suite: str, name: str, seconds: float, **more: float) -> Row:
+  return {"suite": suite, "name": name, "seconds": seconds, **more}
