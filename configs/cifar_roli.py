@@ -45,7 +45,7 @@ def _stage(**changes) -> ConfigDict:
     batch_size=BATCH,
     val_every=an_epoch,
     log_every=50,
-    schedule={"warmup_steps": WARMUP * an_epoch, "decay": "cosine"},
+    schedule={"warmup": WARMUP / EPOCHS, "decay": "cosine"},
     **changes,
   )
 

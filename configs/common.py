@@ -45,9 +45,9 @@ def stage(num_steps: int, **changes) -> ConfigDict:
         # (group, factor) of the rate; groups are backbone, peft and head.
         "multipliers": (),
       },
-      "schedule": {"warmup_steps": num_steps // 10, "decay": "cosine"},
-      # The training radius, as a share of threat.eps: 0 until `begin`, linear
-      # to 1 at `end`, both as shares of the stage. 0 and 0 is constant.
+      # Of the rate: warmup, begin and end are shares of the stage.
+      "schedule": {"warmup": 0.1, "decay": "cosine"},
+      # Of the training radius: 0 until `begin`, linear to threat.eps at `end`.
       "radius": {"begin": 0.0, "end": 0.0},
     }
   )

@@ -17,7 +17,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 _STEP = re.compile(r"\d{8}")
 
 
-def _score(metrics: dict[str, float]) -> tuple[float, float]:
+def _score(metrics: dict[str, Any]) -> tuple[float, int]:
   """The validation score; of equal ones the earliest step's is the best."""
   score = metrics["score"]
   return (score if math.isfinite(score) else -math.inf, -metrics["step"])

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from roli_jax import attacks, keys, losses, metrics, progress, sharding
 from roli_jax.threat import ThreatModel
@@ -106,76 +107,114 @@ def run(
   """
   started = time.perf_counter()
   images, labels = np.asarray(images), np.asarray(labels)
-  if indices is None:
-    indices = np.arange(len(images))
-  indices = np.asarray(indices)
-  mesh = sharding.mesh()
+  indices = np.arange(len(images)) if indices is None else np.asarray(indices)
   if params is None:
     logits_fn, params = _with_params(logits_fn), ()
-  params = sharding.replicate(params, mesh)
-  _check_inputs(logits_fn, params, images, labels, indices, attack)
+  on = _On(logits_fn, params, sharding.mesh(), batch_size)
+  _check_inputs(on, images, labels, indices, attack)
   images = images.astype(np.float32)
-
-  def judge(points, rows):
-    outs = []
-    for real, (x, y) in _buckets(mesh, batch_size, points, labels[rows]):
-      judged = _judge(logits_fn, params, x, y)
-      outs.append([np.asarray(values)[real] for values in judged])
-    if not outs:
-      return np.zeros(0, bool), np.zeros(0, np.float32)
-    right, margin = zip(*outs, strict=True)
-    return np.concatenate(right), np.concatenate(margin)
-
   n = len(images)
-  clean, margin = judge(images, np.arange(n))
-  robust, adv = clean.copy(), images.copy()
-  broken_by = np.where(clean, "", "clean").astype(object)
-  distance = np.where(clean, np.inf, 0.0)
-  invalid = np.zeros(n, bool)
-  passes = {"forward": n, "backward": 0}
+  clean, margin = on.judge(images, labels)
+  result = Result(
+    clean=clean,
+    robust=clean.copy(),
+    broken_by=np.where(clean, "", "clean").astype(object),
+    distance=np.where(clean, np.inf, 0.0),
+    margin=margin,
+    adv=images.copy(),
+    invalid=np.zeros(n, bool),
+    passes={"forward": n, "backward": 0},
+    seconds=0.0,
+  )
   if attack is not None:
     alive = np.flatnonzero(clean)
-    found = images[alive].copy()
+    eps = np.broadcast_to(np.float32(attack.threat.eps), n)
     key = keys.stream(keys.root(seed), attack.name)
-    jobs = _buckets(
-      mesh,
-      batch_size,
-      images[alive],
-      labels[alive],
-      indices[alive].astype(np.uint32),
-      np.broadcast_to(np.float32(attack.threat.eps), n)[alive],
+    found = on.attack(
+      attack, key, images[alive], labels[alive], indices[alive], eps[alive]
     )
-    done = 0
-    with progress.bar(attack.name, len(alive)) as update:
-      for real, bucket in jobs:
-        moved = np.asarray(_attack(logits_fn, attack, params, key, *bucket))
-        found[done : done + real.sum()] = moved[real]
-        done += int(real.sum())
-        update(int(real.sum()))
-    right, found_margin = judge(found, alive)
-    far, outside = _measure(attack.threat, found, images[alive], alive)
-    broken = ~right & ~outside
-    invalid[alive] = outside
-    margin[alive] = np.where(outside, margin[alive], found_margin)
-    hit = alive[broken]
-    robust[hit] = False
-    adv[hit] = found[broken]
-    distance[hit] = far[broken]
-    broken_by[hit] = attack.name
-    forward, backward = attack.passes
-    passes["forward"] += len(alive) * (forward + 1)
-    passes["backward"] += len(alive) * backward
-  return Result(
-    clean=clean,
-    robust=robust,
-    broken_by=broken_by.astype(str),
-    distance=distance,
-    margin=margin,
-    adv=adv,
-    invalid=invalid,
-    passes=passes,
+    _count(result, attack, alive, found, *on.judge(found, labels[alive]))
+  return dataclasses.replace(
+    result,
+    broken_by=result.broken_by.astype(str),
     seconds=time.perf_counter() - started,
   )
+
+
+def _count(result, attack, alive, found, right, margin) -> None:
+  """Enters what an attack found for the images that were alive.
+
+  What is outside the ball or the box is no break; it is reported.
+  """
+  far, outside = _measure(attack.threat, found, result.adv[alive], alive)
+  broken = ~right & ~outside
+  hit = alive[broken]
+  result.robust[hit] = False
+  result.adv[hit] = found[broken]
+  result.distance[hit] = far[broken]
+  result.broken_by[hit] = attack.name
+  result.invalid[alive] = outside
+  result.margin[alive[~outside]] = margin[~outside]
+  forward, backward = attack.passes
+  result.passes["forward"] += len(alive) * (forward + 1)
+  result.passes["backward"] += len(alive) * backward
+
+
+@dataclasses.dataclass(frozen=True)
+class _On:
+  """A function of images on the devices, called on arrays of any length."""
+
+  logits_fn: Callable[..., Any]
+  params: Any
+  mesh: Mesh
+  batch_size: int
+
+  def __post_init__(self):
+    placed = sharding.replicate(self.params, self.mesh)
+    object.__setattr__(self, "params", placed)
+
+  def judge(self, images, labels) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each image is classified as labelled, and by which margin."""
+    right = np.zeros(len(images), bool)
+    margin = np.zeros(len(images), np.float32)
+    for rows, real, bucket in self._buckets(images, labels):
+      judged = _judge(self.logits_fn, self.mesh, self.params, *bucket)
+      right[rows], margin[rows] = (np.asarray(x)[real] for x in judged)
+    return right, margin
+
+  def attack(self, attack, key, images, labels, indices, eps) -> np.ndarray:
+    """What the attack makes of each image."""
+    found = images.copy()
+    arrays = (images, labels, indices.astype(np.uint32), eps)
+    with progress.bar(attack.name, len(images)) as update:
+      for rows, real, bucket in self._buckets(*arrays):
+        adv = _attack(
+          self.logits_fn, self.mesh, attack, self.params, key, *bucket
+        )
+        found[rows] = np.asarray(adv)[real]
+        update(int(real.sum()))
+    return found
+
+  def _buckets(self, *arrays) -> Iterator[tuple[slice, np.ndarray, Any]]:
+    """The arrays in pieces of two sizes, a batch and a quarter of it.
+
+    The last piece is padded with copies of its last row.
+
+    Yields:
+      The rows of a piece, which of its entries are real, and its arrays on
+      the devices.
+    """
+    unit = SMALLEST * self.mesh.size
+    large = unit * -(-self.batch_size // unit)
+    small = unit * -(-large // (4 * unit))
+    start, n = 0, len(arrays[0])
+    while start < n:
+      size = large if n - start >= large else small
+      at = start + np.arange(size)
+      piece = tuple(a[np.minimum(at, n - 1)] for a in arrays)
+      rows = slice(start, min(start + size, n))
+      yield rows, at < n, sharding.put(piece, self.mesh)
+      start += size
 
 
 @functools.lru_cache(maxsize=64)
@@ -184,15 +223,20 @@ def _with_params(logits_fn):
   return lambda _, images: logits_fn(images)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _attack(logits_fn, attack, params, key, images, labels, indices, eps):
-  threat = dataclasses.replace(attack.threat, eps=eps)
-  return dataclasses.replace(attack, threat=threat)(
-    functools.partial(logits_fn, params),
-    images,
-    labels,
-    keys.per_image(key, indices),
-  )
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attack(logits_fn, mesh, attack, params, key, images, labels, indices, eps):
+  def adversarial(whole, images, labels, indices, eps):
+    attack, params, key = whole
+    threat = dataclasses.replace(attack.threat, eps=eps)
+    return dataclasses.replace(attack, threat=threat)(
+      functools.partial(logits_fn, params),
+      images,
+      labels,
+      keys.per_image(key, indices),
+    )
+
+  parts = (images, labels, indices, eps)
+  return _by_eights(adversarial, mesh, (attack, params, key), parts)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # its shapes are remembered
@@ -200,36 +244,40 @@ def _logits(logits_fn, params, images):
   return logits_fn(params, images)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _judge(logits_fn, params, images, labels):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _judge(logits_fn, mesh, params, images, labels):
   """Whether each image is classified as labelled, and by which margin."""
-  with jax.default_matmul_precision("highest"):
-    logits = logits_fn(params, images).astype(jnp.float32)
-  return losses.correct(logits, labels), -losses.margin(logits, labels)
+
+  def judged(params, images, labels):
+    with jax.default_matmul_precision("highest"):
+      logits = logits_fn(params, images).astype(jnp.float32)
+    return losses.correct(logits, labels), -losses.margin(logits, labels)
+
+  return _by_eights(judged, mesh, params, (images, labels))
 
 
-def _buckets(mesh, batch_size, *arrays) -> Iterator[tuple[np.ndarray, Any]]:
-  """The arrays in pieces of two sizes, a batch and a quarter, on the devices.
+def _by_eights(fn, mesh, whole, parts):
+  """`fn(whole, *parts)`, on a CPU for eight images at a time on each device.
 
-  The last piece is padded with copies of its last row. Sizes are multiples of
-  eight images a device: on smaller batches XLA takes kernels that round
-  otherwise.
-
-  Yields:
-    Which rows are real, and the pieces.
+  XLA's kernels for a CPU round differently at different sizes of a batch. At
+  one size, an image's result is the same bits whatever it is batched with.
   """
-  unit = SMALLEST * mesh.size
-  large = unit * -(-batch_size // unit)
-  small = unit * -(-large // (4 * unit))
-  start, n = 0, len(arrays[0])
-  while start < n:
-    size = large if n - start >= large else small
-    rows = np.minimum(start + np.arange(size), n - 1)
-    yield (
-      np.arange(start, start + size) < n,
-      sharding.put(tuple(a[rows] for a in arrays), mesh),
-    )
-    start += size
+  if jax.default_backend() != "cpu":
+    return fn(whole, *parts)
+
+  def local(whole, *parts):
+    eights = [x.reshape(-1, SMALLEST, *x.shape[1:]) for x in parts]
+    out = jax.lax.map(lambda eight: fn(whole, *eight), eights)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+
+  images = PartitionSpec("data")
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), *(images for _ in parts)),
+    out_specs=images,
+    check_vma=False,
+  )(whole, *parts)
 
 
 def _measure(
@@ -252,7 +300,7 @@ def _measure(
   return far, ~(inside & (far <= eps * (1 + 1e-6) + rounding))
 
 
-def _check_inputs(logits_fn, params, images, labels, indices, attack):
+def _check_inputs(on, images, labels, indices, attack):
   n = len(images)
   if n == 0 or images.ndim < 2:
     raise ValueError(f"expected images [n, h, w, c], got {images.shape}")
@@ -276,7 +324,9 @@ def _check_inputs(logits_fn, params, images, labels, indices, attack):
   if eps.shape not in ((), (n,)):
     raise ValueError(f"expected one eps, or {n} of them, got {eps.shape}")
   piece = jax.ShapeDtypeStruct((SMALLEST, *images.shape[1:]), jnp.float32)
-  out = jax.eval_shape(functools.partial(_logits, logits_fn), params, piece)
+  out = jax.eval_shape(
+    functools.partial(_logits, on.logits_fn), on.params, piece
+  )
   if getattr(out, "ndim", None) != 2 or out.shape[0] != SMALLEST:
     raise ValueError(
       f"expected logits [{SMALLEST}, classes] for {SMALLEST} images, got"

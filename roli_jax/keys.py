@@ -9,8 +9,9 @@ not depend on the batch (those of rbg do).
 import zlib
 
 import jax
+import numpy as np
 
-from roli_jax.types import Array, Int, Key, Keys, UInt32
+from roli_jax.types import Array, Int, Integer, Key, Keys
 
 
 def root(seed: int) -> Key[Array, ""]:
@@ -27,7 +28,7 @@ def stream(
 
 
 def per_image(
-  key: Key[Array, ""], indices: Int[Array, "b"] | UInt32[Array, "b"]
+  key: Key[Array, ""], indices: Integer[Array | np.ndarray, "b"]
 ) -> Keys:
   """One key for each image, from who the image is and from nothing else."""
   return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)

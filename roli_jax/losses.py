@@ -7,7 +7,7 @@ raises.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ def kl(logits: Logits, target: Logits) -> Float[Array, "b"]:
 SURROGATES = {"ce": cross_entropy, "margin": margin, "kl": kl}
 
 
+@runtime_checkable
 class Objective(Protocol):
   """What training lowers.
 

@@ -120,8 +120,10 @@ def _parse(argv: list[str]) -> list[str]:
 def _said(error: Exception) -> str:
   """An error's message; of a traceback within, what was raised."""
   if isinstance(error, KeyError | AttributeError):  # a field that isn't there
-    text = str(error.args[0]).replace("\\n", " ").replace("\n", " ")
-    return "no such field: " + text.replace("\\", "").strip("'\"")
+    said = str(error.args[0]).replace("\\n", " ")
+    names = re.findall(r"\w+", said.replace("Did you mean", ""))
+    meant = f"; did you mean {names[1]!r}?" if len(names) > 1 else ""
+    return f"the config has no field {names[0]!r}{meant}"
   text = str(error).strip() or type(error).__name__
   if "Traceback" in text:
     text = text.splitlines()[-1].partition(": ")[2]

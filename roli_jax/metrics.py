@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from roli_jax import trees
-from roli_jax.types import Array, Float, Int
 
 
 @trees.tree_class
@@ -19,9 +19,9 @@ class Counts:
     seen: images.
   """
 
-  loss: Float[Array, ""]
-  correct: Int[Array, ""]
-  seen: Int[Array, ""]
+  loss: Any  # numbers: arrays inside a step, plain on the host
+  correct: Any
+  seen: Any
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:

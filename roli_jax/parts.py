@@ -136,12 +136,13 @@ class Parts:
   def like(self, stage: Stage) -> state.TrainState:
     """The shapes of the stage's state, on every device."""
     program = self.program(stage)
-    shapes = jax.eval_shape(
-      lambda key: state.create(
-        *self.model(stage).init(key), program.method, program.tx
-      ),
-      keys.root(0),
-    )
+
+    def fresh(key):
+      params, stats = self.model(stage).init(key)
+      trains = program.method.trains(params)
+      return state.create(params, stats, trains, program.tx)
+
+    shapes = jax.eval_shape(fresh, keys.root(0))
     return sharding.shaped(shapes, self.mesh)
 
   def _load(self, weights):

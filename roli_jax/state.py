@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from roli_jax import trees
-from roli_jax.peft import Method
 from roli_jax.types import Array, Int, Params, PyTree
 
 
@@ -22,7 +21,7 @@ class TrainState:
     opt_state: of the trained leaves only.
   """
 
-  step: Int[Array, ""]
+  step: Int[Array | jax.ShapeDtypeStruct, ""]
   params: Params
   stats: PyTree
   opt_state: Any
@@ -31,16 +30,22 @@ class TrainState:
 def create(
   params: Params,
   stats: PyTree,
-  method: Method,
+  trains: PyTree,
   tx: optax.GradientTransformation,
 ) -> TrainState:
   """The state before a stage's first step.
 
   The parameters are copied: the step donates its state, and whoever holds the
   pretrained tree still needs it.
+
+  Args:
+    params: the three trees.
+    stats: running statistics.
+    trains: whether each leaf of params is trained.
+    tx: of the trained leaves.
   """
   params, stats = jax.tree.map(jnp.copy, (params, stats))
-  trained, _ = trees.split(params, method.trains(params))
+  trained, _ = trees.split(params, trains)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,

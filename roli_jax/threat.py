@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from roli_jax import trees
-from roli_jax.types import Array, Float, Images, Keys
+from roli_jax.types import Array, Float, Images, Keys, PerImage
 
 NORMS = ("linf", "l2", "l1")
 
@@ -38,7 +38,7 @@ class ThreatModel:
   """
 
   norm: str = dataclasses.field(metadata=trees.STATIC)
-  eps: float | Float[Array, ""] | Float[Array, "b"]
+  eps: PerImage
   low: float | Float[Array, ""] = 0.0
   high: float | Float[Array, ""] = 1.0
 
@@ -125,9 +125,7 @@ class ThreatModel:
 TINY = 1e-12  # guards divisions by a norm
 
 
-def per_image(
-  value: float | Float[Array, ""] | Float[Array, "b"], images: Images
-) -> Float[Array, "..."]:
+def per_image(value: PerImage, images: Images) -> Float[Array, "..."]:
   """A scalar as it is; one value an image, shaped to broadcast with them."""
   value = jnp.asarray(value, images.dtype)
   return value.reshape(-1, *(1,) * (images.ndim - 1)) if value.ndim else value

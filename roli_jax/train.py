@@ -267,7 +267,9 @@ class Trainer:
       variables = best(self.parts, self.stage.start, self.path)
     else:
       variables = self.parts.initial(self.stage)
-    now = state.create(*variables, self.program.method, self.program.tx)
+    params, stats = variables
+    trains = self.program.method.trains(params)
+    now = state.create(params, stats, trains, self.program.tx)
     now = dataclasses.replace(
       now, opt_state=optim.at_rate(now.opt_state, self.stage.lr)
     )

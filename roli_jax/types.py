@@ -13,7 +13,7 @@ import numpy as np
 from roli_jax import trees
 
 try:
-  from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
+  from jaxtyping import Array, Bool, Float, Int, Integer, Key
 except ModuleNotFoundError:
   if not TYPE_CHECKING:
 
@@ -21,15 +21,19 @@ except ModuleNotFoundError:
       def __class_getitem__(cls, _):
         return Any
 
-    Bool = Float = Int = Key = UInt8 = UInt32 = _Inert
+    Bool = Float = Int = Integer = Key = _Inert
     Array = Any
 
 PyTree = Any
 
 # In [0, 1]; [b, h, w, c] for models, any shape for attacks.
 Images = Float[Array | np.ndarray, "b *image"]
-Labels = Int[Array | np.ndarray, "b"]
-Logits = Float[Array, "b k"]
+Labels = Integer[Array | np.ndarray, "b"]
+# A number, or one for each image.
+PerImage = (
+  float | Float[Array | np.ndarray, ""] | Float[Array | np.ndarray, "b"]
+)
+Logits = Float[Array | np.ndarray, "b k"]
 Keys = Key[Array, "b"]  # one per image, see keys.per_image
 
 LogitsFn = Callable[[Images], Logits]
@@ -40,15 +44,15 @@ __all__ = [
   "Float",
   "Images",
   "Int",
+  "Integer",
   "Key",
   "Keys",
   "Labels",
   "Logits",
   "LogitsFn",
   "Params",
+  "PerImage",
   "PyTree",
-  "UInt8",
-  "UInt32",
 ]
 
 

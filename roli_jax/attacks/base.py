@@ -1,11 +1,12 @@
 """What an attack is, to those who call one."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from roli_jax.threat import ThreatModel
 from roli_jax.types import Array, Float, Images, Keys, Labels, Logits, LogitsFn
 
 
+@runtime_checkable
 class Attack(Protocol):
   """A frozen dataclass and a pytree; its `repr` says all of its settings.
 

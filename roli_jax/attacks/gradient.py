@@ -1,7 +1,7 @@
 """FGSM and PGD: one loop of projected steepest ascent in the pixels."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ from roli_jax.types import (
   Labels,
   Logits,
   LogitsFn,
+  PerImage,
 )
 
-Keep = Literal["sample", "batch", "last"]
-
+KEEP = ("sample", "batch", "last")
 TRADES_START = 1e-3  # standard deviation of TRADES' start, in pixel values
 
 
@@ -54,17 +54,15 @@ class Pgd:
 
   threat: ThreatModel
   num_steps: int | Int[Array, ""] = 10
-  step_size: float | Float[Array, ""] | Float[Array, "b"] | None = None
+  step_size: PerImage | None = None
   num_restarts: int = dataclasses.field(default=1, metadata=trees.STATIC)
   random_start: bool = dataclasses.field(default=True, metadata=trees.STATIC)
-  keep: Keep = dataclasses.field(default="sample", metadata=trees.STATIC)
+  keep: str = dataclasses.field(default="sample", metadata=trees.STATIC)
   loss: str = dataclasses.field(default="ce", metadata=trees.STATIC)
 
   def __post_init__(self):
-    if self.keep not in ("sample", "batch", "last"):
-      raise ValueError(
-        f"keep must be 'sample', 'batch' or 'last', got {self.keep!r}"
-      )
+    if self.keep not in KEEP:
+      raise ValueError(f"unknown keep {self.keep!r}; there are {KEEP}")
     if self.loss not in losses.SURROGATES:
       raise ValueError(
         f"unknown loss {self.loss!r}; there are {sorted(losses.SURROGATES)}"

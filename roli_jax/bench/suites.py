@@ -45,13 +45,13 @@ def _batch(model, size):
 def _training(model, method):
   """A jitted PGD step, and the state before it; nothing is donated."""
   params, stats = model.init(keys.root(0))
-  shape = schedules.warmup(100, 10, "cosine")
+  shape = schedules.warmup(100, 0.1, "cosine")
   tx = optim.build({"name": "adamw"}, method.labels(params), shape)
   attack = attacks.build("pgd", ThreatModel("linf", 0.1), num_steps=NUM_STEPS)
   train_step = step.make_train_step(
     model, method, losses.At(), attack, schedules.ramp(100), tx
   )
-  return train_step, state.create(params, stats, method, tx)
+  return train_step, state.create(params, stats, method.trains(params), tx)
 
 
 def _counted(model, method, now, batch):

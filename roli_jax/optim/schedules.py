@@ -11,21 +11,20 @@ from roli_jax.types import Array, Float, Int
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 
-def warmup(num_steps: int, warmup_steps: int, decay: str) -> Schedule:
+def warmup(num_steps: int, warmup: float, decay: str) -> Schedule:
   """Rises linearly to 1, then falls to 0 at `num_steps`, or stays.
 
-  The first step is already at 1 / warmup_steps, and step `warmup_steps` is the
-  first after the peak. A step at rate 0 would be wasted.
+  With w steps of warm-up the first step is at 1 / w already, and step w - 1 is
+  the first at the peak: a step at rate 0 would be wasted.
 
   Args:
     num_steps: of the whole stage.
-    warmup_steps: of them, those that rise; 0 starts at the peak.
+    warmup: the share of them that rises, in [0, 1]; 0 starts at the peak.
     decay: `cosine`, `linear` or `constant`.
   """
-  if not 0 <= warmup_steps <= num_steps:
-    raise ValueError(
-      f"expected 0 <= warmup_steps <= {num_steps}, got {warmup_steps}"
-    )
+  if not 0 <= warmup <= 1:
+    raise ValueError(f"warmup is a share in [0, 1], got {warmup}")
+  warmup_steps = round(warmup * num_steps)
   after = max(num_steps - warmup_steps, 1)
   decays = {
     "cosine": optax.cosine_decay_schedule(1.0, after),

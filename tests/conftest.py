@@ -1,0 +1,58 @@
+"""Eight simulated devices, strict broadcasting, compiled programs kept."""
+
+import os
+import pathlib
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_ROOT / ".jax_cache")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("fast", max_examples=30, deadline=None)
+hypothesis.settings.load_profile("fast")
+
+
+@pytest.fixture(scope="session")
+def root() -> pathlib.Path:
+  """The checkout."""
+  return _ROOT
+
+
+@pytest.fixture
+def devices(monkeypatch):
+  """`devices(k)` makes everything run on the first k devices."""
+  from roli_jax import sharding
+
+  def use(k: int) -> None:
+    mesh = Mesh(np.array(jax.devices()[:k]), ("data",))
+    monkeypatch.setattr(sharding, "mesh", lambda: mesh)
+
+  return use
+
+
+@pytest.fixture(scope="session")
+def toy():
+  """A random two-layer network on 6 x 6 images, its images and its labels.
+
+  The labels are its own predictions, so that clean accuracy is 1.
+  """
+  rng = np.random.default_rng(0)
+  images = rng.uniform(size=(40, 6, 6, 1)).astype(np.float32)
+  w1 = jnp.asarray(rng.normal(size=(36, 32)) / 2, jnp.float32)
+  w2 = jnp.asarray(rng.normal(size=(32, 5)), jnp.float32)
+
+  def logits_fn(x):
+    return jnp.tanh((x.reshape(x.shape[0], -1) - 0.5) @ w1) @ w2
+
+  labels = np.asarray(logits_fn(jnp.asarray(images)).argmax(-1), np.int32)
+  return logits_fn, images, labels

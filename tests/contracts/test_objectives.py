@@ -1,0 +1,82 @@
+"""What every objective and surrogate promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from roli_jax import losses
+
+LABELS = np.array([0, 1, 2, 1], np.int32)
+
+
+def logits(seed, scale=1.0):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(scale * rng.normal(size=(4, 3)), jnp.float32)
+
+
+@pytest.fixture(params=losses.OBJECTIVES)
+def objective(request):
+  return losses.OBJECTIVES[request.param]()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_values_and_gradients_are_finite(objective, scale):
+  def total(clean, adv):
+    return objective(clean=clean, adv=adv, labels=LABELS).sum()
+
+  value, grads = jax.value_and_grad(total, (0, 1))(
+    logits(0, scale), logits(1, scale)
+  )
+  assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
+
+
+def test_without_an_attack_it_is_cross_entropy(objective):
+  same = logits(0)
+  value = objective(clean=same, adv=same, labels=LABELS)
+  expected = losses.cross_entropy(same, LABELS)
+  np.testing.assert_allclose(value, expected, atol=1e-6)
+
+
+def test_each_image_has_a_loss_of_its_own(objective):
+  clean, adv = logits(0), logits(1)
+  whole = objective(clean=clean, adv=adv, labels=LABELS)
+  first = objective(clean=clean[:2], adv=adv[:2], labels=LABELS[:2])
+  np.testing.assert_allclose(whole[:2], first, rtol=1e-6)
+
+
+def test_its_surrogate_is_one_that_attacks_know(objective):
+  assert objective.surrogate in losses.SURROGATES
+  assert objective.adversarial in (0.0, 0.5, 1.0)
+
+
+def test_trades_on_two_classes_is_the_hand_computed_value():
+  clean = jnp.log(jnp.array([[0.5, 0.5]]))
+  adv = jnp.log(jnp.array([[0.25, 0.75]]))
+  value = losses.Trades(beta=1.0)(
+    clean=clean, adv=adv, labels=np.array([0], np.int32)
+  )
+  np.testing.assert_allclose(value, [0.8369882167], rtol=1e-6)
+
+
+def test_trades_refuses_a_negative_weight():
+  with pytest.raises(ValueError, match="beta"):
+    losses.Trades(beta=-1.0)
+
+
+def test_margin_is_positive_exactly_where_misclassified():
+  values = logits(3)
+  wrong = ~np.asarray(losses.correct(values, LABELS))
+  np.testing.assert_array_equal(losses.margin(values, LABELS) > 0, wrong)
+
+
+def test_a_tie_goes_to_the_lower_class_and_nan_is_never_correct():
+  values = jnp.array([[1.0, 1.0], [1.0, 1.0], [jnp.nan, 0.0], [jnp.inf, 0.0]])
+  labels = np.array([0, 1, 0, 0], np.int32)
+  assert losses.correct(values, labels).tolist() == [True, False, False, False]
+
+
+def test_kl_is_zero_only_where_the_two_agree():
+  a, b = logits(0), logits(1)
+  np.testing.assert_allclose(losses.kl(a, a), 0, atol=1e-7)
+  assert (losses.kl(a, b) > 0).all()

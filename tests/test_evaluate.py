@@ -1,0 +1,242 @@
+"""Evaluation: who judges, who is counted, and what it depends on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from roli_jax import attacks, convert, data, evaluate, keys, step
+from roli_jax.threat import ThreatModel
+
+PGD = attacks.build("pgd", ThreatModel("linf", eps=0.1), num_steps=5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+  """An attack that adds a constant, whatever the threat model says."""
+
+  threat: ThreatModel
+  by: float
+  name = "moved"
+  num_steps = 1
+  num_restarts = 1
+  passes = (3, 2)
+
+  def scaled(self, ratio):
+    return self
+
+  def __call__(self, logits_fn, images, labels, keys):
+    return images + self.by
+
+
+jax.tree_util.register_dataclass(Moved, ["threat", "by"], [])
+
+
+def same(a, b):
+  for name in ("clean", "robust", "broken_by", "distance", "margin", "adv"):
+    np.testing.assert_array_equal(getattr(a, name), getattr(b, name), name)
+
+
+def test_a_result_says_what_became_of_each_image(toy):
+  logits_fn, images, labels = toy
+  wrong = labels.copy()
+  wrong[:3] = (wrong[:3] + 1) % 5
+  result = evaluate.run(logits_fn, images, wrong, PGD)
+  assert result.clean.tolist() == [False] * 3 + [True] * 37
+  assert 0 < result.robust.sum() < 37
+  assert set(result.broken_by) == {"", "clean", "pgd"}
+  assert (result.broken_by[result.robust] == "").all()
+  assert (result.distance[:3] == 0).all()
+  assert np.isinf(result.distance[result.robust]).all()
+  broken = result.broken_by == "pgd"
+  assert (result.distance[broken] <= 0.1 + 1e-6).all()
+  assert (result.margin[broken] < 0).all()
+  assert (result.margin[result.robust] > 0).all()
+  kept = ~broken
+  np.testing.assert_array_equal(result.adv[kept], images[kept])
+  assert (logits_fn(result.adv[broken]).argmax(-1) != wrong[broken]).all()
+
+
+def test_a_summary_adds_up(toy):
+  result = evaluate.run(*toy, PGD)
+  said = result.summary()
+  assert said["n"] == 40 and said["clean"]["value"] == 1
+  assert (
+    said["robust"]["low"] < said["robust"]["value"] < said["robust"]["high"]
+  )
+  assert sum(said["broken_by"].values()) == 40
+  assert said["passes"] == {"forward": 40 + 40 * 7, "backward": 40 * 5}
+  assert said["checks"]["ball_and_box"]["verdict"] == "pass"
+
+
+@pytest.mark.parametrize("by, why", [(0.3, "the ball"), (-2.0, "the box")])
+def test_what_is_outside_never_counts_and_is_reported(toy, by, why):
+  logits_fn, images, labels = toy
+  result = evaluate.run(
+    logits_fn, images, labels, Moved(ThreatModel("linf", eps=0.1), by)
+  )
+  assert result.robust.all(), why
+  said = result.summary()["checks"]["ball_and_box"]
+  assert said == {"verdict": "fail", "images": list(range(40))}
+  np.testing.assert_array_equal(result.adv, images)
+
+
+def test_one_rounding_of_a_pixel_is_no_way_out(toy):
+  """clip(x + eps) in float32 exceeds eps by up to half a unit of rounding."""
+  logits_fn, images, labels = toy
+  for eps in (0.01, 4 / 255, 8 / 255):
+    fgsm = attacks.build("fgsm", ThreatModel("linf", eps=eps))
+    assert not evaluate.run(logits_fn, images, labels, fgsm).invalid.any()
+
+
+def test_each_image_is_judged_alone(toy):
+  logits_fn, images, labels = toy
+  whole = evaluate.run(logits_fn, images, labels, PGD)
+  rows = np.array([31, 4, 17, 8, 25, 2, 11, 39, 0, 30])
+  part = evaluate.run(
+    logits_fn, images[rows], labels[rows], PGD, indices=rows, batch_size=8
+  )
+  np.testing.assert_array_equal(whole.robust[rows], part.robust)
+  np.testing.assert_array_equal(whole.adv[rows], part.adv)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+  bundle = convert.load(convert.find("glyph_vit", "robust"))
+  letters = data.build("letters", "val")
+  few = letters.take(np.arange(150))
+  return step.make_predict(bundle.model), (bundle.params, bundle.stats), few
+
+
+def attack_shipped(shipped, rows=slice(None), **settings):
+  predict, variables, letters = shipped
+  return evaluate.run(
+    predict,
+    letters.pixels()[rows],
+    letters.labels[rows],
+    PGD,
+    params=variables,
+    indices=letters.indices[rows],
+    **settings,
+  )
+
+
+def test_devices_and_batches_change_no_bit(shipped, devices):
+  """On one CPU kind: 1, 2 and 8 devices, batches of 8 to 150, any order."""
+  devices(1)
+  reference = attack_shipped(shipped, batch_size=64)
+  for count in (1, 2, 8):
+    devices(count)
+    for batch_size in (8, 64, 150):
+      same(reference, attack_shipped(shipped, batch_size=batch_size))
+  order = np.random.default_rng(0).permutation(150)
+  mixed = attack_shipped(shipped, order, batch_size=64)
+  np.testing.assert_array_equal(reference.adv[order], mixed.adv)
+
+
+def test_three_images_are_padded_not_changed(shipped, devices):
+  devices(1)
+  reference = attack_shipped(shipped, batch_size=64)
+  few = attack_shipped(shipped, slice(0, 3), batch_size=64)
+  np.testing.assert_array_equal(reference.adv[:3], few.adv)
+
+
+def test_new_params_and_radii_compile_nothing(shipped):
+  predict, (params, stats), _ = shipped
+  attack_shipped(shipped)
+  compiled = evaluate._attack._cache_size(), evaluate._judge._cache_size()
+  other = jax.tree.map(lambda x: 0.9 * jnp.asarray(x), params)
+  attack_shipped((predict, (other, stats), shipped[2]))
+  near = attacks.build("pgd", ThreatModel("linf", eps=0.02), num_steps=3)
+  evaluate.run(
+    predict, shipped[2].pixels(), shipped[2].labels, near, params=(other, stats)
+  )
+  after = evaluate._attack._cache_size(), evaluate._judge._cache_size()
+  assert after == compiled
+
+
+def test_seeds_differ_and_come_again(toy):
+  start = attacks.build("pgd", ThreatModel("linf", 1.0), num_steps=0)
+  a, b, again = (evaluate.run(*toy, start, seed=s) for s in (0, 1, 0))
+  same(a, again)
+  assert (a.adv != b.adv).any()
+
+
+def test_each_image_can_have_its_own_radius(toy):
+  eps = np.repeat(np.float32([0.0, 1.0]), 20)
+  attack = attacks.build("pgd", ThreatModel("linf", eps), num_steps=10)
+  result = evaluate.run(*toy, attack)
+  assert result.robust[:20].all() and not result.robust[20:].any()
+
+
+def test_clean_accuracy_alone_needs_no_attack(toy):
+  result = evaluate.run(*toy, None)
+  assert result.clean.all() and (result.robust == result.clean).all()
+
+
+def test_the_judge_is_precise_whatever_the_model_asks_for(toy):
+  """The judge's products are float32, not what an accelerator likes best."""
+  _, images, labels = toy
+
+  def logits_fn(x):
+    return x.reshape(x.shape[0], -1) @ jnp.ones((36, 5))
+
+  from roli_jax import sharding
+
+  text = evaluate._judge.lower(
+    lambda _, x: logits_fn(x),
+    sharding.mesh(),
+    (),
+    np.resize(images, (64, 6, 6, 1)),
+    np.resize(labels, 64),
+  ).as_text()
+  assert "HIGHEST" in text
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"images": lambda x: (255 * x).astype(np.uint8)}, "255"),
+    ({"images": lambda x: x * 2 - 1}, "normalise"),
+    ({"images": lambda x: x * np.nan}, "0, 1"),
+    ({"images": lambda x: x[:0]}, "n, h, w, c"),
+    ({"labels": lambda y: y[:-1]}, "40 integers"),
+    ({"labels": lambda y: y.astype(np.float32)}, "integers"),
+    ({"labels": lambda y: y + 3}, "width of the logits"),
+    ({"labels": lambda y: y - 1}, "width of the logits"),
+  ],
+)
+def test_inputs_that_can_not_be_meant_are_refused(toy, change, message):
+  logits_fn, images, labels = toy
+  given = {"images": images, "labels": labels}
+  for name, fn in change.items():
+    given[name] = fn(given[name])
+  with pytest.raises(ValueError, match=message):
+    evaluate.run(logits_fn, given["images"], given["labels"], PGD)
+
+
+def test_functions_that_give_no_logits_are_refused(toy):
+  _, images, labels = toy
+  with pytest.raises(ValueError, match="logits"):
+    evaluate.run(lambda x: x.sum((1, 2, 3)), images, labels, PGD)
+  with pytest.raises(ValueError, match="eps"):
+    attack = attacks.build("pgd", ThreatModel("linf", np.ones(3, "f4")))
+    evaluate.run(*toy, attack)
+
+
+def test_keys_come_from_seed_attack_and_image_alone(toy):
+  """The start that evaluation draws is the one that the contract names."""
+  _, images, labels = toy
+  start = attacks.build("pgd", ThreatModel("linf", 1.0), num_steps=0)
+  result = evaluate.run(*toy, start, seed=5)
+  key = keys.stream(keys.root(5), "pgd")
+  own = jax.vmap(jax.random.fold_in, (0, None))(
+    keys.per_image(key, np.arange(40)), 0
+  )
+  expected = np.asarray(start.threat.sample(own, images))
+  broken = result.broken_by == "pgd"
+  assert broken.any()
+  np.testing.assert_array_equal(result.adv[broken], expected[broken])
+  assert labels.shape == (40,)

@@ -1,0 +1,117 @@
+"""The command line: mistakes end in a short message and status 2."""
+
+import sys
+
+import pytest
+
+from roli_jax import main
+from tests import cli
+
+GLYPHS = cli.GLYPHS
+
+MISTAKES = {
+  "no config": ([], "--config"),
+  "no such config": (["--config=configs/glyph.py"], "configs/glyph.py"),
+  "unknown flag": ([GLYPHS, "--wrkdir=x"], "workdir"),
+  "unknown mode": ([GLYPHS, "--mode=trian"], "train"),
+  "a word too many": ([GLYPHS, "train"], "train"),
+  "unknown field": ([GLYPHS, "--config.adpt.lr=1"], "did you mean 'adapt'"),
+  "unknown nested field": ([GLYPHS, "--config.adapt.l=1"], "'l'"),
+  "wrong type": ([GLYPHS, "--config.seed=1.5"], "config.seed"),
+  "unknown argument": ([f"{GLYPHS}:tabel=grid"], "table"),
+  "unknown table": ([f"{GLYPHS}:table=gird"], "grid"),
+  "unknown method": ([f"{GLYPHS}:method=lra"], "linear"),
+  "unknown init": ([f"{GLYPHS}:init=rolly"], "roli"),
+  "eps in 255ths": ([GLYPHS, "--config.threat.eps=8"], "8.0/255"),
+  "eps below zero": ([GLYPHS, "--config.threat.eps=-0.1"], "eps"),
+  "eps no number": ([GLYPHS, "--config.threat.eps=tenth"], "8/255"),
+  "step size": ([GLYPHS, "--config.attack.step_size=2"], "step_size"),
+  "attack": ([GLYPHS, "--config.attack=pdg"], "did you mean 'pgd'"),
+  "loss": ([GLYPHS, "--config.adapt.loss.name=trade"], "trades"),
+  "data": ([GLYPHS, "--config.data.name=digit"], "digits"),
+  "too few images": ([GLYPHS, "--config.data.train_size=7"], "train_size"),
+  "weights": ([GLYPHS, "--config.backbone.weights=x.pth"], "robust, standard"),
+  "unwritable": ([GLYPHS, "--workdir=/proc/nothing/run"], "workdir"),
+  "evaluate what": (["--mode=evaluate"], "--workdir"),
+  "no run": (["--mode=report", "--workdir=/tmp"], "config.json"),
+  "unknown suite": (
+    ["--mode=bench", "--config=configs/bench.py", '--config.suites=("x",)'],
+    "import",
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_in_a_few_words(name, tmp_path):
+  words, message = MISTAKES[name]
+  if GLYPHS in words and not any("workdir" in word for word in words):
+    words = [*words, f"--workdir={tmp_path}/run"]
+  done = cli.run(*words)
+  assert done.returncode == 2, (done.stdout, done.stderr)
+  assert message in done.stderr
+  assert len(done.stderr.splitlines()) <= 6 and "Traceback" not in done.stderr
+  assert not (tmp_path / "run").exists()
+
+
+def test_the_promised_recipe_says_how_to_get_what_is_missing():
+  done = cli.run("--config=configs/cifar_roli.py")
+  assert done.returncode == 2 and len(done.stderr.splitlines()) <= 6
+  assert "download_and_prepare" in done.stderr
+
+
+def test_help_explains_and_shows_the_config():
+  done = cli.run("--help")
+  assert done.returncode == 0 and "--mode" in done.stdout
+  shown = cli.run("--help", GLYPHS)
+  assert shown.returncode == 0 and "train_size: 200" in shown.stdout
+
+
+@pytest.mark.parametrize(
+  "words, name, value",
+  [
+    (["--config=a.py:x=1"], "config", "a.py:x=1"),
+    (["-config", "a.py"], "config", "a.py"),
+    (["--config.x=1"], "config", ""),
+    (["--workdir="], "workdir", ""),
+    ([], "mode", ""),
+  ],
+)
+def test_flags_are_read_before_they_are_defined(words, name, value):
+  assert main._given(["main.py", *words], name) == value
+
+
+@pytest.mark.parametrize(
+  "word, mode, long",
+  [
+    ("--config.attack=pgd", "train", "--config.attack.name=pgd"),
+    ("--config.attack=pgd", "evaluate", "--config.eval_attack.name=pgd"),
+    ("--config.val_attack=pgd", "evaluate", "--config.val_attack.name=pgd"),
+    ("--config.attack.name=pgd", "train", "--config.attack.name=pgd"),
+    ("--config.threat.eps=0.1", "train", "--config.threat.eps=0.1"),
+  ],
+)
+def test_an_attacks_name_may_be_short(word, mode, long):
+  assert main._lengthen(word, mode) == long
+
+
+def test_the_workdir_is_named_after_the_config(monkeypatch):
+  from absl.testing import flagsaver
+
+  config = "--config=configs/glyphs_roli.py:method=full,init=roli"
+  monkeypatch.setattr(sys, "argv", ["main.py", config])
+  main.flags.DEFINE_string("workdir", "", "", allow_override=True)
+  main.flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver(workdir=""):
+    assert str(main._workdir()) == "runs/glyphs_roli-method=full-init=roli"
+
+
+def test_only_our_own_value_errors_are_the_users():
+  from roli_jax import specs
+
+  def theirs():
+    raise ValueError("deep inside")
+
+  for make, ours in ((lambda: specs.number("x"), True), (theirs, False)):
+    with pytest.raises(ValueError) as error:
+      make()
+    assert main._is_ours(error.value) == ours

@@ -1,0 +1,123 @@
+"""What tables say about rows."""
+
+import pytest
+
+from roli_jax import plots, record, report
+
+ABOUT = {
+  "backbone": "glyph_vit", "data": "digits", "train_size": 200, "steps": 60,
+  "metric": "accuracy", "n": 500, "head_init": "kaiming_fan_out",
+  "weights": "robust", "lr": 1e-3,
+}  # fmt: skip
+PGD = {
+  "attack": "pgd", "attack_steps": 20, "restarts": 1, "norm": "linf",
+  "eps": 0.1,
+}  # fmt: skip
+
+
+def rows(method, init, values, split="test", attack=PGD, **about):
+  stage = "probe" if method == "linear" else "adapt"
+  return [
+    {
+      **dict.fromkeys(record.FIELDS),
+      **ABOUT,
+      **attack,
+      "cell": f"{method}-{init}-{seed}",
+      "stage": stage,
+      "method": method,
+      "init": init,
+      "split": split,
+      "seed": seed,
+      "value": value,
+      **about,
+    }
+    for seed, value in enumerate(values)
+  ]
+
+
+ROLI = rows("full", "roli", (0.80, 0.81, 0.82))
+RANLI = rows("full", "ranli", (0.70, 0.72, 0.71))
+PROBE = rows("linear", "roli", (0.60, 0.90, 0.81))
+CLEAN = rows("full", "roli", (0.9, 0.9, 0.9), attack={"attack": "none"})
+
+
+def cell(table, row, column):
+  return dict(zip(table.header, table.rows[row], strict=True))[column]
+
+
+def test_accuracies_are_means_over_seeds_in_percent():
+  table = report.accuracies([*RANLI, *ROLI, *CLEAN])
+  assert [row[1] for row in table.rows] == ["full RanLI", "full RoLI"]
+  assert cell(table, 0, "PGD-20 linf 0.1") == "71.0 ± 1.0"
+  assert (
+    cell(table, 1, "clean") == "90.0 ± 0.0" and cell(table, 0, "clean") == ""
+  )
+
+
+def test_differences_are_paired_by_seed():
+  table = report.differences([*RANLI, *ROLI, *PROBE])
+  by_pair = {row[2]: i for i, row in enumerate(table.rows)}
+  ranli = by_pair["full RoLI − full RanLI"]
+  assert cell(table, ranli, "mean") == "+10.0"
+  assert cell(table, ranli, "each seed") == "+10.0 +9.0 +11.0"
+  assert cell(table, ranli, "95% interval") == "[+7.5, +12.5]"
+  assert cell(table, ranli, "verdict") == "higher"
+  probe = by_pair["full RoLI − linear probe (RoLI)"]
+  assert cell(table, probe, "verdict") == "not separated"
+  assert "linear probe (RoLI) − full RanLI" in by_pair
+
+
+def test_one_seed_concludes_nothing():
+  table = report.differences([*RANLI[:1], *ROLI[:1]])
+  assert cell(table, 0, "verdict") == "one seed"
+  assert cell(table, 0, "95% interval") == ""
+
+
+def test_the_twins_are_compared_method_by_method():
+  twin = rows("full", "roli", (0.4, 0.4), weights="standard", lr=3e-3)
+  table = report.differences([*ROLI, *twin])
+  assert table.rows[0][2] == "full RoLI: robust − standard"
+  assert cell(table, 0, "mean") == "+40.5"
+
+
+def test_controls_are_told_apart():
+  longer = rows("full", "ranli", (0.7, 0.7, 0.7), steps=120)
+  small = rows("full", "ranli", (0.7, 0.7, 0.7), head_init="small")
+  pairs = [row[2] for row in report.differences([*ROLI, *longer, *small]).rows]
+  assert pairs == [
+    "full RoLI − full RanLI, 120 steps",
+    "full RoLI − full RanLI small head",
+  ]
+
+
+def test_a_curve_is_one_seeds():
+  far = rows("full", "roli", (0.3,), attack={**PGD, "eps": 0.2})
+  table = report.curves([*CLEAN, *ROLI, *far, *RANLI])
+  assert table.header[3:] == ("0", "0.1", "0.2")
+  assert table.rows == [("robust", "full RoLI", "0", "90.0", "80.0", "30.0")]
+
+
+def test_a_grid_marks_the_rate_of_the_best_validation():
+  made = []
+  for lr, values in (
+    (1e-3, (0.5, 0.6)),
+    (1e-2, (0.7, 0.7)),
+    (1e-1, (0.7, 0.7)),
+  ):
+    made += rows("full", "roli", values, split="val", lr=lr)
+  table = report.grid(made)
+  assert cell(table, 0, "rate: accuracy") == (
+    "0.001: 55.0; 0.01: 70.0 (chosen); 0.1: 70.0"
+  )
+
+
+def test_markdown_is_a_table():
+  text = report.accuracies(ROLI).markdown()
+  assert "| robust | full RoLI | 200 | 60 | 0.001 | 3 |  | 81.0 ± 1.0 |" in text
+
+
+def test_no_rows_no_report(tmp_path):
+  with pytest.raises(ValueError, match="no rows"):
+    report.write(tmp_path)
+  assert report.tables([]) == []
+  assert plots.write([], [], tmp_path / "figures") == []

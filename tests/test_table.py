@@ -1,0 +1,132 @@
+"""From configs to stages."""
+
+import dataclasses
+
+import pytest
+
+from configs import cifar_roli, glyphs_pretrain, glyphs_roli
+from roli_jax import table
+
+
+def expand(arg="", **changes):
+  config = glyphs_roli.get_config(arg).to_dict()
+  return table.expand({**config, **changes})
+
+
+def test_the_default_table_is_the_protocols():
+  stages = expand()
+  cells = [(s.weights, s.method, s.init, s.seed) for s in stages]
+  assert len(cells) == len(set(cells)) == 5 * 3 + 2 * 3
+  for weights, seeds in (("robust", 5), ("standard", 2)):
+    for cell in (("linear", "roli"), ("full", "ranli"), ("full", "roli")):
+      assert {(weights, *cell, k) for k in range(seeds)} <= set(cells)
+  curves = [s.cell for s in stages if s.curve]
+  assert curves == [
+    "robust-full-ranli-n200-seed0",
+    "robust-full-roli-n200-seed0",
+  ]
+
+
+@pytest.mark.parametrize("name", glyphs_roli.TABLES)
+def test_a_stage_stands_after_the_one_it_starts_from(name):
+  seen = set()
+  for stage in expand(f"table={name}"):
+    assert stage.start is None or stage.start in seen
+    seen.add(stage)
+
+
+def test_one_cell_is_what_its_arguments_name():
+  assert [s.cell for s in expand("method=full,init=roli")] == [
+    "robust-linear-roli-n200-seed0",
+    "robust-full-roli-n200-seed0",
+  ]
+  (probe,) = expand("method=linear,init=ranli")
+  assert (probe.name, probe.init) == ("probe", "roli")
+  (stage,) = expand("init=ranli", seed=7)
+  assert (stage.cell, stage.name) == ("robust-full-ranli-n200-seed7", "adapt")
+
+
+def test_a_clean_probe_trains_clean():
+  probe, stage = expand("init=std")
+  assert (probe.loss, probe.init, stage.loss) == ("clean", "std", "at")
+  assert stage.start == probe
+
+
+def test_controls_add_the_probes_steps_and_the_small_head():
+  stages = expand("table=controls")
+  longer = [s for s in stages if s.num_steps == 120]
+  assert {s.head_init for s in longer} == {"kaiming_fan_out", "small"}
+  small = next(s for s in stages if s.head_init == "small")
+  assert small.cell == "robust-full-ranli-small-n200-seed0"
+
+
+def test_a_grid_has_all_rates_and_chosen_probes():
+  stages = expand("table=grid")
+  adapted = [s for s in stages if s.name == "adapt"]
+  rates = {s.lr for s in adapted if s.init == "roli" and s.weights == "robust"}
+  assert rates == set(glyphs_roli.RATES)
+  assert {s.lr for s in stages if s.name == "probe"} >= set(
+    glyphs_roli.PROBE_RATES
+  )
+  ranli = {s.lr for s in adapted if s.init == "ranli"}
+  assert ranli == rates  # the same grid for both
+
+
+def test_equal_names_are_equal_directories():
+  stages = expand("table=full")
+  by_directory = {}
+  for stage in stages:
+    by_directory.setdefault(stage.directory, []).append(stage)
+  for same in by_directory.values():
+    assert len({dataclasses.replace(s, curve=False) for s in same}) == 1
+
+
+def test_a_rate_can_be_set_for_all():
+  config = glyphs_roli.get_config("init=ranli").to_dict()
+  config["adapt"]["lr"] = 0.5
+  assert [s.lr for s in table.expand(config)] == [0.5]
+
+
+def test_a_path_of_weights_names_a_plain_directory():
+  config = glyphs_roli.get_config("init=ranli").to_dict()
+  config["backbone"]["weights"] = "/data/my weights/vit.safetensors"
+  (stage,) = table.expand(config)
+  assert "/" not in stage.cell and stage.cell.endswith("-full-ranli-n200-seed0")
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"cells": ({"methd": "full"},)}, "methd"),
+    ({"cells": ({"method": "full", "init": "rolli"},)}, "roli"),
+    ({"rates": ()}, "config.adapt.lr"),
+    ({"cells": ({**glyphs_roli.RANLI, "rates": (-1.0,)},)}, "> 0"),
+  ],
+)
+def test_tables_that_can_not_be_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    expand("init=ranli", **changes)
+
+
+def test_pretraining_is_one_stage_for_each_twin():
+  config = glyphs_pretrain.get_config().to_dict()
+  stages = table.expand(config)
+  assert [(s.weights, s.loss, s.name) for s in stages] == [
+    ("robust", "at", "pretrain"),
+    ("standard", "clean", "pretrain"),
+  ]
+
+
+def test_the_cifar_recipe_has_the_references_rates():
+  config = cifar_roli.get_config().to_dict()
+  probe, stage = table.expand(config)
+  assert (probe.lr, stage.lr) == (0.0125, 2.5e-5)
+  ranli = cifar_roli.get_config("dataset=cifar100,init=ranli").to_dict()
+  assert table.expand(ranli)[0].lr == 1.25e-4
+
+
+def test_an_unknown_argument_lists_the_known():
+  with pytest.raises(ValueError, match="table"):
+    glyphs_roli.get_config("tabel=grid")
+  with pytest.raises(ValueError, match="controls"):
+    glyphs_roli.get_config("table=control")
