@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from roli_jax import metrics, record, report
+from roli_jax import record, report
 
 Row = dict[str, Any]
 
@@ -32,9 +32,6 @@ def write(
     log: of training curves.
     folder: where figures go, and where `examples.npz` lies if there is one.
   """
-  import matplotlib
-
-  matplotlib.use("Agg")
   folder.mkdir(exist_ok=True)
   examples = folder / "examples.npz"
   figures = {
@@ -73,7 +70,7 @@ def _label(group, groups):
 
 
 def _bars(rows):
-  """Clean and robust accuracy of each group, with t intervals over seeds."""
+  """Clean and robust accuracy of each group: mean and spread over seeds."""
   tests = record.where(rows, split="test")
   if not tests:
     return None
@@ -92,13 +89,16 @@ def _bars(rows):
     own = [group for group in groups if group.weights == backbone]
     for x, group in enumerate(own):
       for kind, side, alpha in ((report.CLEAN, -0.2, 0.4), (attack, 0.2, 1.0)):
-        values = report.by_seed(groups[group], kind).values()
-        mean, low, _ = metrics.t_interval([100 * value for value in values])
+        own_values = report.by_seed(groups[group], kind).values()
+        values = [100 * value for value in own_values]
+        if not values:
+          continue
+        mean = statistics.mean(values)
         axis.bar(
           x + side,
           mean,
           width=0.38,
-          yerr=mean - low if len(values) > 1 else 0,
+          yerr=statistics.stdev(values) if len(values) > 1 else 0,
           capsize=3,
           color=_colour(group),
           alpha=alpha,
@@ -110,7 +110,7 @@ def _bars(rows):
     axis.set_ylim(0, 100)
   axes[0].set_ylabel("test accuracy, %")
   figure.suptitle(
-    f"pale: clean; full: {attack.name}; whiskers: 95% t interval over seeds",
+    f"pale: clean; full: {attack.name}; whiskers: standard deviation of seeds",
     fontsize=9,
   )
   return figure
@@ -182,6 +182,7 @@ def _training(rows, log):
     axis.set(xlabel="step", ylabel=f"{_SPLITS[split]} {metric}")
   if not axes[0].lines:
     return None
+  axes[0].set_yscale("log")
   axes[1].legend(fontsize=6)
   return figure
 
