@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-PROBE_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+PROBE_RATES = (3e-2, 1e-1, 3e-1, 1.0)
 
 # What a cell of a table may say; the rest comes from the config.
 LINEAR = {"method": "linear", "init": "roli"}

@@ -7,6 +7,7 @@ raises.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -42,7 +43,42 @@ def kl(logits: Logits, target: Logits) -> Float[Array, "b"]:
   return (jnp.exp(log_p) * (log_p - jax.nn.log_softmax(logits))).sum(-1)
 
 
-SURROGATES = {"ce": cross_entropy, "margin": margin, "kl": kl}
+def log_odds(logits: Logits, labels: Labels) -> Float[Array, "b"]:
+  """log((1 - p) / p) for the label's probability p; CE is its softplus.
+
+  Raising it raises cross-entropy: the gradients of an image point the same
+  way. But where p rounds to 1, as under large logits, cross-entropy is 0 with
+  all of its gradient, and an attack that climbs it stands still and flatters
+  the model. The log odds go on.
+  """
+  own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+  others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=-1)
+  return others - jnp.where(own, logits, 0).sum(-1)
+
+
+def _same(values: Float[Array, "b"]) -> Float[Array, "b"]:
+  return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Surrogate:
+  """A loss that attacks raise.
+
+  Attributes:
+    climb: `(logits, labels) -> [b]`, what the gradient is taken of; grows with
+      the loss.
+    loss: the loss from that, for means over images.
+  """
+
+  climb: Callable[..., Float[Array, "b"]]
+  loss: Callable[[Float[Array, "b"]], Float[Array, "b"]] = _same
+
+
+SURROGATES = {
+  "ce": Surrogate(log_odds, jax.nn.softplus),
+  "margin": Surrogate(margin),
+  "kl": Surrogate(kl),
+}
 
 
 @runtime_checkable

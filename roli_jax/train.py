@@ -81,9 +81,7 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
       update(1)
   for stage in stages:
     if stage.name == "pretrain":
-      bundle = convert.Bundle(parts.model(stage), *best(parts, stage, path))
-      name = f"{bundle.model.name}_{stage.weights}.safetensors"
-      convert.save(bundle, path / name)
+      _keep_weights(parts, stage, path)
   if config["test"]:
     _keep_examples(parts, stages, path)
   return results.rows
@@ -109,8 +107,13 @@ def evaluate(
   parts = Parts(config)
   parts.check(())
   with checkpoint.manager(directory, reading=True) as checkpoints:
-    step = checkpoints.best_step() if step is None else step
-    meta = checkpoint.restore_meta(checkpoints, step)
+    best_step = checkpoints.best_step()
+    if step not in (None, best_step):
+      raise ValueError(
+        f"step {step} is not the best of its stage, which rows are of;"
+        f" the best is {directory}/{best_step:08d}"
+      )
+    meta = checkpoint.restore_meta(checkpoints, best_step)
     stage = Stage(**{**meta["stage"], "start": None})
     model = models.described(meta["model"])
     classes = parts.data["test"].num_classes
@@ -120,7 +123,7 @@ def evaluate(
         f" {config['data']['name']} has {classes}"
       )
     like = sharding.shaped(jax.eval_shape(model.init, keys.root(0)), parts.mesh)
-    variables = checkpoint.restore(checkpoints, step, model=like)["model"]
+    variables = checkpoint.restore(checkpoints, best_step, model=like)["model"]
   results = record.Record(path / "results.jsonl")
   radii = config["radii"] or (config["threat"]["eps"],)
   chosen = [parts.attack("eval_attack", eps) for eps in radii]
@@ -171,6 +174,14 @@ def best(parts: Parts, stage: Stage, path: pathlib.Path) -> Variables:
 
 def _directory(path, stage):
   return path / "checkpoints" / stage.directory
+
+
+def _keep_weights(parts, stage, path):
+  """What was pretrained, as a bundle that other configs can name."""
+  model = parts.model(stage)
+  file = path / f"{model.name}_{stage.weights}.safetensors"
+  if not file.exists():
+    convert.save(convert.Bundle(model, *best(parts, stage, path)), file)
 
 
 def _keep_examples(parts, stages, path):

@@ -157,11 +157,14 @@ def test_evaluate_takes_the_checkpoint_that_is_named(run):
   assert (row["stage"], row["attack"], row["attack_steps"]) == (
     "probe", "fgsm", 1,
   )  # fmt: skip
-  first = next((run / "checkpoints").rglob("00000006")).relative_to(
-    run / "checkpoints"
-  )
-  named = cli.run(*words, f"--config.checkpoint={first}")
-  assert named.returncode == 0, named.stderr
+  log = record.read(run / "training.jsonl")
+  vals = record.where(log, stage="adapt", split="val", attack="pgd")
+  best = max(vals, key=lambda row: row["value"])["step"]
+  stage = run / "checkpoints" / "robust-full-roli-n200-seed0"
+  for step in {best, 6}:
+    named = next(stage.rglob(f"{step:08d}"))
+    done = cli.run(*words, f"--config.checkpoint={named}")
+    assert done.returncode == (0 if step == best else 2), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -112,13 +112,13 @@ class Pgd:
     step_size = eps / 4 if self.step_size is None else self.step_size
     step_size = threat.per_image(step_size, images)
 
-    def loss(x):
-      values = surrogate(logits_fn(x), labels)
+    def climb(x):
+      values = surrogate.climb(logits_fn(x), labels)
       return values.sum(), values  # each image's gradient is its own
 
     def step(_, carry):
       x, best = carry
-      grads, values = jax.grad(loss, has_aux=True)(x)
+      grads, values = jax.grad(climb, has_aux=True)(x)
       best = self._better(best, x, values)
       x = x + step_size * self.threat.steepest(grads, x)
       return self.threat.project(x, images), best
@@ -131,7 +131,7 @@ class Pgd:
       if self.keep == "last":
         kept = none
       if self._compares:
-        kept = self._better(kept, x, loss(x)[1])
+        kept = self._better(kept, x, climb(x)[1])
       else:
         kept = (x, none[1])
       return kept if best is None else self._better(best, *kept)
@@ -150,17 +150,13 @@ class Pgd:
     return self.threat.sample(keys, images)
 
   def _better(self, best, x, values):
-    """Of two candidates with their losses, the one to keep.
-
-    Of an image's equal losses the later: those that have underflowed to 0 say
-    nothing, and the later iterate has climbed further. A batch keeps its
-    first, as the reference does.
-    """
+    """Of two candidates with their values, the one to keep; a tie keeps."""
     best_x, best_values = best
+    wins = values > best_values
     if self.keep == "batch":
-      wins = jnp.broadcast_to(values.mean() > best_values.mean(), values.shape)
-    else:
-      wins = values >= best_values
+      loss = losses.SURROGATES[self.loss].loss
+      higher = loss(values).mean() > loss(best_values).mean()
+      wins = jnp.broadcast_to(higher, values.shape)
     at_pixels = wins.reshape(-1, *(1,) * (x.ndim - 1))
     return jnp.where(at_pixels, x, best_x), jnp.where(wins, values, best_values)
 

@@ -59,9 +59,9 @@ def test_it_stays_in_the_ball_and_the_box(attack, toy):
 
 def test_it_raises_its_surrogate(attack, toy):
   logits_fn, images, labels = toy
-  surrogate = losses.SURROGATES[attack.loss]
-  before = surrogate(logits_fn(images), labels)
-  after = surrogate(logits_fn(run(attack, toy)), labels)
+  climb = losses.SURROGATES[attack.loss].climb
+  before = climb(logits_fn(images), labels)
+  after = climb(logits_fn(run(attack, toy)), labels)
   assert (after > before).mean() > 0.9
 
 
@@ -167,6 +167,19 @@ def test_pgd_keeps_what_a_plain_loop_keeps(keep, toy):
   np.testing.assert_allclose(
     run(attack, toy), _reference_pgd(toy, keep), atol=1e-6
   )
+
+
+def test_large_logits_do_not_stop_it(toy):
+  """At 1,000 times the logits, CE and its gradient are 0 in float32."""
+  logits_fn, images, labels = toy
+  threat = ThreatModel("linf", eps=0.05)
+  attack = attacks.Pgd(threat, num_steps=5)
+
+  def broken(scale):
+    scaled = (lambda x: scale * logits_fn(x), images, labels)
+    return (~losses.correct(logits_fn(run(attack, scaled)), labels)).sum()
+
+  assert broken(1000.0) >= broken(1.0) - 1 >= 5
 
 
 def test_no_steps_return_the_random_start(toy):

@@ -80,3 +80,35 @@ def test_kl_is_zero_only_where_the_two_agree():
   a, b = logits(0), logits(1)
   np.testing.assert_allclose(losses.kl(a, a), 0, atol=1e-7)
   assert (losses.kl(a, b) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["ce", "margin"])
+def test_what_attacks_climb_grows_with_their_loss(name):
+  surrogate = losses.SURROGATES[name]
+  values = np.asarray(surrogate.climb(logits(5), LABELS))
+  loss = np.asarray(surrogate.loss(jnp.asarray(values)))
+  np.testing.assert_array_equal(np.argsort(values), np.argsort(loss))
+
+
+def test_log_odds_climb_cross_entropy():
+  values = losses.log_odds(logits(5), LABELS)
+  np.testing.assert_allclose(
+    jax.nn.softplus(values), losses.cross_entropy(logits(5), LABELS), rtol=1e-5
+  )
+
+  def direction(loss):
+    grads = jax.grad(lambda x: loss(x, LABELS).sum())(logits(5))
+    return grads / jnp.linalg.norm(grads, axis=1, keepdims=True)
+
+  np.testing.assert_allclose(
+    direction(losses.log_odds), direction(losses.cross_entropy), atol=1e-5
+  )
+
+
+def test_log_odds_have_a_gradient_where_cross_entropy_has_none():
+  huge, labels = jnp.array([[300.0, 0.0, 1.0]]), np.zeros(1, np.int32)
+
+  def steepness(loss):
+    return float(jnp.abs(jax.grad(lambda x: loss(x, labels).sum())(huge)).max())
+
+  assert steepness(losses.cross_entropy) == 0 < steepness(losses.log_odds)
