@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   return ConfigDict(
     {
+      "cpu_devices": 1,
       "suites": ("import", "compile", "step", "seeds"),
       "model": "glyph_vit",
       "methods": ("full", "linear"),

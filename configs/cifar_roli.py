@@ -31,7 +31,7 @@ RATES = {
   ),
 }
 
-GET = """\
+ORIGIN = """\
 the robust Swin-B of ARES 2.0 is
   ml.cs.tsinghua.edu.cn/~xiaoyang/aresbench/ckpt-imagenet/\
 ARES_Swin_base_patch4_window7_224_AT.pth
@@ -57,8 +57,9 @@ def get_config(text: str = "") -> ConfigDict:
   return ConfigDict(
     {
       "seed": 0,
+      "cpu_devices": 1,
       "data": {"name": arg.dataset, "train_size": NUM_TRAIN},
-      "backbone": {"name": arg.backbone, "weights": "ares", "get": GET},
+      "backbone": {"name": arg.backbone, "weights": "ares", "origin": ORIGIN},
       "head_init": "kaiming_fan_out",
       "threat": {"norm": "linf", "eps": "8/255"},
       "attack": common.pgd(7),

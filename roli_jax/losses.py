@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from roli_jax.types import Array, Bool, Float, Labels, Logits
 
@@ -27,14 +26,12 @@ def correct(logits: Logits, labels: Labels) -> Bool[Array, "b"]:
 
 def cross_entropy(logits: Logits, labels: Labels) -> Float[Array, "b"]:
   """-log softmax of the label's logit."""
-  return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  return jax.nn.logsumexp(logits, axis=-1) - _own(logits, labels)
 
 
 def margin(logits: Logits, labels: Labels) -> Float[Array, "b"]:
   """The best other logit minus the label's: positive where misclassified."""
-  own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-  best_other = jnp.where(own, -jnp.inf, logits).max(-1)
-  return best_other - jnp.where(own, logits, 0).sum(-1)
+  return _others(logits, labels).max(-1) - _own(logits, labels)
 
 
 def kl(logits: Logits, target: Logits) -> Float[Array, "b"]:
@@ -51,9 +48,22 @@ def log_odds(logits: Logits, labels: Labels) -> Float[Array, "b"]:
   all of its gradient, and an attack that climbs it stands still and flatters
   the model. The log odds go on.
   """
-  own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-  others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=-1)
-  return others - jnp.where(own, logits, 0).sum(-1)
+  others = jax.nn.logsumexp(_others(logits, labels), axis=-1)
+  return others - _own(logits, labels)
+
+
+def _is_own(logits: Logits, labels: Labels) -> Bool[Array, "b k"]:
+  return jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+
+
+def _own(logits: Logits, labels: Labels) -> Float[Array, "b"]:
+  """The logit of the label."""
+  return jnp.where(_is_own(logits, labels), logits, 0).sum(-1)
+
+
+def _others(logits: Logits, labels: Labels) -> Logits:
+  """All logits but the label's, which is minus infinity."""
+  return jnp.where(_is_own(logits, labels), -jnp.inf, logits)
 
 
 def _same(values: Float[Array, "b"]) -> Float[Array, "b"]:

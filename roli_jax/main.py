@@ -145,10 +145,13 @@ def _workdir() -> pathlib.Path:
   return pathlib.Path("runs", name)
 
 
-def _prepare_jax(path: pathlib.Path) -> None:
-  """Compiled programs are kept beside the run, for the next one."""
+def _prepare_jax(config: dict[str, Any], path: pathlib.Path) -> None:
+  """Keeps compiled programs beside the run, and splits a CPU if asked to."""
   import jax
 
+  given = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  if not (given or os.environ.get("JAX_NUM_CPU_DEVICES")):
+    jax.config.update("jax_num_cpu_devices", config["cpu_devices"])
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = path.absolute().parent / ".jax_cache"
     jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -161,7 +164,7 @@ def _run(argv: list[str]) -> None:
   path, mode = _workdir(), flags.FLAGS.mode
   config = flags.FLAGS.config.to_dict()
   try:
-    _prepare_jax(path)
+    _prepare_jax(config, path)
     if mode == "train":
       from roli_jax import report, train
 

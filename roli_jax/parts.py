@@ -147,7 +147,7 @@ class Parts:
 
   def _load(self, weights):
     backbone = self.config["backbone"]
-    file = convert.find(backbone["name"], weights, hint=backbone["get"])
+    file = convert.find(backbone["name"], weights, hint=backbone["origin"])
     bundle = convert.load(file)
     if bundle.model.name != backbone["name"]:
       raise ValueError(

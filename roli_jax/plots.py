@@ -119,12 +119,7 @@ def _bars(rows):
 def _curve(rows):
   """Accuracy against eps, of the seed for which it was measured."""
   tests = record.where(rows, split="test")
-  curves = {}
-  for group, own in report.by_group(tests).items():
-    seeds = collections.Counter(row["seed"] for row in own)
-    seed, count = seeds.most_common(1)[0]
-    if count > 2:  # clean, one radius, and more
-      curves[group] = record.where(own, seed=seed)
+  curves = report.curved(tests)
   if not curves:
     return None
   main = report.attacks(tests)[0]

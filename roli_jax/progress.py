@@ -24,7 +24,7 @@ def bar(description: str, total: int, start: int = 0) -> Iterator[Update]:
 
   columns = (
     progress.TextColumn("{task.description}"),
-    progress.BarColumn(bar_width=24),
+    progress.BarColumn(bar_width=12),
     progress.MofNCompleteColumn(),
     progress.TextColumn("{task.fields[said]}"),
     progress.TimeRemainingColumn(),

@@ -14,8 +14,8 @@ from roli_jax import metrics, record
 Row = dict[str, Any]
 
 _CAVEAT = (
-  "All seeds share one pair of pretrained backbones: what is concluded here"
-  " holds for that pair."
+  "All seeds share the same pretrained backbones: what is concluded here holds"
+  " for those."
 )
 
 
@@ -81,7 +81,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 def accuracies(rows: Sequence[Row]) -> Table:
   """Each group's accuracies on the test set: mean and spread over seeds."""
-  tests = [row for row in rows if row["split"] == "test"]
+  tests = record.where(rows, split="test")
   shown = [attack for attack in attacks(tests) if not _is_curve(attack, tests)]
   lines = []
   for group, own in by_group(tests).items():
@@ -96,53 +96,75 @@ def accuracies(rows: Sequence[Row]) -> Table:
       *(_spread(by_seed(own, attack).values()) for attack in shown),
     ]
     lines.append(tuple(cells))
-  return Table(
-      "Test accuracy in percent, mean ± standard deviation over seeds",
-      ("backbone", "method", "images", "steps", "lr", "seeds", "clean",
-       *(attack.name for attack in shown)),
-      lines,
-      _CAVEAT,
-  )  # fmt: skip
+  header = ("backbone", "method", "images", "steps", "lr", "seeds", "clean",
+            *(attack.name for attack in shown))  # fmt: skip
+  return _narrowed(
+    Table("Test accuracy: percent, mean ± SD of seeds", header, lines, _CAVEAT)
+  )
 
 
 def differences(rows: Sequence[Row]) -> Table:
   """What RoLI gains, and what linear probing does, paired by seed."""
-  tests = [row for row in rows if row["split"] == "test"]
+  tests = record.where(rows, split="test")
   groups = by_group(tests)
+  kinds = dict(zip(("clean", "robust"), (CLEAN, *attacks(tests)), strict=False))
   lines = []
   for ours, theirs in _pairs(list(groups)):
-    for attack in (CLEAN, *attacks(tests)[:1]):
+    for kind, attack in kinds.items():
       a, b = (by_seed(groups[group], attack) for group in (ours, theirs))
       seeds = sorted(a.keys() & b.keys())
       if not seeds:
         continue
       each = [100 * (a[seed] - b[seed]) for seed in seeds]
       mean, low, high = metrics.t_interval(each)
-      same = ours.weights == theirs.weights
-      pair = (
-        f"{ours.name} − {_apart(ours, theirs)}"
-        if same
-        else f"{ours.name}: {ours.weights} − {theirs.weights}"
-      )
       lines.append(
         (
-          ours.weights if same else "both",
+          _pair(ours, theirs),
           str(ours.train_size),
-          pair,
-          attack.name,
+          kind,
           f"{mean:+.1f}",
           f"[{low:+.1f}, {high:+.1f}]" if len(seeds) > 1 else "",
           " ".join(f"{value:+.1f}" for value in each),
           _verdict(low, high),
         )
       )
-  header = ("backbone", "images", "difference", "accuracy", "mean",
-            "95% interval", "each seed", "verdict")  # fmt: skip
+  header = ("difference", "images", "accuracy", "mean", "95% interval",
+            "each seed", "verdict")  # fmt: skip
+  main = attacks(tests)[0].name if attacks(tests) else ""
   note = (
-    "In points, paired by seed; Student's interval with seeds - 1 degrees of"
-    " freedom, not corrected for the number of comparisons. " + _CAVEAT
+    f"In points, paired by seed; robust: {main}. Student's interval with seeds"
+    " - 1 degrees of freedom, not corrected for the number of comparisons."
+    f" {_CAVEAT}"
   )
-  return Table("Paired differences", header, lines, note)
+  return _narrowed(Table("Paired differences", header, lines, note))
+
+
+def _narrowed(table: Table) -> Table:
+  """Without the columns of settings that are the same in all rows."""
+  columns = dict(zip(table.header, zip(*table.rows, strict=True), strict=False))
+  same = {
+    name: columns[name][0]
+    for name in ("images", "steps")
+    if len(set(columns.get(name, ()))) == 1
+  }
+  kept = [i for i, name in enumerate(table.header) if name not in same]
+  said = ", ".join(f"{value} {name}" for name, value in same.items())
+  return Table(
+    table.title + (f" ({said})" if said else ""),
+    tuple(table.header[i] for i in kept),
+    [tuple(row[i] for i in kept) for row in table.rows],
+    table.note,
+  )
+
+
+def _pair(ours: "Group", theirs: "Group") -> str:
+  """What is compared: `full RoLI − full RanLI, robust`."""
+  if ours.weights != theirs.weights:
+    return f"{ours.name}: {ours.weights} − {theirs.weights}"
+  steps = ""
+  if theirs.stage == ours.stage and theirs.steps != ours.steps:
+    steps = f" of {theirs.steps} steps"
+  return f"{ours.name} − {theirs.name}{steps}, {ours.weights}"
 
 
 def _verdict(low: float, high: float) -> str:
@@ -169,37 +191,41 @@ def _pairs(groups: list["Group"]) -> Iterator[tuple["Group", "Group"]]:
           yield ours, theirs
 
 
-def _apart(ours: "Group", theirs: "Group") -> str:
-  """The other's name, with the steps where these are others."""
-  if theirs.stage == ours.stage and theirs.steps != ours.steps:
-    return f"{theirs.name}, {theirs.steps} steps"
-  return theirs.name
-
-
 def curves(rows: Sequence[Row]) -> Table:
   """Accuracy against the radius, where it was measured at several."""
-  lines, columns = [], []
-  tests = [row for row in rows if row["split"] == "test"]
-  for attack in attacks(tests):
-    if _is_curve(attack, tests) or attack == attacks(tests)[0]:
-      columns.append(attack)
-  columns.sort(key=lambda attack: (attack.norm, attack.eps))
+  tests = record.where(rows, split="test")
+  main = attacks(tests)[:1]
+  radii = [a for a in attacks(tests) if a in main or _is_curve(a, tests)]
+  seeds = curved(tests)
+  header = tuple(
+    f"{group.name}, {group.weights}, seed {own[0]['seed']}"
+    for group, own in seeds.items()
+  )
+  lines = []
+  for attack in [CLEAN, *sorted(radii, key=lambda a: (a.norm, a.eps))]:
+    values = [list(by_seed(own, attack).values()) for own in seeds.values()]
+    cells = [_percent(v[0]) if v else "" for v in values]
+    if any(cells):
+      lines.append((f"{attack.eps or 0:g}", *cells))
+  name = main[0].recipe if main else ""
+  return Table(f"Test accuracy against eps: percent, {name}",
+               ("eps", *header), lines if seeds else [])  # fmt: skip
+
+
+def curved(tests: Iterable[Row]) -> dict[Group, list[Row]]:
+  """The groups that have a curve, with the rows of its seed."""
+  found = {}
   for group, own in by_group(tests).items():
-    seeds = [by_seed(own, attack) for attack in columns]
-    if len(columns) > 1 and sum(map(bool, seeds)) > 1:
-      seed = min(min(values) for values in seeds if values)
-      values = [by_seed(own, CLEAN), *seeds]
-      cells = [_percent(v[seed]) if seed in v else "" for v in values]
-      lines.append((group.weights, group.name, str(seed), *cells))
-  radii = (f"{attack.eps:g}" for attack in columns)
-  header = ("backbone", "method", "seed", "0", *radii)
-  name = columns[0].recipe if columns else ""
-  return Table(f"Test accuracy in percent against eps, {name}", header, lines)
+    counts = collections.Counter(row["seed"] for row in own)
+    seed, count = counts.most_common(1)[0]
+    if count > 2:  # clean, one radius, and more
+      found[group] = record.where(own, seed=seed)
+  return found
 
 
 def grid(rows: Sequence[Row]) -> Table:
   """Validation accuracy at each learning rate, where there are several."""
-  vals = [row for row in rows if row["split"] == "val"]
+  vals = record.where(rows, split="val")
   rates: dict[Group, dict[float, list[float]]] = {}
   for group, own in by_group(vals).items():
     attack = CLEAN if (group.stage, group.init) == ("probe", "std") else None
@@ -220,7 +246,7 @@ def grid(rows: Sequence[Row]) -> Table:
           str(len(of[best])), "; ".join(cells),
       ))  # fmt: skip
   return Table(
-    "Learning rates: mean validation accuracy in percent",
+    "Learning rates: validation accuracy, percent, mean of seeds",
     ("backbone", "method", "images", "steps", "seeds", "rate: accuracy"),
     lines,
     "Under attack, but for the clean probe (std), which is chosen by clean"

@@ -139,16 +139,8 @@ def add_validation(
   """
   best = max(meta["history"], key=lambda entry: entry[selected_by(stage)])
   about = rows(parts, stage, "val", parts.attack("val_attack"))
-  for row, value in zip(about, (best["clean"], best["robust"]), strict=True):
-    results.add(
-      {
-        **row,
-        "run": results.path.parent.name,
-        "value": value,
-        "n": len(parts.data["val"]),
-        "seconds": meta["seconds"],
-      }
-    )
+  values = (best["clean"], best["robust"])
+  _add(results, about, values, len(parts.data["val"]), meta["seconds"])
 
 
 def add_tests(
@@ -165,16 +157,14 @@ def add_tests(
     if all(row in results for row in about):
       continue
     result = measure(parts, model, variables, stage.seed, "test", attack)
-    for row, flags in zip(about, (result.clean, result.robust), strict=True):
-      results.add(
-        {
-          **row,
-          "run": results.path.parent.name,
-          "value": float(flags.mean()),
-          "n": len(flags),
-          "seconds": result.seconds,
-        }
-      )
+    values = (float(result.clean.mean()), float(result.robust.mean()))
+    _add(results, about, values, len(result.clean), result.seconds)
+
+
+def _add(results, about, values, n, seconds):
+  for row, value in zip(about, values, strict=True):
+    said = {"run": results.path.parent.name, "n": n, "seconds": seconds}
+    results.add({**row, **said, "value": value})
 
 
 def selected_by(stage: Stage) -> str:

@@ -228,9 +228,8 @@ class Trainer:
       )
       started = time.perf_counter() - meta["seconds"]
       counts: list[Counts] = []  # of the steps since the last row of the log
-      with progress.bar(
-        f"{self.stage.cell} {self.stage.name}", self.stage.num_steps, done
-      ) as update:
+      name = f"{self.stage.name} {self.stage.init} seed {self.stage.seed}"
+      with progress.bar(name, self.stage.num_steps, done) as update:
         while True:
           due = self._is_due(done, "val_every")
           if counts and (due or self._is_due(done, "log_every")):
@@ -242,6 +241,7 @@ class Trainer:
           if done == self.stage.num_steps:
             return meta
           batch = next(batches)
+          before = time.perf_counter()
           now, count = self.program.step(
             now, sharding.put(batch, self.parts.mesh), key
           )
@@ -251,8 +251,7 @@ class Trainer:
             raise ValueError(self._not_finite(done, batch, checkpoints))
           counts.append(count)
           done += 1
-          seconds = time.perf_counter() - started
-          update(1, _said(count, done * len(batch["label"]) / seconds))
+          update(1, _said(count, time.perf_counter() - before))
 
   def _is_due(self, done, every):
     return done % self.section[every] == 0 or done == self.stage.num_steps
@@ -365,6 +364,7 @@ class Trainer:
     )
 
 
-def _said(count: Counts, rate: float) -> str:
+def _said(count: Counts, seconds: float) -> str:
   loss, accuracy = count.loss / count.seen, count.correct / count.seen
-  return f"loss {loss:.3f}  adv. acc. {accuracy:.3f}  {rate:.0f} images/s"
+  rate = count.seen / seconds
+  return f"loss {loss:.2f} adv {accuracy:.2f} {rate:.0f} images/s"

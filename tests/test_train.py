@@ -189,7 +189,7 @@ def test_report_needs_the_rows_alone(finished, tmp_path):
   assert done.returncode == 0, done.stderr
   assert (tmp_path / "figures" / "accuracy.png").is_file()
   text = (tmp_path / "report.md").read_text()
-  assert "| robust | full RoLI | 200 | 6 |" in text
+  assert "| robust | full RoLI | 0.003 | 1 |" in text
   assert len(report.tables(record.read(tmp_path / "results.jsonl"))) == 3
 
 

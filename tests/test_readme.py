@@ -1,0 +1,54 @@
+"""What the README prints works as printed."""
+
+import re
+
+import numpy as np
+import pytest
+
+from configs import cifar_roli, glyphs_roli
+from roli_jax import main
+
+
+@pytest.fixture(scope="module")
+def readme(root):
+  return (root / "README.md").read_text()
+
+
+def test_the_library_example_runs_and_trains(readme, capsys, devices):
+  devices(1)
+  (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+  names = {}
+  exec(code, names)
+  result = names["result"]
+  assert result.clean.mean() > 0.8 and result.robust.mean() > 0.4
+  assert "value" in capsys.readouterr().out
+
+
+def test_what_it_says_of_the_example_holds(readme):
+  assert len(re.findall(r"^python -m roli_jax\.main", readme, re.M)) == 7
+  for config in re.findall(r"--config=configs/(\w+)\.py", readme):
+    assert config in ("glyphs_roli", "glyphs_pretrain", "bench", "cifar_roli")
+  for table in re.findall(r":table=(\w+)", readme):
+    assert table in glyphs_roli.TABLES
+  for mode in re.findall(r"--mode=(\w+)", readme):
+    assert mode in main.MODES
+
+
+def test_every_module_stands_on_the_map(readme, root):
+  block = readme.split("## The map")[1].split("```")[1]
+  named = set(re.findall(r"(\w+)(?:\.py|/)", block))
+  modules = {path.stem for path in (root / "roli_jax").iterdir()}
+  small = {"keys", "trees", "specs", "types", "metrics", "sharding", "progress"}
+  hidden = {"__init__", "__pycache__", "weights"}
+  assert modules - small - hidden <= named
+
+
+def test_the_readme_names_files_that_are_there(readme, root):
+  for name in re.findall(r"\]\((\S+?)\)", readme):
+    assert (root / name).is_file(), name
+
+
+def test_recipes_name_the_backbones_they_need():
+  config = cifar_roli.get_config()
+  assert config.backbone.name == "swin_b" and "ARES" in config.backbone.origin
+  assert np.isclose(8 / 255, eval(config.threat.eps))
