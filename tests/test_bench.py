@@ -7,6 +7,7 @@ import pytest
 
 from roli_jax import bench, models, peft
 from roli_jax.bench import suites, timing
+from tests import cli
 
 CONFIG = {
   "suites": ("step",),
@@ -58,3 +59,18 @@ def test_a_bench_writes_its_rows(tmp_path, capsys, devices):
 def test_an_unknown_suite_lists_the_known(tmp_path):
   with pytest.raises(ValueError, match="import"):
     bench.run({**CONFIG, "suites": ("setp",)}, tmp_path)
+
+
+@pytest.mark.parametrize(
+  "set_before, count", [({}, 2), ({"JAX_NUM_CPU_DEVICES": "3"}, 3)]
+)
+def test_a_cpu_is_split_as_the_config_says_unless_told(
+  set_before, count, tmp_path, monkeypatch
+):
+  for name, value in set_before.items():
+    monkeypatch.setenv(name, value)
+  done = cli.run(
+    "--mode=bench", "--config=configs/bench.py", "--config.cpu_devices=2",
+    "--config.suites=()", f"--workdir={tmp_path}",
+  )  # fmt: skip
+  assert f"on {count} x cpu" in done.stdout, done.stderr
