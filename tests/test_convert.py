@@ -86,7 +86,7 @@ def test_weights_are_found_by_name_or_path(bundle, tmp_path):
 
 
 # Accuracy on all 3,700 test letters: clean, and under PGD-20 at eps 0.1.
-SHIPPED = {"robust": (0.0, 0.0), "standard": (0.0, 0.0)}
+SHIPPED = {"robust": (0.989, 0.779), "standard": (0.995, 0.125)}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
