@@ -174,11 +174,16 @@ def _verdict(low: float, high: float) -> str:
 
 
 def _pairs(groups: list["Group"]) -> Iterator[tuple["Group", "Group"]]:
-  """RoLI against all else, linear probing against RanLI, robust or not."""
+  """RoLI against all else, linear probing against RanLI, robust or not.
+
+  From the small head only against what starts from one too.
+  """
   for ours in groups:
     for theirs in groups:
       setting = (ours.weights, ours.train_size)
       if (theirs.weights, theirs.train_size) == setting:
+        if ours.head_init == "small" and theirs.head_init != "small":
+          continue
         is_roli = (ours.method, ours.init) == ("full", "roli")
         is_probe = (ours.stage, ours.init) == ("probe", "roli")
         if is_roli and theirs != ours:

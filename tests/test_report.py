@@ -67,6 +67,17 @@ def test_differences_are_paired_by_seed():
   assert "linear probe (RoLI) − full RanLI, robust" in by_pair
 
 
+def test_the_small_head_is_compared_with_its_own():
+  small = [{**row, "head_init": "small"} for row in (*ROLI, *RANLI)]
+  pairs = [row[0] for row in report.differences([*ROLI, *RANLI, *small]).rows]
+  assert pairs == [
+    "full RoLI − full RanLI, robust",
+    "full RoLI − full RoLI small head, robust",
+    "full RoLI − full RanLI small head, robust",
+    "full RoLI small head − full RanLI small head, robust",
+  ]
+
+
 def test_one_seed_concludes_nothing():
   table = report.differences([*RANLI[:1], *ROLI[:1]])
   assert cell(table, 0, "verdict") == "one seed"
