@@ -18,15 +18,19 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 PROBE_RATES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 # (pattern, rate): a stage's rate is that of the first pattern that matches
-# <cell>/<stage>/<steps>. Each is the one of the grid with the best mean
-# validation accuracy over the seeds of the tables, as --mode=report shows of a
-# run of table=grid (docs/results.md).
+# <cell>/<stage>/<steps>. Each is the one of table=grid with the best mean
+# validation accuracy (docs/results.md).
 CHOSEN = (
   (".*-small-n1000-.*/probe/.*", 3e-2),
   (".*-small-.*/probe/.*", 1e-2),
   (".*-n50-.*/probe/.*", 3e-2),
   ("(standard-.*|.*-n1000-.*)/probe/.*", 1.0),
   (".*/probe/.*", 1e-1),
+  ("standard-.*", 1e-2),
+  (".*-full-ranli-n1000-.*", 1e-2),
+  (".*-full-ranli-n50-.*", 3e-3),
+  (".*-n50-.*", 1e-3),
+  (".*-ranli-small-n200-.*/120", 1e-3),
   (".*", 3e-3),
 )
 
@@ -67,12 +71,12 @@ def _grid() -> tuple[dict, ...]:
     cell = {k: v for k, v in cell.items() if k != "curve"}
     if cell.get("train_size", 200) != 200:
       cell["seeds"] = 3  # it takes an hour as it is
-    # The standard backbone does best at the edge of RATES.
-    more = (3e-2,) if cell.get("weights") == "standard" else ()
+    # Where a best rate lay at the edge of RATES.
+    edge = cell.get("weights") == "standard" or cell.get("train_size") == 1000
     if cell["init"] != "ranli":
       cells.append({**cell, "method": "linear", "rates": PROBE_RATES})
     if cell["method"] != "linear":
-      cells.append({**cell, "rates": (*RATES, *more)})
+      cells.append({**cell, "rates": (*RATES, 3e-2) if edge else RATES})
   # Probes first: adaptations start from theirs, at its chosen rate.
   return tuple(sorted(cells, key=lambda cell: cell["method"] != "linear"))
 
