@@ -64,8 +64,9 @@ def test_controls_add_the_probes_steps_and_the_small_head():
 def test_a_grid_has_all_rates_and_chosen_probes():
   stages = expand("table=grid")
   adapted = [s for s in stages if s.name == "adapt"]
-  for stage in adapted:  # the same grid for each init of a backbone
-    rivals = [s for s in adapted if s.weights == stage.weights]
+  for stage in adapted:  # the same grid for each init of a backbone and size
+    setting = (stage.weights, stage.train_size)
+    rivals = [s for s in adapted if (s.weights, s.train_size) == setting]
     others = [s for s in rivals if s.init == stage.init]
     assert {s.lr for s in rivals} == {s.lr for s in others}
     assert {s.lr for s in others} >= set(glyphs_roli.RATES)
