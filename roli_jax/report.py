@@ -161,9 +161,7 @@ def _pair(ours: "Group", theirs: "Group") -> str:
   """What is compared: `full RoLI − full RanLI, robust`."""
   if ours.weights != theirs.weights:
     return f"{ours.name}: {ours.weights} − {theirs.weights}"
-  steps = ""
-  if theirs.stage == ours.stage and theirs.steps != ours.steps:
-    steps = f" of {theirs.steps} steps"
+  steps = f" of {theirs.steps} steps" if theirs.steps != ours.steps else ""
   return f"{ours.name} − {theirs.name}{steps}, {ours.weights}"
 
 
