@@ -2,6 +2,10 @@
 
 from ml_collections import ConfigDict, config_dict
 
+# Of a CPU, the devices that it is split into for a small model. On two cores
+# two run its training steps 1.1 to 1.5 times as fast as one (--mode=bench).
+CPU_DEVICES = 2
+
 
 def parse_arg(text: str, **defaults: str) -> ConfigDict:
   """The `key=value,...` after a config's colon, over defaults.

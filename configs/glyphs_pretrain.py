@@ -18,9 +18,7 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       "seed": 0,
-      # On a CPU, the devices that it is split into: two run a small model 1.5
-      # times as fast as one.
-      "cpu_devices": 2,
+      "cpu_devices": common.CPU_DEVICES,
       "data": {"name": "letters", "train_size": 74_000},
       "backbone": {"name": "glyph_vit", "weights": "", "origin": ""},
       "head_init": "small",

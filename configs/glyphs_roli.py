@@ -99,9 +99,7 @@ def get_config(text: str = "") -> ConfigDict:
       # Of the subset, the head, the order and the noise. Seed k of a cell is
       # this one plus k.
       "seed": 0,
-      # On a CPU, the devices that it is split into: two run a small model 1.5
-      # times as fast as one.
-      "cpu_devices": 2,
+      "cpu_devices": common.CPU_DEVICES,
       "data": {"name": arg.dataset, "train_size": 200},
       "backbone": {"name": arg.backbone, "weights": "robust", "origin": ""},
       "head_init": "kaiming_fan_out",

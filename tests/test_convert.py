@@ -28,6 +28,13 @@ def test_a_bundle_comes_back_bit_for_bit(bundle, tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_whoever_reads_other_files_reads_a_bundle(bundle, tmp_path):
+  path, other = tmp_path / "x.safetensors", tmp_path / "other"
+  convert.save(bundle, path)
+  other.touch()
+  assert path.stat().st_mode == other.stat().st_mode
+
+
 def test_another_number_of_classes_puts_a_zero_head(bundle, tmp_path):
   path = tmp_path / "x.safetensors"
   convert.save(bundle, path)

@@ -1,6 +1,7 @@
 """Whole runs: what they leave behind, and what they do when given again."""
 
 import json
+import pathlib
 import shutil
 
 import jax
@@ -203,8 +204,7 @@ def test_a_loss_that_is_not_finite_stops_with_all_that_is_known(run):
     train.run(config, run)
   text = str(error.value)
   assert "images: [" in text and "last good checkpoint" in text
-  named = text.splitlines()[-1].split(": ")[1]
-  assert (run / "checkpoints" / named).is_dir() or "/" in named
+  assert pathlib.Path(text.splitlines()[-1].split(": ")[1]).is_dir()
 
 
 def test_pretraining_writes_a_bundle(tmp_path):

@@ -73,7 +73,8 @@ def save(bundle: Bundle, path: str | pathlib.Path) -> None:
   path = pathlib.Path(path)
   partial = path.with_name(path.name + ".partial")
   arrays = {k: np.asarray(v) for k, v in trees.paths(tree).items()}
-  safetensors.save_file(arrays, partial, metadata)
+  # Its own save_file makes files that only their owner can read.
+  partial.write_bytes(safetensors.save(arrays, metadata))
   partial.replace(path)
 
 
