@@ -1,26 +1,35 @@
 """Robust accuracy of any function, image by image.
 
-An attack never judges itself: what it returns is classified by a fresh forward
+An attack never judges itself: what it claims is classified by a fresh forward
 pass at highest precision, and its distance is measured in float64 on the host.
 Each image's result depends on that image, the attack and the seed, not on
-which images it shares a batch with.
+which images it shares a batch with, nor on interruptions.
 """
 
 import dataclasses
 import functools
+import os
+import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
 
-from roli_jax import attacks, keys, losses, metrics, progress, sharding
-from roli_jax.threat import ThreatModel
-
-SMALLEST = 8  # images a device: smaller batches take other kernels
+from roli_jax import (
+  attacks,
+  checks,
+  classifier,
+  journal,
+  keys,
+  losses,
+  metrics,
+  pool,
+  progress,
+)
+from roli_jax.attacks import search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,28 +38,53 @@ class Result:
 
   Attributes:
     clean: whether the clean image is classified as labelled.
-    robust: whether it is, and so are all images that the attack found.
+    robust: whether it is, and so are all images that the attacks found.
     broken_by: "" where robust, "clean" where misclassified before any attack,
-      else the attack's name.
-    distance: of the adversarial image where the attack broke it; 0 where the
+      else the name of the attack that broke it.
+    distance: of the adversarial image where an attack broke it; 0 where the
       clean image is misclassified, inf where it is robust.
+    min_distance: the least distance at which the image was found to be
+      misclassified, inside eps or not: by FAB and the curve, which look for
+      it; else as `distance`.
     margin: the label's logit minus the best other at the last verified point.
-    adv: the adversarial image where the attack broke it, else the clean one.
-    invalid: whether the attack left the ball or the box, which never counts
-      as a break.
-    passes: forward and backward passes of single images, padding left out.
-    seconds: of it all.
+    adv: the adversarial image where an attack broke it, else the clean one.
+    invalid: whether an attack left the ball or the box, which never counts as
+      a break.
+    work: passes of single images and seconds, by attack.
+    notes: where an attack did other than its name says: for few classes.
+    checks: what was found to be right or wrong with the function.
+    seconds: of it all, in this process and in those that were interrupted.
   """
 
   clean: np.ndarray
   robust: np.ndarray
   broken_by: np.ndarray
   distance: np.ndarray
+  min_distance: np.ndarray
   margin: np.ndarray
   adv: np.ndarray
   invalid: np.ndarray
-  passes: dict[str, int]
+  work: dict[str, pool.Work]
+  notes: list[str]
+  checks: list[checks.Check]
   seconds: float
+
+  @property
+  def passes(self) -> dict[str, int]:
+    """Forward and backward passes of single images, padding left out."""
+    works = self.work.values()
+    return {
+      "forward": sum(work.forward for work in works),
+      "backward": sum(work.backward for work in works),
+    }
+
+  def robust_at(self, eps: float) -> np.ndarray:
+    """Who is right, and was found misclassified at no distance up to eps.
+
+    An upper bound on robust accuracy at each radius; after the attack `curve`
+    a sharp one. Never more images at a larger radius.
+    """
+    return self.clean & (self.min_distance > eps)
 
   def summary(self) -> dict[str, Any]:
     """Totals as plain values; rates come with 95% Wilson intervals."""
@@ -60,7 +94,6 @@ class Result:
       return {"value": float(flags.mean()), "low": low, "high": high}
 
     names, counts = np.unique(self.broken_by, return_counts=True)
-    outside = np.flatnonzero(self.invalid).tolist()
     return {
       "n": len(self.clean),
       "clean": rate(self.clean),
@@ -68,12 +101,9 @@ class Result:
       "broken_by": dict(zip(names.tolist(), counts.tolist(), strict=True)),
       "passes": self.passes,
       "seconds": self.seconds,
-      "checks": {
-        "ball_and_box": {
-          "verdict": "fail" if outside else "pass",
-          "images": outside,
-        }
-      },
+      "attacks": {k: dataclasses.asdict(v) for k, v in self.work.items()},
+      "notes": self.notes,
+      "checks": {c.name: c.plain() for c in self.checks},
     }
 
 
@@ -87,217 +117,359 @@ def run(
   seed: int = 0,
   batch_size: int = 128,
   indices: np.ndarray | None = None,
+  stochastic: bool = False,
+  save: str | os.PathLike[str] | None = None,
+  dtype: str | None = None,
 ) -> Result:
   """Attacks each image that is classified as labelled, and judges the result.
 
+  Of an ensemble such as AutoAttack each attack sees what those before it left.
+  Jobs (an image, with a target or a restart) are packed into few fixed sizes
+  of batches; who falls leaves at once.
+
   Args:
     logits_fn: `(images) -> logits`, or `(params, images) -> logits` if params
-      are given; then other params of the same shapes compile nothing.
+      are given; then other params of the same shapes compile nothing. With
+      `stochastic` it takes a key last.
     images: [n, h, w, c], floats in the box of the threat model.
     labels: [n], integers within the logits' width.
     attack: None measures clean accuracy alone.
     params: of `logits_fn`, a tree of arrays.
-    seed: of the attack's noise.
+    seed: of the attacks' noise.
     batch_size: images attacked at once.
     indices: who each image is, 0..n-1 by default; keys are folded from (seed,
-      index, attack) and from nothing else.
+      index, attack, job) and from nothing else.
+    stochastic: whether the function draws from a key. Each image is then seen
+      alone, with a key of its own, and judged by the majority of 20 draws.
+    save: a directory that progress goes to after each bucket of work. The same
+      call with the same directory goes on where it stopped.
+    dtype: `bfloat16` for the attacks' passes, to which images and params are
+      cast; claims are still judged as they are. None casts nothing.
 
   Raises:
-    ValueError: images, labels or indices that can't be meant.
+    ValueError: images, labels or indices that can't be meant; a function whose
+      outputs are no logits; progress of another evaluation.
   """
   started = time.perf_counter()
   images, labels = np.asarray(images), np.asarray(labels)
   indices = np.arange(len(images)) if indices is None else np.asarray(indices)
-  if params is None:
-    logits_fn, params = _with_params(logits_fn), ()
-  on = _On(logits_fn, params, sharding.mesh(), batch_size)
+  on = classifier.make(
+    logits_fn, params, batch_size,
+    stochastic=stochastic, dtype=dtype, seed=seed,
+  )  # fmt: skip
   _check_inputs(on, images, labels, indices, attack)
-  images = images.astype(np.float32)
-  n = len(images)
-  clean, margin = on.judge(images, labels)
-  result = Result(
-    clean=clean,
-    robust=clean.copy(),
-    broken_by=np.where(clean, "", "clean").astype(object),
-    distance=np.where(clean, np.inf, 0.0),
-    margin=margin,
-    adv=images.copy(),
-    invalid=np.zeros(n, bool),
-    passes={"forward": n, "backward": 0},
-    seconds=0.0,
-  )
-  if attack is not None:
-    alive = np.flatnonzero(clean)
-    eps = np.broadcast_to(np.float32(attack.threat.eps), n)
-    key = keys.stream(keys.root(seed), attack.name)
-    found = on.attack(
-      attack, key, images[alive], labels[alive], indices[alive], eps[alive]
-    )
-    _count(result, attack, alive, found, *on.judge(found, labels[alive]))
-  return dataclasses.replace(
-    result,
-    broken_by=result.broken_by.astype(str),
-    seconds=time.perf_counter() - started,
-  )
+  now = _Evaluation(on, images.astype(np.float32), labels, indices, attack,
+                    save)  # fmt: skip
+  if isinstance(attack, attacks.Curve):
+    now.curve(attack)
+  elif attack is not None:
+    for part in getattr(attack, "parts", (attack,)):
+      now.attack(part)
+  return now.result(time.perf_counter() - started)
 
 
-def _count(result, attack, alive, found, right, margin) -> None:
-  """Enters what an attack found for the images that were alive.
+class _Evaluation:
+  """An evaluation as far as it is."""
 
-  What is outside the ball or the box is no break; it is reported.
-  """
-  far, outside = _measure(attack.threat, found, result.adv[alive], alive)
-  broken = ~right & ~outside
-  hit = alive[broken]
-  result.robust[hit] = False
-  result.adv[hit] = found[broken]
-  result.distance[hit] = far[broken]
-  result.broken_by[hit] = attack.name
-  result.invalid[alive] = outside
-  result.margin[alive[~outside]] = margin[~outside]
-  forward, backward = attack.passes
-  result.passes["forward"] += len(alive) * (forward + 1)
-  result.passes["backward"] += len(alive) * backward
+  def __init__(self, on, images, labels, indices, attack, save):
+    self.on, self.threat = on, attack.threat if attack else None
+    self.images, self.labels, self.indices = images, labels, indices
+    n = len(images)
+    self.clean, self.margin, self.logits = on.judge(images, labels, indices)
+    _check_numbers(self.logits, indices)
+    self.work = {"none": pool.Work(forward=n)}
+    self.resumed: list[pool.Work] = []
+    self.checks = checks.of_outputs(on, images, labels, indices, self.logits)
+    self.notes: list[str] = []
+    self.robust = self.clean.copy()
+    self.broken_by = np.where(self.clean, "", "clean").astype(object)
+    self.distance = np.where(self.clean, np.inf, 0.0)
+    self.min_distance = self.distance.copy()
+    self.adv = images.copy()
+    self.invalid = np.zeros(n, bool)
+    about = {
+      "attack": repr(attack),
+      "seed": on.seed,
+      "images": journal.digest(images, indices),
+      "labels": journal.digest(labels.astype(np.int64)),
+      "clean predictions": journal.digest(self.clean),
+      "stochastic": on.stochastic,
+      "dtype": on.dtype,
+    }
+    self.journal = journal.Journal(save and pathlib.Path(save), about)
 
+  def attack(self, attack: Any) -> None:
+    """Attacks those that still stand, and enters what became of them."""
+    ledger = self._found(attack, attack.name, np.flatnonzero(self.robust))
+    self._enter(ledger, attack.name, ledger.broken)
 
-@dataclasses.dataclass(frozen=True)
-class _On:
-  """A function of images on the devices, called on arrays of any length."""
+  def curve(self, attack: attacks.Curve) -> None:
+    """The least distance of each image, from which a whole curve follows.
 
-  logits_fn: Callable[..., Any]
-  params: Any
-  mesh: Mesh
-  batch_size: int
-
-  def __post_init__(self):
-    placed = sharding.replicate(self.params, self.mesh)
-    object.__setattr__(self, "params", placed)
-
-  def judge(self, images, labels) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each image is classified as labelled, and by which margin."""
-    right = np.zeros(len(images), bool)
-    margin = np.zeros(len(images), np.float32)
-    for rows, real, bucket in self._buckets(images, labels):
-      judged = _judge(self.logits_fn, self.mesh, self.params, *bucket)
-      right[rows], margin[rows] = (np.asarray(x)[real] for x in judged)
-    return right, margin
-
-  def attack(self, attack, key, images, labels, indices, eps) -> np.ndarray:
-    """What the attack makes of each image."""
-    found = images.copy()
-    arrays = (images, labels, indices.astype(np.uint32), eps)
-    with progress.bar(attack.name, len(images)) as update:
-      for rows, real, bucket in self._buckets(*arrays):
-        adv = _attack(
-          self.logits_fn, self.mesh, attack, self.params, key, *bucket
-        )
-        found[rows] = np.asarray(adv)[real]
-        update(int(real.sum()))
-    return found
-
-  def _buckets(self, *arrays) -> Iterator[tuple[slice, np.ndarray, Any]]:
-    """The arrays in pieces of two sizes, a batch and a quarter of it.
-
-    The last piece is padded with copies of its last row.
-
-    Yields:
-      The rows of a piece, which of its entries are real, and its arrays on
-      the devices.
+    FAB finds one. APGD then tries smaller radii, each image its own: from the
+    nearest image so far, shrunk to the radius, towards that image's class and
+    away from the label. It goes down in doubling steps, and by halves as soon
+    as a radius held.
     """
-    unit = SMALLEST * self.mesh.size
-    large = unit * -(-self.batch_size // unit)
-    small = unit * -(-large // (4 * unit))
-    start, n = 0, len(arrays[0])
-    while start < n:
-      size = large if n - start >= large else small
-      at = start + np.arange(size)
-      piece = tuple(a[np.minimum(at, n - 1)] for a in arrays)
-      rows = slice(start, min(start + size, n))
-      yield rows, at < n, sharding.put(piece, self.mesh)
-      start += size
+    alive = np.flatnonzero(self.clean)
+    most = self._radii(attack.threat) * attack.reach
+    best = self._found(attack.fab, "curve fab_t", alive, most)
+    low = np.where(self.clean, 0.0, np.inf)
+    step = attack.first_step * np.minimum(best.nearest, most)
+    for k in range(attack.num_rounds):
+      radius = np.maximum(best.nearest - step, (low + best.nearest) / 2)
+      radius = np.minimum(radius, most).astype(np.float32)
+      still = (low < 0.999 * best.nearest) & (low < most)
+      for part in attack.climbs:
+        rows = np.flatnonzero(still)
+        tried = self._found(
+          part, f"curve {k} {part.name}", rows, radius,
+          towards=best.said[:, None], noise=best.adv - self.images,
+        )  # fmt: skip
+        still &= ~tried.broken
+        best.take(tried)
+        step[tried.broken] *= 2
+      low = np.where(still, radius, low)
+    self._enter(best, attack.name, best.nearest <= self._radii(attack.threat))
+    names = [name for name in self.work if name.startswith("curve ")]
+    self.work["curve"] = sum(map(self.work.pop, names), pool.Work())
 
-
-@functools.lru_cache(maxsize=64)
-def _with_params(logits_fn):
-  """The function with params that it ignores; the same one for the same."""
-  return lambda _, images: logits_fn(images)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _attack(logits_fn, mesh, attack, params, key, images, labels, indices, eps):
-  def adversarial(whole, images, labels, indices, eps):
-    attack, params, key = whole
-    threat = dataclasses.replace(attack.threat, eps=eps)
-    return dataclasses.replace(attack, threat=threat)(
-      functools.partial(logits_fn, params),
-      images,
-      labels,
-      keys.per_image(key, indices),
+  def result(self, seconds: float) -> Result:
+    """All that is known."""
+    before = sum(work.seconds for work in self.resumed)
+    found = checks.of_result(
+      self.clean, self.broken_by, self.indices, self.invalid
+    )
+    return Result(
+      clean=self.clean,
+      robust=self.robust,
+      broken_by=self.broken_by.astype(str),
+      distance=self.distance,
+      min_distance=self.min_distance,
+      margin=self.margin,
+      adv=self.adv,
+      invalid=self.invalid,
+      work=self.work,
+      notes=self.notes,
+      checks=[*self.checks, *found],
+      seconds=seconds + before,
     )
 
-  parts = (images, labels, indices, eps)
-  return _by_eights(adversarial, mesh, (attack, params, key), parts)
+  def _radii(self, threat):
+    """Each image's radius, in float64."""
+    eps = np.asarray(threat.eps, np.float64)
+    return np.broadcast_to(eps, len(self.images)).copy()
+
+  def _enter(self, ledger, name, broken):
+    """Enters what an attack found; what is outside is reported, no break."""
+    self.robust[broken] = False
+    self.adv[broken] = ledger.adv[broken]
+    self.distance[broken] = ledger.best[broken]
+    self.broken_by[broken] = name
+    self.invalid |= ledger.outside
+    known = ~np.isnan(ledger.margin)
+    self.margin[known] = ledger.margin[known]
+    self.min_distance = np.minimum(self.min_distance, ledger.nearest)
+
+  def _found(self, attack, name, rows, eps=None, towards=None, noise=None):
+    """What an attack finds for these rows, as far as it is on disk from there.
+
+    Args:
+      attack: a search, or any attack of one call.
+      name: what it is known by on disk.
+      rows: of the images that are attacked.
+      eps: of each image, other than the attack's.
+      towards: [n, k], the targets, other than the clean logits' order.
+      noise: [n, ...], what searches start from; None draws it.
+    """
+    searches = isinstance(attack, search.Search)
+    num_classes = self.logits.shape[1]
+    num_jobs = attack.jobs(num_classes) if searches else 1
+    ledger = Ledger(self.images, num_jobs, getattr(attack, "stop", True))
+    for entry in self.journal.entries(name):
+      ledger.enter(entry)
+      ledger.work = pool.Work(*entry["work"].tolist())
+    self.resumed.append(dataclasses.replace(ledger.work))
+    started = time.perf_counter() - ledger.work.seconds
+    eps = self._radii(attack.threat) if eps is None else eps
+
+    def settle(ended):
+      told = self._judged(attack, eps, ended, ledger.work)
+      ledger.work.seconds = time.perf_counter() - started
+      entry = {**told, "work": dataclasses.astuple(ledger.work)}
+      self.journal.add(name, **entry)
+      ledger.enter(entry)
+      claims = ended.found & ~np.isfinite(told["far"])
+      return told["broke"], claims & ended.can_go_on & ledger.stops
+
+    waiting = [
+      (row, job)
+      for job in range(num_jobs)
+      for row in rows
+      if not ledger.ended[row, job] and ledger.first[row] >= job
+    ]
+    if waiting:
+      total = len(waiting) * (attack.length if searches else 1)
+      with progress.bar(name, total) as update:
+
+        def tell(advance):
+          standing = int(self.robust.sum() - ledger.broken[rows].sum())
+          update(advance, f"{standing} of {len(self.robust)} stand")
+
+        if searches:
+          self.notes += [
+            note for note in attack.notes(num_classes) if note not in self.notes
+          ]
+          self._search(attack, eps, towards, noise, waiting, settle,
+                       ledger.work, tell)  # fmt: skip
+        else:
+          self._craft(attack, eps, [row for row, _ in waiting], settle,
+                      ledger.work, tell)  # fmt: skip
+    ledger.work.seconds = time.perf_counter() - started
+    self.work[name] = ledger.work
+    return ledger
+
+  def _search(self, attack, eps, towards, noise, waiting, settle, work, tell):
+    if towards is None:
+      count = max(1, attack.targets(self.logits.shape[1]))
+      towards = np.asarray(losses.rivals(self.logits, self.labels, count))
+    of = pool.Images(
+      self.images, self.labels, self.indices, eps, towards, noise
+    )
+    pool.run(self.on, attack, of, waiting, settle, work, tell)
+
+  def _craft(self, attack, eps, rows, settle, work, tell):
+    rows = np.array(rows)
+    key = keys.stream(keys.root(self.on.seed), attack.name)
+    arrays = (self.images, self.labels, self.indices, np.float32(eps))
+    crafted = self.on.craft(attack, key, *(a[rows] for a in arrays))
+    for part, adv, padding in crafted:
+      work.add(len(adv), padding, attack.passes)
+      yes = np.ones(len(adv), bool)
+      settle(pool.Ended(rows[part], 0 * rows[part], yes, adv, ~yes))
+      tell(len(adv))
+
+  def _judged(self, attack, eps, ended, work):
+    """What a fresh pass and float64 say of jobs that have ended."""
+    claims, rows = ended.found, ended.rows
+    count = len(rows)
+    far, margin = np.full(count, np.inf), np.full(count, np.nan)
+    outside, said = np.zeros(count, bool), np.zeros(count, np.int64)
+    if claims.any():
+      own = rows[claims]
+      right, margins, logits = self.on.judge(
+        ended.adv[claims], self.labels[own], self.indices[own]
+      )
+      work.forward += len(own)
+      threat = dataclasses.replace(attack.threat, eps=eps[own])
+      lengths, inside, in_box = threat.measure(
+        ended.adv[claims], self.images[own]
+      )
+      looks = isinstance(attack, attacks.Fab)  # beyond eps is no mistake
+      allowed = in_box & (inside | looks)
+      outside[claims] = ~allowed
+      said[claims] = logits.argmax(1)
+      wrong = ~right & allowed
+      far[claims] = np.where(wrong, lengths, np.inf)
+      judged = wrong | (allowed & (not isinstance(attack, search.Search)))
+      margin[claims] = np.where(judged, margins, np.nan)
+    within = eps[rows] if isinstance(attack, attacks.Fab) else np.inf
+    broke = far <= np.where(np.isfinite(far), within, -1)
+    return {
+      "rows": rows,
+      "jobs": ended.jobs,
+      "far": far,
+      "broke": broke,
+      "outside": outside,
+      "margin": margin,
+      "said": said,
+      "adv": ended.adv[np.isfinite(far)],
+    }
+
+
+class Ledger:
+  """What an attack's jobs have found; arrays of one entry an image.
+
+  Of the jobs that broke an image the first counts, or the nearest where the
+  attack looks for that: not the one that was quickest beside the others.
+
+  Attributes:
+    stops: whether an image's later jobs are called off when it is broken.
+    ended: [n, jobs], which have.
+    far: [n, jobs], how far off a job found the image misclassified, else inf.
+    first: the job that counts; their number where there is none.
+    broken: whether a job broke the image.
+    adv: what that job found, or the nearest misclassified image.
+    said: its class.
+    margin: of it, NaN where nothing was judged.
+    outside: whether a job left the ball or the box.
+    work: what was computed.
+  """
+
+  def __init__(self, images, num_jobs, stops):
+    n = len(images)
+    self.stops = stops
+    self.ended = np.zeros((n, num_jobs), bool)
+    self.far = np.full((n, num_jobs), np.inf)
+    self.first = np.full(n, num_jobs)
+    self.broken = np.zeros(n, bool)
+    self.adv = images.copy()
+    self.said = np.zeros(n, np.int64)
+    self.margin = np.full(n, np.nan)
+    self.outside = np.zeros(n, bool)
+    self.best = np.full(n, np.inf)
+    self.work = pool.Work()
+
+  @property
+  def nearest(self) -> np.ndarray:
+    """The least distance; not of jobs that were called off."""
+    after = np.arange(self.far.shape[1]) > self.first[:, None]
+    counts = np.where(after & self.stops, np.inf, self.far)
+    return np.minimum(counts.min(1, initial=np.inf), self.best)
+
+  def enter(self, entry: dict[str, Any]) -> None:
+    """Enters jobs that have ended, as they were judged."""
+    adv = iter(entry["adv"])
+    for i, (row, job) in enumerate(
+      zip(entry["rows"], entry["jobs"], strict=True)
+    ):
+      far = entry["far"][i]
+      self.ended[row, job] = True
+      self.far[row, job] = far
+      self.outside[row] |= entry["outside"][i]
+      found = next(adv) if np.isfinite(far) else None
+      if self.stops:
+        wins = entry["broke"][i] and job < self.first[row]
+      else:
+        wins = (far, job) < (self.best[row], self.first[row])
+      self.broken[row] |= entry["broke"][i]
+      if wins and found is not None:
+        self.first[row], self.best[row] = job, far
+        self.adv[row], self.said[row] = found, entry["said"][i]
+      if wins or self.first[row] == self.far.shape[1]:
+        self.margin[row] = entry["margin"][i]
+
+  def take(self, other: "Ledger") -> None:
+    """Takes over what another attack found nearer."""
+    nearer = other.best < self.best
+    for name in ("adv", "said", "margin", "best"):
+      getattr(self, name)[nearer] = getattr(other, name)[nearer]
+    self.outside |= other.outside
 
 
 @functools.partial(jax.jit, static_argnums=0)  # its shapes are remembered
-def _logits(logits_fn, params, images):
-  return logits_fn(params, images)
+def _logits(fn, params, images, image_keys):
+  return fn(params, images, image_keys)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _judge(logits_fn, mesh, params, images, labels):
-  """Whether each image is classified as labelled, and by which margin."""
-
-  def judged(params, images, labels):
-    with jax.default_matmul_precision("highest"):
-      logits = logits_fn(params, images).astype(jnp.float32)
-    return losses.correct(logits, labels), -losses.margin(logits, labels)
-
-  return _by_eights(judged, mesh, params, (images, labels))
-
-
-def _by_eights(fn, mesh, whole, parts):
-  """`fn(whole, *parts)`, on a CPU for eight images at a time on each device.
-
-  XLA's kernels for a CPU round differently at different sizes of a batch. At
-  one size, an image's result is the same bits whatever it is batched with.
-  """
-  if jax.default_backend() != "cpu":
-    return fn(whole, *parts)
-
-  def local(whole, *parts):
-    eights = [x.reshape(-1, SMALLEST, *x.shape[1:]) for x in parts]
-    out = jax.lax.map(lambda eight: fn(whole, *eight), eights)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
-
-  images = PartitionSpec("data")
-  return jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=(PartitionSpec(), *(images for _ in parts)),
-    out_specs=images,
-    check_vma=False,
-  )(whole, *parts)
-
-
-def _measure(
-  threat: ThreatModel, found: np.ndarray, clean: np.ndarray, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """Distances in float64, and whether ball or box were left.
-
-  Beside a millionth of eps, what is forgiven is one rounding of a float32
-  pixel, summed over the image in the norm: an image that is clipped to the
-  ball in float32 may lie that much outside.
-  """
-  adv, origin = found.astype(np.float64), clean.astype(np.float64)
-  far = np.asarray(threat.distance(adv, origin), np.float64)
-  size = int(np.prod(clean.shape[1:]))
-  rounding = {"linf": 1.0, "l2": size**0.5, "l1": size}[threat.norm] * 2.0**-24
-  eps = np.asarray(threat.eps, np.float64)
-  eps = eps[rows] if eps.ndim else eps
-  valid = (adv >= threat.low) & (adv <= threat.high)
-  inside = valid.reshape(len(adv), -1).all(1)
-  return far, ~(inside & (far <= eps * (1 + 1e-6) + rounding))
+def _check_numbers(logits, indices):
+  bad = np.isnan(logits).any(1)
+  if bad.any():
+    raise ValueError(
+      f"the logits of {int(bad.sum())} of {len(bad)} clean images are not"
+      f" numbers (NaN), first of image {indices[bad][0]}: attacks would mean"
+      " nothing"
+    )
 
 
 def _check_inputs(on, images, labels, indices, attack):
@@ -323,15 +495,19 @@ def _check_inputs(on, images, labels, indices, attack):
   eps = np.asarray(attack.threat.eps) if attack else np.zeros(())
   if eps.shape not in ((), (n,)):
     raise ValueError(f"expected one eps, or {n} of them, got {eps.shape}")
-  piece = jax.ShapeDtypeStruct((SMALLEST, *images.shape[1:]), jnp.float32)
+  b = classifier.SMALLEST
+  piece = jax.ShapeDtypeStruct((b, *images.shape[1:]), jnp.float32)
+  image_keys = jax.eval_shape(keys.per_image, keys.root(0), jnp.arange(b))
   out = jax.eval_shape(
-    functools.partial(_logits, on.logits_fn), on.params, piece
+    functools.partial(_logits, on.fn), on.params, piece, image_keys
   )
-  if getattr(out, "ndim", None) != 2 or out.shape[0] != SMALLEST:
+  if getattr(out, "ndim", None) != 2 or out.shape[0] != b:
     raise ValueError(
-      f"expected logits [{SMALLEST}, classes] for {SMALLEST} images, got"
+      f"expected logits [{b}, classes] for {b} images, got"
       f" {getattr(out, 'shape', type(out).__name__)}"
     )
+  if out.shape[1] < 2:
+    raise ValueError("expected logits of at least 2 classes, got 1")
   if labels.min() < 0 or labels.max() >= out.shape[1]:
     raise ValueError(
       f"expected labels in [0, {out.shape[1]}), the width of the logits, got"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from roli_jax.types import Array, Bool, Float, Labels, Logits
+from roli_jax.types import Array, Bool, Float, Integer, Labels, Logits
 
 
 def correct(logits: Logits, labels: Labels) -> Bool[Array, "b"]:
@@ -52,6 +52,60 @@ def log_odds(logits: Logits, labels: Labels) -> Float[Array, "b"]:
   return others - _own(logits, labels)
 
 
+def dlr(logits: Logits, labels: Labels) -> Float[Array, "b"]:
+  """The difference of logits ratio (Croce and Hein 2020a, eq. 6).
+
+  The margin over the distance from the largest logit to the third: the same
+  for all scales and shifts of the logits. With two classes there is no third,
+  and it is the margin.
+  """
+  if logits.shape[-1] < 3:
+    return margin(logits, labels)
+  top, _ = jax.lax.top_k(logits, 3)
+  return margin(logits, labels) / (top[:, 0] - top[:, 2] + TINY)
+
+
+def margin_towards(
+  logits: Logits, labels: Labels, targets: Labels
+) -> Float[Array, "b"]:
+  """The target's logit minus the label's."""
+  return _own(logits, targets) - _own(logits, labels)
+
+
+def cross_entropy_towards(
+  logits: Logits, labels: Labels, targets: Labels
+) -> Float[Array, "b"]:
+  """log softmax of the target's logit."""
+  del labels
+  return -cross_entropy(logits, targets)
+
+
+def dlr_towards(
+  logits: Logits, labels: Labels, targets: Labels
+) -> Float[Array, "b"]:
+  """The targeted difference of logits ratio (Croce and Hein 2020a, eq. 7).
+
+  The margin to the target over the distance from the largest logit to the
+  middle between third and fourth. With fewer than four classes it is the
+  margin to the target.
+  """
+  towards = margin_towards(logits, labels, targets)
+  if logits.shape[-1] < 4:
+    return towards
+  top, _ = jax.lax.top_k(logits, 4)
+  return towards / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + TINY)
+
+
+def rivals(
+  logits: Logits, labels: Labels, count: int
+) -> Integer[Array, "b count"]:
+  """The `count` classes of largest logit beside the label, largest first."""
+  return jax.lax.top_k(_others(logits, labels), count)[1]
+
+
+TINY = 1e-12  # guards divisions by a difference of logits
+
+
 def _is_own(logits: Logits, labels: Labels) -> Bool[Array, "b k"]:
   return jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
 
@@ -87,7 +141,16 @@ class Surrogate:
 SURROGATES = {
   "ce": Surrogate(log_odds, jax.nn.softplus),
   "margin": Surrogate(margin),
+  "dlr": Surrogate(dlr),
   "kl": Surrogate(kl),
+}
+
+
+# Towards a class: `(logits, labels, targets) -> [b]`.
+TOWARDS = {
+  "ce": cross_entropy_towards,
+  "margin": margin_towards,
+  "dlr": dlr_towards,
 }
 
 

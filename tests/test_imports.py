@@ -10,11 +10,15 @@ import pytest
 FLOORS = (
   ("trees", "keys", "specs", "types"),
   (
-    "models", "losses", "threat", "optim", "data", "corruptions", "metrics",
-    "sharding", "record", "checkpoint", "progress", "table", "workdir",
+    "models", "losses", "projections", "threat", "optim", "data",
+    "corruptions", "metrics", "sharding", "record", "checkpoint", "progress",
+    "table", "workdir", "journal",
   ),
   ("state", "attacks", "peft", "convert"),
+  ("classifier",),
+  ("pool", "checks"),
   ("evaluate", "step"),
+  ("diagnosis",),
   ("parts",),
   ("score",),
   ("report",),
@@ -25,7 +29,7 @@ FLOORS = (
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 
 # Inside a floor, what rests on what.
-WITHIN = {("types", "trees"), ("keys", "types")}
+WITHIN = {("types", "trees"), ("keys", "types"), ("threat", "projections")}
 
 # What the core may import at the top of a module.
 CORE = {

@@ -1,13 +1,33 @@
 """Attacks on any function `logits_fn(images) -> logits`."""
 
+import functools
 from typing import Any
 
 from roli_jax import specs
+from roli_jax.attacks.apgd import Apgd
+from roli_jax.attacks.autoattack import AutoAttack
 from roli_jax.attacks.base import Attack
+from roli_jax.attacks.curve import Curve
+from roli_jax.attacks.fab import Fab
 from roli_jax.attacks.gradient import Fgsm, Pgd
+from roli_jax.attacks.square import Square
 from roli_jax.threat import ThreatModel
 
-ATTACKS: dict[str, Any] = {"fgsm": Fgsm, "pgd": Pgd}
+ATTACKS: dict[str, Any] = {
+  "fgsm": Fgsm,
+  "pgd": Pgd,
+  "apgd_ce": functools.partial(Apgd, loss="ce"),
+  "apgd_dlr": functools.partial(Apgd, loss="dlr"),
+  "apgd_t": functools.partial(Apgd, loss="dlr", num_targets=9),
+  "fab": Fab,
+  "fab_t": functools.partial(Fab, num_targets=9),
+  "square": Square,
+  "autoattack": AutoAttack,
+  "autoattack_plus": functools.partial(AutoAttack, version="plus"),
+  "autoattack_rand": functools.partial(AutoAttack, version="rand"),
+  "autoattack_fast": functools.partial(AutoAttack, version="fast"),
+  "curve": Curve,
+}
 
 
 def build(name: str, threat: ThreatModel, **fields: Any) -> Attack:
@@ -34,4 +54,15 @@ def build(name: str, threat: ThreatModel, **fields: Any) -> Attack:
   return specs.build(ATTACKS, spec, "attack", threat=threat)
 
 
-__all__ = ["ATTACKS", "Attack", "Fgsm", "Pgd", "build"]
+__all__ = [
+  "ATTACKS",
+  "Apgd",
+  "Attack",
+  "AutoAttack",
+  "Curve",
+  "Fab",
+  "Fgsm",
+  "Pgd",
+  "Square",
+  "build",
+]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roli_jax import attacks, evaluate, keys, losses
+from roli_jax import attacks, keys, losses
 from roli_jax.threat import ThreatModel
 
 NORMS = {"linf": 0.1, "l2": 0.6, "l1": 2.0}
@@ -52,8 +52,8 @@ def run(attack, toy, rows=slice(None)):
 
 def test_it_stays_in_the_ball_and_the_box(attack, toy):
   adv = run(attack, toy)
-  far, outside = evaluate._measure(attack.threat, adv, toy[1], np.arange(40))
-  assert not outside.any()
+  far, in_ball, in_box = attack.threat.measure(adv, toy[1])
+  assert in_ball.all() and in_box.all()
   assert far.max() > 0.5 * NORMS[attack.threat.norm]
 
 
@@ -91,9 +91,8 @@ def _flat(images):
 def test_a_flat_loss_ends_in_the_ball_without_nan(norm, toy):
   attack = build("pgd", norm)
   adv = run(attack, (_flat, *toy[1:]))
-  assert not evaluate._measure(attack.threat, adv, toy[1], np.arange(40))[
-    1
-  ].any()
+  _, in_ball, in_box = attack.threat.measure(adv, toy[1])
+  assert in_ball.all() and in_box.all()
 
 
 @pytest.mark.parametrize("name", ["pgd", "pgd margin"])
@@ -108,10 +107,8 @@ def test_each_image_can_have_its_own_eps(norm, toy):
   _, images, _ = toy
   eps = np.linspace(0, NORMS[norm], len(images), dtype=np.float32)
   adv = run(build("pgd", norm, eps), toy)
-  far, outside = evaluate._measure(
-    ThreatModel(norm, eps), adv, images, np.arange(len(images))
-  )
-  assert not outside.any()
+  far, in_ball, in_box = ThreatModel(norm, eps).measure(adv, images)
+  assert in_ball.all() and in_box.all()
   assert far[0] == 0 and (far[5:] > 0.5 * eps[5:]).all()
 
 
@@ -238,5 +235,5 @@ def test_any_radius_and_key_stay_inside(eps, norm, seed):
     np.zeros(8, np.int32),
     keys.per_image(keys.root(seed), np.arange(8)),
   )
-  _, outside = evaluate._measure(threat, np.asarray(adv), images, np.arange(8))
-  assert not outside.any()
+  _, in_ball, in_box = threat.measure(np.asarray(adv), images)
+  assert in_ball.all() and in_box.all()
