@@ -70,8 +70,7 @@ def get_config(text: str = "") -> ConfigDict:
       "adapt": _stage(optim={"name": "adamw", "clip_norm": 0.0}),
       "test": True,
       "curve": (),
-      "checkpoint": "",
-      "radii": (),
+      **common.evaluation(),
       "rates": common.choose(RATES, arg.dataset, "dataset"),
       "cells": ({"method": arg.method, "init": arg.init},),
     }

@@ -70,6 +70,10 @@ def pgd(num_steps: int) -> ConfigDict:
       "random_start": True,
       "keep": "sample",
       "loss": "ce",
+      # Of other attacks. None, here and above: as the attack has it.
+      "num_targets": config_dict.placeholder(int),
+      "num_queries": config_dict.placeholder(int),
+      "eot": config_dict.placeholder(int),
     }
   )
 
@@ -79,3 +83,14 @@ def choose(options: dict, name: str, what: str):
   if name not in options:
     raise ValueError(f"unknown {what} {name!r}; there are {', '.join(options)}")
   return options[name]
+
+
+def evaluation() -> dict:
+  """What --mode=evaluate looks at."""
+  return {
+    "checkpoint": "",  # restored; "": the best one of the last stage
+    "radii": (),  # attacked at; (): threat.eps alone, of a curve also `curve`
+    "num_images": 0,  # of the test split, the first; 0: all
+    "save_adv": False,  # whether adversarial images are kept, as npz
+    "checks": True,  # whether an AutoAttack comes with a diagnosis
+  }

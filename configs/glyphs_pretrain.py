@@ -37,8 +37,7 @@ def get_config() -> ConfigDict:
       ),
       "test": True,
       "curve": (),
-      "checkpoint": "",
-      "radii": (),
+      **common.evaluation(),
       "rates": (),
       "cells": (
         {"weights": "robust", "loss": "at"},

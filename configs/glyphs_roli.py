@@ -41,16 +41,31 @@ ROLI = {"method": "full", "init": "roli"}
 STD = {"method": "full", "init": "std"}
 LONGER = {**RANLI, "probe_steps_added": True}
 CURVE = {"curve": True}
+# More tests of a cell's first seed: attack, norm, eps, and how many images.
+FAST = {"tests": (("autoattack_fast", "linf", "0.1", 100),)}
+STANDARD = {
+  "tests": (
+    *FAST["tests"],
+    ("autoattack", "linf", "0.1", 200),
+    ("autoattack", "l2", "0.4", 200),
+    ("autoattack", "l1", "2", 200),
+  )
+}
 
 
 def _each(seeds: int, *cells: dict, **fields) -> tuple[dict, ...]:
   return tuple({"seeds": seeds, **fields, **cell} for cell in cells)
 
 
-DEFAULT = (
-  *_each(5, LINEAR, {**RANLI, **CURVE}, {**ROLI, **CURVE}),
-  *_each(2, LINEAR, RANLI, ROLI, weights="standard"),
-)
+def _default(**of_roli) -> tuple[dict, ...]:
+  roli = {**ROLI, **CURVE, **of_roli}
+  return (
+    *_each(5, LINEAR, {**RANLI, **CURVE}, roli),
+    *_each(2, LINEAR, RANLI, ROLI, weights="standard"),
+  )
+
+
+DEFAULT = _default(**FAST)
 CONTROLS = (
   *_each(5, LINEAR, RANLI, LONGER, STD, ROLI),
   *_each(5, LINEAR, RANLI, LONGER, STD, ROLI, head_init="small"),
@@ -61,14 +76,14 @@ SIZES = tuple(
   for head in ({}, {"head_init": "small"})
   for cell in _each(5, LINEAR, RANLI, ROLI, train_size=size, **head)
 )
-FULL = (*DEFAULT, *CONTROLS, *SIZES)
+FULL = (*_default(**STANDARD), *CONTROLS, *SIZES)
 
 
 def _grid() -> tuple[dict, ...]:
   """Every cell of the tables at every rate; probes have a grid of their own."""
   cells = []
   for cell in FULL:
-    cell = {k: v for k, v in cell.items() if k != "curve"}
+    cell = {k: v for k, v in cell.items() if k not in ("curve", "tests")}
     if cell.get("train_size", 200) != 200:
       cell["seeds"] = 3  # it takes an hour as it is
     # Where a best rate lay at the edge of RATES.
@@ -115,10 +130,7 @@ def get_config(text: str = "") -> ConfigDict:
       "test": True,
       # Radii of the accuracy curve, beside threat.eps.
       "curve": ("0.025", "0.05", "0.075", "0.125", "0.15", "0.175", "0.2"),
-      # What --mode=evaluate restores ("": the best checkpoint of the last
-      # stage), and the radii that it attacks at ((): threat.eps alone).
-      "checkpoint": "",
-      "radii": (),
+      **common.evaluation(),
       "rates": CHOSEN,
       "cells": (),
     }

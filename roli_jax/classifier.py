@@ -186,7 +186,7 @@ def _judge(fn, mesh, draws, params, key, images, labels, indices):
     image_keys = keys.per_image(key, indices)
 
     def draw(k):
-      own = jax.vmap(jax.random.fold_in, (0, None))(image_keys, k)
+      own = keys.fold(image_keys, k)
       with jax.default_matmul_precision("highest"):
         logits = fn(params, images, own).astype(jnp.float32)
       right = losses.correct(logits, labels).astype(jnp.float32)

@@ -8,6 +8,7 @@ et al. 2019, "On evaluating adversarial robustness"; the flags of AutoAttack
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -264,7 +265,7 @@ def _monotone(tried, indices):
   """Broken at a radius, not at a larger one."""
   ratios = (0.0, 0.5, 1.0, 2.0)
   flags = [tried("apgd_ce", r, num_steps=STEPS).robust for r in ratios]
-  pairs = zip(flags, flags[1:], strict=False)
+  pairs = itertools.pairwise(flags)
   odd = np.any([~small & large for small, large in pairs], axis=0)
   said = ", ".join(f"{100 * flag.mean():.0f}%" for flag in flags)
   return _compared(

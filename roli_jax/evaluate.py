@@ -295,15 +295,20 @@ class _Evaluation:
 
     def settle(ended):
       told = self._judged(attack, eps, ended, ledger.work)
+      false = ended.found & ~told["broke"]
+      goes_on = false & ended.can_go_on & ledger.stops
       ledger.work.seconds = time.perf_counter() - started
-      entry = {**told, "work": dataclasses.astuple(ledger.work)}
+      entry = {
+        **told,
+        "ended": ~goes_on,
+        "work": dataclasses.astuple(ledger.work),
+      }
       self.journal.add(name, **entry)
       ledger.enter(entry)
-      claims = ended.found & ~np.isfinite(told["far"])
-      return told["broke"], claims & ended.can_go_on & ledger.stops
+      return told["broke"], goes_on
 
     waiting = [
-      (row, job)
+      (int(row), job)
       for job in range(num_jobs)
       for row in rows
       if not ledger.ended[row, job] and ledger.first[row] >= job
@@ -434,8 +439,8 @@ class Ledger:
       zip(entry["rows"], entry["jobs"], strict=True)
     ):
       far = entry["far"][i]
-      self.ended[row, job] = True
-      self.far[row, job] = far
+      self.ended[row, job] |= entry["ended"][i]
+      self.far[row, job] = min(far, self.far[row, job])
       self.outside[row] |= entry["outside"][i]
       found = next(adv) if np.isfinite(far) else None
       if self.stops:

@@ -32,3 +32,13 @@ def per_image(
 ) -> Keys:
   """One key for each image, from who the image is and from nothing else."""
   return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+
+
+def fold(
+  keys: Keys, data: str | int | Integer[Array, ""] | Integer[Array, "b"]
+) -> Keys:
+  """Each image's key for a named purpose, or for a number: one, or its own."""
+  if isinstance(data, str):
+    data = zlib.crc32(data.encode())
+  each = 0 if getattr(data, "ndim", 0) else None
+  return jax.vmap(jax.random.fold_in, (0, each))(keys, data)

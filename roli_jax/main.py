@@ -15,6 +15,9 @@ Any field of the config can be overridden: --config.adapt.num_steps=120.
 --config.eval_attack.name=NAME. Radii and step sizes are text: 8/255, 0.1.
 --help with a --config prints the config's fields.
 
+Attacks: fgsm, pgd, apgd_ce, apgd_dlr, apgd_t, fab, fab_t, square, autoattack,
+autoattack_plus, autoattack_rand, autoattack_fast (not standard), curve.
+
 A run that was killed goes on when the same command is given again.
 """
 
@@ -88,7 +91,13 @@ def _overridable(config: Any) -> Any:
   if config is None:
     return config_dict.placeholder(float)
   if isinstance(config, dict):
-    return ConfigDict({k: _overridable(v) for k, v in config.items()})
+    counts = {
+      k: config_dict.placeholder(int)
+      for k, v in config.items()
+      if v is None and (k.startswith("num_") or k == "eot")
+    }
+    rest = {k: _overridable(v) for k, v in config.items() if k not in counts}
+    return ConfigDict({**rest, **counts})
   return config
 
 
@@ -136,6 +145,19 @@ def _exit(message: str) -> None:
   sys.exit(2)
 
 
+def _use_own_defaults(config: dict[str, Any]) -> None:
+  """An attack named on the command line keeps nothing of the config's PGD.
+
+  The 20 steps of PGD would make APGD another attack. Its own defaults hold,
+  but for what the command line says.
+  """
+  for section in ("attack", "val_attack", "eval_attack"):
+    if _given(sys.argv, f"config.{section}.name") not in ("", "pgd"):
+      for field in config[section].keys() - {"name"}:
+        if not _given(sys.argv, f"config.{section}.{field}"):
+          config[section][field] = None
+
+
 def _workdir() -> pathlib.Path:
   """--workdir, or runs/<config>-<key=value>-... after the config's name."""
   if flags.FLAGS.workdir:
@@ -163,6 +185,7 @@ def _run(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   path, mode = _workdir(), flags.FLAGS.mode
   config = flags.FLAGS.config.to_dict()
+  _use_own_defaults(config)
   try:
     _prepare_jax(config, path)
     if mode == "train":

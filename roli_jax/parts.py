@@ -60,10 +60,12 @@ class Parts:
     mesh: of all devices.
     threat: of training and, unless another radius is asked for, of tests.
     data: the three splits of the data set.
+    diagnoses: whether an ensemble of attacks comes with a diagnosis.
   """
 
-  def __init__(self, config: Mapping[str, Any]):
+  def __init__(self, config: Mapping[str, Any], diagnoses: bool = False):
     self.config = config
+    self.diagnoses = diagnoses
     self.mesh = sharding.mesh()
     self.threat = ThreatModel(
       config["threat"]["norm"], eps=specs.number(config["threat"]["eps"])
@@ -90,18 +92,30 @@ class Parts:
       self.program(stage)
       self.train_data(stage)
 
-  def attack(self, kind: str, eps: str | None = None) -> attacks.Attack:
+  def attack(
+    self,
+    kind: str,
+    eps: str | None = None,
+    *,
+    name: str = "",
+    norm: str = "",
+  ) -> attacks.Attack:
     """The attack of a section (`attack`, `val_attack`, `eval_attack`).
 
     Args:
       kind: the section's name.
       eps: another radius than the threat model's, as text.
+      name: another attack than the section's, with its own defaults.
+      norm: another norm than the threat model's.
     """
     threat = self.threat
     if eps is not None:
-      threat = dataclasses.replace(threat, eps=specs.number(eps))
+      threat = ThreatModel(norm or threat.norm, eps=specs.number(eps))
+    if name:
+      return attacks.build(name, threat)
     fields = specs.taken(attacks.ATTACKS, self.config[kind], "attack")
-    return attacks.build(fields.pop("name"), threat, **fields)
+    given = {k: v for k, v in fields.items() if v is not None}
+    return attacks.build(given.pop("name"), threat, **given)
 
   def train_data(self, stage: Stage) -> data.Source:
     """The stage's training images."""

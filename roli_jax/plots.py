@@ -23,7 +23,10 @@ _COLOURS = {
 
 
 def write(
-  rows: Sequence[Row], log: Sequence[Row], folder: pathlib.Path
+  rows: Sequence[Row],
+  log: Sequence[Row],
+  folder: pathlib.Path,
+  evaluated: Sequence[Row] = (),
 ) -> list[pathlib.Path]:
   """Draws what the rows allow, each figure as a PNG.
 
@@ -31,12 +34,14 @@ def write(
     rows: of results.
     log: of training curves.
     folder: where figures go, and where `examples.npz` lies if there is one.
+    evaluated: summaries of ensembles and searches.
   """
   folder.mkdir(exist_ok=True)
   examples = folder / "examples.npz"
   figures = {
     "accuracy": lambda: _bars(rows),
     "curve": lambda: _curve(rows),
+    "evaluations": lambda: _evaluations(evaluated),
     "examples": lambda: _examples(examples) if examples.exists() else None,
     "training": lambda: _training(rows, log),
   }
@@ -123,30 +128,66 @@ def _curve(rows):
   if not curves:
     return None
   main = report.attacks(tests)[0]
-  figure = _figure(5.5, 4)
-  axis = figure.subplots()
-  for group, own in curves.items():
-    points = {
-      row["eps"] or 0.0: 100 * row["value"]
-      for row in own
-      if row["attack"] in ("none", main.attack)
-    }
-    axis.plot(
-      sorted(points),
-      [points[eps] for eps in sorted(points)],
-      "o-",
-      color=_colour(group),
-      label=f"{group.name}, {group.weights} backbone, seed {own[0]['seed']}",
-    )
-  axis.axvline(main.eps, color="black", linewidth=0.8, linestyle=":")
-  axis.annotate("training radius", (main.eps, 2), fontsize=8)
-  axis.set(
-    xlabel=f"eps ({main.norm})",
-    ylabel=f"test accuracy under {main.recipe}, %",
-    ylim=(0, 100),
-  )
-  axis.legend(fontsize=8)
+  norms = sorted({curve.norm for curve in curves})
+  figure = _figure(5.5 * len(norms), 4)
+  axes = figure.subplots(1, len(norms), sharey=True, squeeze=False)[0]
+  for axis, norm in zip(axes, norms, strict=True):
+    for curve, points in curves.items():
+      if curve.norm == norm:
+        axis.plot(
+          sorted(points),
+          [100 * points[eps] for eps in sorted(points)],
+          "o-" if curve.recipe == main.recipe else "s--",
+          color=_colour(curve.group),
+          label=curve.name,
+        )
+    if norm == main.norm:
+      axis.axvline(main.eps, color="black", linewidth=0.8, linestyle=":")
+      axis.annotate("training radius", (main.eps, 2), fontsize=8)
+    axis.set(xlabel=f"eps ({norm})", ylim=(0, 100))
+    axis.legend(fontsize=7)
+  axes[0].set_ylabel("test accuracy, %")
   return figure
+
+
+def _evaluations(evaluated):
+  """What became of each evaluation's images: a bar, its parts the attacks."""
+  if not evaluated:
+    return None
+  figure = _figure(9, 1.4 + 0.5 * len(evaluated))
+  axis = figure.subplots()
+  names = {name: None for one in evaluated for name in one["broken_by"]}
+  order = ["", *(n for n in names if n not in ("", "clean")), "clean"]
+  colours = dict(zip(order[1:-1], _ATTACK_COLOURS * 3, strict=False))
+  colours |= {"": "#00798c", "clean": "#bbbbbb"}
+  labels = {"": "robust", "clean": "misclassified before"}
+  for y, one in enumerate(evaluated):
+    left = 0.0
+    for name in order:
+      share = 100 * one["broken_by"].get(name, 0) / one["n"]
+      label = labels.get(name, f"broken by {name}") if y == 0 else None
+      axis.barh(y, share, left=left, color=colours[name], label=label)
+      left += share
+    low, high = (100 * one["robust"][k] for k in ("low", "high"))
+    axis.plot([low, high], [y, y], color="black", linewidth=1.5)
+  axis.set_yticks(
+    range(len(evaluated)), [_title(one) for one in evaluated], fontsize=7
+  )
+  axis.set(
+    xlabel="% of test images; line: 95% interval of robust", xlim=(0, 100)
+  )
+  axis.invert_yaxis()
+  figure.legend(fontsize=7, ncols=4, loc="outside upper center")
+  return figure
+
+
+def _title(one):
+  row = one["row"]
+  recipe = report.Attacked.of(row).recipe
+  return f"{row['cell']}\n{recipe}, {row['norm']} {one['eps']:g}, n {one['n']}"
+
+
+_ATTACK_COLOURS = ["#d1495b", "#edae49", "#66a182", "#8d5a97", "#2e4057"]
 
 
 def _training(rows, log):

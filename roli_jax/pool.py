@@ -161,7 +161,7 @@ def run(
     slots = places
     every = math.ceil(math.sqrt(attack.length))
     pool, counts = _advance(
-      on.fn, on.mesh, on.dtype, attack, on.params, every, *pool
+      on.fn, on.mesh, on.dtype, _of_a_job(attack), on.params, every, *pool
     )
     state = pool[1]
     taken, found, done = (
@@ -190,6 +190,13 @@ def run(
     rows, jobs, slots, steps, again = (
       x[stays] for x in (rows, jobs, slots, steps, again)
     )
+
+
+def _of_a_job(attack):
+  """The attack as a job sees it: other numbers of jobs compile nothing."""
+  return dataclasses.replace(
+    attack, num_restarts=1, num_targets=min(1, attack.num_targets)
+  )
 
 
 def _called_off(attack, fallen, rows, jobs):
@@ -227,11 +234,11 @@ def _filled(on, attack, of, key, pool, size, places, rows, jobs, slots, again,
   news = _news(attack, of, size, starts, rows[len(rows) - num_fresh :],
                jobs[len(jobs) - num_fresh :])  # fmt: skip
   if pool is None:
-    pool = _empty(attack, key, news)
+    pool = _empty(_of_a_job(attack), key, news)
   used = np.zeros(size, bool)
   used[places] = True
   arrays = sharding.put((order, retract, fresh, used, news), on.mesh)
-  return _pack(on.mesh, attack, key, pool, *arrays)
+  return _pack(on.mesh, _of_a_job(attack), key, pool, *arrays)
 
 
 def _news(attack, of, size, starts, rows, jobs):
@@ -265,7 +272,7 @@ def _job(key, news):
     targets=news["targets"],
     restart=news["restart"],
     eps=news["eps"],
-    keys=jax.vmap(jax.random.fold_in)(own, news["jobs"]),
+    keys=keys.fold(own, news["jobs"]),
     noise=news.get("noise"),
   )
 

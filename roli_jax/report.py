@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 import math
 import pathlib
 import statistics
@@ -196,34 +197,113 @@ def _pairs(groups: list["Group"]) -> Iterator[tuple["Group", "Group"]]:
 
 def curves(rows: Sequence[Row]) -> Table:
   """Accuracy against the radius, where it was measured at several."""
-  tests = record.where(rows, split="test")
-  main = attacks(tests)[:1]
-  radii = [a for a in attacks(tests) if a in main or _is_curve(a, tests)]
-  seeds = curved(tests)
-  header = tuple(
-    f"{group.name}, {group.weights}, seed {own[0]['seed']}"
-    for group, own in seeds.items()
-  )
+  found = curved(record.where(rows, split="test"))
+  header = tuple(curve.name for curve in found)
+  radii = sorted({(c.norm, eps) for c, of in found.items() for eps in of})
   lines = []
-  for attack in [CLEAN, *sorted(radii, key=lambda a: (a.norm, a.eps))]:
-    values = [list(by_seed(own, attack).values()) for own in seeds.values()]
-    cells = [_percent(v[0]) if v else "" for v in values]
-    if any(cells):
-      lines.append((f"{attack.eps or 0:g}", *cells))
-  name = main[0].recipe if main else ""
-  return Table(f"Test accuracy against eps: percent, {name}",
-               ("eps", *header), lines if seeds else [])  # fmt: skip
+  for norm, eps in radii:
+    values = [
+      of.get(eps) if curve.norm == norm else None for curve, of in found.items()
+    ]
+    cells = [_percent(value) if value is not None else "" for value in values]
+    lines.append((f"{eps:g}", *cells))
+  return Table("Test accuracy against eps: percent", ("eps", *header), lines)
 
 
-def curved(tests: Iterable[Row]) -> dict[Group, list[Row]]:
-  """The groups that have a curve, with the rows of its seed."""
-  found = {}
+@dataclasses.dataclass(frozen=True)
+class CurveOf:
+  """Whose accuracy is known at several radii, and under what."""
+
+  group: Group
+  seed: int
+  recipe: str
+  norm: str
+
+  @property
+  def name(self) -> str:
+    return (
+      f"{self.group.name}, {self.group.weights}, seed {self.seed},"
+      f" {self.recipe}"
+    )
+
+
+def curved(tests: Sequence[Row]) -> dict[CurveOf, dict[float, float]]:
+  """Accuracy by radius, clean at 0, where there are two radii at least."""
+  found: dict[CurveOf, dict[float, float]] = {}
   for group, own in by_group(tests).items():
-    counts = collections.Counter(row["seed"] for row in own)
-    seed, count = counts.most_common(1)[0]
-    if count > 2:  # clean, one radius, and more
-      found[group] = record.where(own, seed=seed)
+    for row in own:
+      attack = Attacked.of(row)
+      if attack != CLEAN:
+        of = CurveOf(group, row["seed"], attack.recipe, attack.norm or "")
+        found.setdefault(of, {})[attack.eps or 0.0] = row["value"]
+  found = {curve: of for curve, of in found.items() if len(of) > 1}
+  for curve, of in found.items():
+    clean = by_seed(by_group(tests)[curve.group], CLEAN)
+    if curve.seed in clean:
+      of[0.0] = clean[curve.seed]
   return found
+
+
+def evaluations(kept: Iterable[Row]) -> list[Table]:
+  """What ensembles and searches broke, and what there is to say about them.
+
+  Args:
+    kept: summaries of results, each with the `row` that it is of.
+  """
+  lines, checks = [], []
+  for summary in kept:
+    row = summary["row"]
+    attack = Attacked.of({**row, "value": None})
+    robust = summary["robust"]
+    broken = {
+      name: count
+      for name, count in summary["broken_by"].items()
+      if name not in ("", "clean")
+    }
+    passes = summary["passes"]
+    lines.append((
+        row["cell"],
+        f"{attack.recipe} {row['norm']} {summary['eps']:g}",
+        str(summary["n"]),
+        _percent(summary["clean"]["value"]),
+        f"{_percent(robust['value'])} [{_percent(robust['low'])},"
+        f" {_percent(robust['high'])}]",
+        ", ".join(f"{name} {n}" for name, n in broken.items()) or "none",
+        f"{passes['forward']:,} / {passes['backward']:,}",
+        f"{summary['seconds']:.0f}",
+        "; ".join(summary["notes"]),
+    ))  # fmt: skip
+    checks += [
+      (row["cell"], lines[-1][1], name, check["verdict"], check["said"],
+       _some(check["images"]))
+      for name, check in summary["checks"].items()
+    ]  # fmt: skip
+  made = [
+    Table(
+      "Evaluations: what each attack broke",
+      ("cell", "attack", "images", "clean", "robust [95% Wilson]", "broken by",
+       "passes forward / backward", "seconds", "notes"),
+      lines,
+      "Each attack sees what those before it left. Percent of all images.",
+    ),
+    Table(
+      "Checks: is the number to be trusted?",
+      ("cell", "attack", "check", "verdict", "what was seen", "images"),
+      checks,
+    ),
+  ]  # fmt: skip
+  return [table for table in made if table.rows]
+
+
+def _some(images: Sequence[int], most: int = 8) -> str:
+  more = f" and {len(images) - most} more" if len(images) > most else ""
+  return " ".join(map(str, images[:most])) + more
+
+
+def kept(path: pathlib.Path) -> list[Row]:
+  """The summaries of a run's evaluations."""
+  files = sorted((path / "evaluations").rglob("summary.json"))
+  return [json.loads(file.read_text()) for file in files]
 
 
 def grid(rows: Sequence[Row]) -> Table:
@@ -274,6 +354,9 @@ class Attacked:
   @property
   def recipe(self) -> str:
     """The attack without its radius: `PGD-20 x 5`."""
+    ensemble, _, version = self.attack.partition("_")
+    if ensemble == "autoattack":
+      return " ".join(filter(None, ("AutoAttack", _VERSIONS.get(version))))
     name = f"{self.attack.upper()}-{self.attack_steps}"
     return name + (f" x {self.restarts}" if (self.restarts or 1) > 1 else "")
 
@@ -283,6 +366,13 @@ class Attacked:
       return "clean"
     return f"{self.recipe} {self.norm} {self.eps:g}"
 
+
+_VERSIONS = {
+  "": "",
+  "fast": "fast (non-standard)",
+  "plus": "plus",
+  "rand": "rand",
+}
 
 CLEAN = Attacked("none", None, None, None, None)
 
@@ -294,7 +384,9 @@ def attacks(rows: Iterable[Row]) -> list[Attacked]:
 
 
 def _is_curve(attack: Attacked, tests: Iterable[Row]) -> bool:
-  """Whether it is the main attack at another radius."""
+  """Whether it is the main attack at another radius, or the curve's."""
+  if attack.attack == "curve":
+    return True
   main = attacks(tests)[0]
   return attack != main and dataclasses.replace(attack, eps=main.eps) == main
 
@@ -337,9 +429,13 @@ def write(path: pathlib.Path) -> list[Table]:
   rows = record.read(path / "results.jsonl")
   if not rows:
     raise ValueError(f"there are no rows in {path / 'results.jsonl'}")
-  made = tables(rows)
+  evaluated = kept(path)
+  made = [*tables(rows), *evaluations(evaluated)]
   figures = plots.write(
-    rows, record.read(path / "training.jsonl"), path / "figures"
+    rows,
+    record.read(path / "training.jsonl"),
+    path / "figures",
+    evaluated,
   )
   parts = [f"# {path.name}", "", *(table.markdown() for table in made)]
   parts += [f"![{f.stem}](figures/{f.name})\n" for f in figures]

@@ -1,6 +1,9 @@
 """How well a trained stage does, as rows of results."""
 
+import dataclasses
 import functools
+import pathlib
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,16 +13,40 @@ import numpy as np
 from roli_jax import (
   attacks,
   data,
+  diagnosis,
   evaluate,
   keys,
   models,
   record,
+  specs,
   step,
+  workdir,
 )
 from roli_jax.parts import Parts, Variables
 from roli_jax.table import Stage
 
 CLEAN: dict[str, Any] = {"attack": "none"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+  """An attack on a split, and the rows that come of it.
+
+  Attributes:
+    attack: the attack.
+    num_images: how many of the split's first images; 0 for all.
+    radii: at which accuracy is told, of an attack that finds distances; none
+      for the attack's own.
+  """
+
+  attack: Any
+  num_images: int = 0
+  radii: tuple[float, ...] = ()
+
+  def values(self, result: evaluate.Result) -> list[float]:
+    """Clean accuracy, and the robust one at each radius."""
+    at = [result.robust_at(eps) for eps in self.radii] or [result.robust]
+    return [float(flags.mean()) for flags in (result.clean, *at)]
 
 
 def measure(
@@ -28,19 +55,22 @@ def measure(
   variables: Variables,
   seed: int,
   split: str,
-  attack: attacks.Attack,
+  test: Test,
+  save: pathlib.Path | None = None,
 ) -> evaluate.Result:
-  """One attack on one split of the run's data."""
+  """One attack on one split of the run's data; progress goes to `save`."""
   source: data.Source = parts.data[split]
+  few = slice(0, test.num_images or None)
   return evaluate.run(
     step.make_predict(model),
-    source.pixels(),
-    source.labels,
-    attack,
+    source.pixels()[few],
+    source.labels[few],
+    test.attack,
     params=variables,
     seed=seed,
     batch_size=parts.config["eval_batch_size"],
-    indices=source.indices,
+    indices=source.indices[few],
+    save=save,
   )
 
 
@@ -80,18 +110,36 @@ def examples(
   }
 
 
-def tests(parts: Parts, stage: Stage) -> Iterator[attacks.Attack]:
-  """The attacks that a stage is tested with, none if the config says so."""
+def tests(parts: Parts, stage: Stage) -> Iterator[Test]:
+  """The tests of a stage, none if the config says so."""
   if parts.config["test"]:
-    yield parts.attack("eval_attack")
+    yield Test(parts.attack("eval_attack"))
     for eps in parts.config["curve"] if stage.curve else ():
-      yield parts.attack("eval_attack", eps)
+      yield Test(parts.attack("eval_attack", eps))
+    for name, norm, eps, count in stage.tests:
+      attack = parts.attack("eval_attack", eps, name=name, norm=norm)
+      yield Test(attack, count)
+
+
+def asked(parts: Parts) -> Iterator[Test]:
+  """The tests that --mode=evaluate is asked for."""
+  config = parts.config
+  radii = config["radii"] or (config["threat"]["eps"],)
+  attack = parts.attack("eval_attack")
+  if isinstance(attack, attacks.Curve):
+    radii = config["radii"] or (*config["curve"], config["threat"]["eps"])
+    each = sorted({specs.number(eps) for eps in radii})
+    yield Test(attack, config["num_images"], tuple(each))
+    return
+  for eps in radii:
+    yield Test(parts.attack("eval_attack", eps), config["num_images"])
 
 
 def rows(
-  parts: Parts, stage: Stage, split: str, attack: attacks.Attack
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """What the clean and the adversarial row of a measurement are about."""
+  parts: Parts, stage: Stage, split: str, test: Test
+) -> list[dict[str, Any]]:
+  """What the clean and the adversarial rows of a measurement are about."""
+  attack = test.attack
   about = {
     "cell": stage.cell,
     "stage": stage.name,
@@ -113,16 +161,19 @@ def rows(
     "attack_steps": attack.num_steps,
     "restarts": attack.num_restarts,
     "norm": attack.threat.norm,
-    "eps": float(attack.threat.eps),
   }
-  return {**about, **CLEAN}, {**about, **attacked}
+  radii = test.radii or (float(attack.threat.eps),)
+  return [
+    {**about, **CLEAN},
+    *({**about, **attacked, "eps": eps} for eps in radii),
+  ]
 
 
 def is_done(parts: Parts, stage: Stage, results: record.Record) -> bool:
   """Whether all rows of the stage stand."""
-  wanted = list(rows(parts, stage, "val", parts.attack("val_attack")))
-  for attack in tests(parts, stage):
-    wanted += rows(parts, stage, "test", attack)
+  wanted = rows(parts, stage, "val", Test(parts.attack("val_attack")))
+  for test in tests(parts, stage):
+    wanted += rows(parts, stage, "test", test)
   return all(row in results for row in wanted)
 
 
@@ -138,8 +189,8 @@ def add_validation(
     meta: of the stage's last checkpoint.
   """
   best = max(meta["history"], key=lambda entry: entry[selected_by(stage)])
-  about = rows(parts, stage, "val", parts.attack("val_attack"))
-  values = (best["clean"], best["robust"])
+  about = rows(parts, stage, "val", Test(parts.attack("val_attack")))
+  values = [best["clean"], best["robust"]]
   _add(results, about, values, len(parts.data["val"]), meta["seconds"])
 
 
@@ -149,16 +200,74 @@ def add_tests(
   results: record.Record,
   model: models.Model,
   variables: Variables,
-  chosen: Iterable[attacks.Attack],
+  chosen: Iterable[Test],
 ) -> None:
-  """The rows of these attacks on the test split, those that are missing."""
-  for attack in chosen:
-    about = rows(parts, stage, "test", attack)
+  """The rows of these tests on the test split, those that are missing.
+
+  What an ensemble or a search did beyond a row goes to `evaluations/`, where
+  it is also kept how far a killed one came.
+  """
+  for test in chosen:
+    about = rows(parts, stage, "test", test)
     if all(row in results for row in about):
       continue
-    result = measure(parts, model, variables, stage.seed, "test", attack)
-    values = (float(result.clean.mean()), float(result.robust.mean()))
-    _add(results, about, values, len(result.clean), result.seconds)
+    folder = None
+    if not isinstance(test.attack, attacks.Pgd | attacks.Fgsm):
+      folder = _folder(results.path.parent, stage, test)
+    result = measure(
+      parts, model, variables, stage.seed, "test", test,
+      folder and folder / "progress",
+    )  # fmt: skip
+    if folder:
+      found = _diagnosis(parts, model, variables, stage, test)
+      eps = float(test.attack.threat.eps)
+      _keep(folder, about[-1], eps, result, found, parts.config["save_adv"])
+    _add(results, about, test.values(result), len(result.clean),
+         result.seconds)  # fmt: skip
+
+
+def _folder(root, stage, test):
+  threat = test.attack.threat
+  name = f"{test.attack.name}-{threat.norm}-{float(threat.eps):g}"
+  return root / "evaluations" / stage.directory / name
+
+
+def _diagnosis(parts, model, variables, stage, test):
+  """Checks that need attacks of their own, where they are asked for."""
+  ensemble = isinstance(test.attack, attacks.AutoAttack | attacks.Curve)
+  if not (ensemble and parts.diagnoses):
+    return []
+  source = parts.data["test"]
+  return diagnosis.run(
+    step.make_predict(model),
+    source.pixels(),
+    source.labels,
+    test.attack.threat,
+    params=variables,
+    seed=stage.seed,
+    batch_size=parts.config["eval_batch_size"],
+    indices=source.indices,
+  )
+
+
+def _keep(folder, about, eps, result, found, with_images):
+  """The summary of a result, its flags, and its images if asked for."""
+  images = {"adv": result.adv} if with_images else {}
+  np.savez_compressed(
+    folder / "result.npz",
+    clean=result.clean,
+    robust=result.robust,
+    broken_by=result.broken_by,
+    distance=result.distance,
+    min_distance=result.min_distance,
+    margin=result.margin,
+    **images,
+  )
+  summary = result.summary()
+  summary["checks"] |= {check.name: check.plain() for check in found}
+  summary |= {"row": about, "eps": eps}
+  workdir.write_json(folder / "summary.json", summary)
+  shutil.rmtree(folder / "progress")
 
 
 def _add(results, about, values, n, seconds):

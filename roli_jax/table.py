@@ -10,7 +10,7 @@ INITS = ("ranli", "roli", "std")
 # What a cell of `config.cells` may say; the rest comes from the config.
 _CELL_KEYS = (
     "weights", "method", "init", "head_init", "train_size", "seeds",
-    "probe_steps_added", "rates", "curve", "loss",
+    "probe_steps_added", "rates", "curve", "tests", "loss",
 )  # fmt: skip
 
 
@@ -35,6 +35,7 @@ class Stage:
     start: the stage whose best parameters this one starts from; None starts
       from the weights and a random head.
     curve: whether accuracy is measured along the radii of the curve.
+    tests: further ones: attack, norm, eps, number of images (0: all).
   """
 
   name: str
@@ -49,6 +50,7 @@ class Stage:
   loss: str
   start: "Stage | None" = None
   curve: bool = False
+  tests: tuple[tuple[str, str, str, int], ...] = ()
 
   @property
   def cell(self) -> str:
@@ -117,7 +119,13 @@ def _stages(
     yield start
   about = _about(config, cell, seed, method=method, init=init, start=start)
   about["curve"] = first and cell.get("curve", False)
+  about["tests"] = _tests(cell.get("tests", ())) if first else ()
   yield from _at_rates(config, "adapt", about, cell)
+
+
+def _tests(given) -> tuple[tuple[str, str, str, int], ...]:
+  """As a config says them, lists as tuples."""
+  return tuple((attack, norm, eps, count) for attack, norm, eps, count in given)
 
 
 def _about(config, cell, seed, **fields):

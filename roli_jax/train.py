@@ -94,7 +94,7 @@ def evaluate(
 
   Args:
     config: of the run, or over it: `checkpoint` says which, `eval_attack` by
-      what, `radii` how far (none: `threat.eps` alone).
+      what, `radii` how far (none: `threat.eps` alone), `num_images` how many.
     path: the run's directory.
 
   Returns:
@@ -104,7 +104,7 @@ def evaluate(
     ValueError: no such checkpoint, or more than one; data of other classes.
   """
   directory, step = _chosen(config, path)
-  parts = Parts(config)
+  parts = Parts(config, diagnoses=config["checks"])
   parts.check(())
   with checkpoint.manager(directory, reading=True) as checkpoints:
     best_step = checkpoints.best_step()
@@ -114,7 +114,7 @@ def evaluate(
         f" the best is {directory}/{best_step:08d}"
       )
     meta = checkpoint.restore_meta(checkpoints, best_step)
-    stage = Stage(**{**meta["stage"], "start": None})
+    stage = Stage(**{**meta["stage"], "start": None, "tests": ()})
     model = models.described(meta["model"])
     classes = parts.data["test"].num_classes
     if model.num_classes != classes:
@@ -125,8 +125,7 @@ def evaluate(
     like = sharding.shaped(jax.eval_shape(model.init, keys.root(0)), parts.mesh)
     variables = checkpoint.restore(checkpoints, best_step, model=like)["model"]
   results = record.Record(path / "results.jsonl")
-  radii = config["radii"] or (config["threat"]["eps"],)
-  chosen = [parts.attack("eval_attack", eps) for eps in radii]
+  chosen = score.asked(parts)
   score.add_tests(parts, stage, results, model, variables, chosen)
   return record.where(
       results.rows, cell=stage.cell, stage=stage.name, lr=stage.lr,
@@ -295,7 +294,7 @@ class Trainer:
       (now.params, now.stats),
       self.stage.seed,
       "val",
-      attack,
+      score.Test(attack),
     )
     entry = {
       "step": int(now.step),

@@ -81,7 +81,8 @@ def test_equal_names_are_equal_directories():
   for stage in stages:
     by_directory.setdefault(stage.directory, []).append(stage)
   for same in by_directory.values():
-    assert len({dataclasses.replace(s, curve=False) for s in same}) == 1
+    bare = {dataclasses.replace(s, curve=False, tests=()) for s in same}
+    assert len(bare) == 1
 
 
 def test_a_rate_can_be_set_for_all():

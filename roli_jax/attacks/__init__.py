@@ -10,6 +10,7 @@ from roli_jax.attacks.base import Attack
 from roli_jax.attacks.curve import Curve
 from roli_jax.attacks.fab import Fab
 from roli_jax.attacks.gradient import Fgsm, Pgd
+from roli_jax.attacks.search import Search, trajectory
 from roli_jax.attacks.square import Square
 from roli_jax.threat import ThreatModel
 
@@ -63,6 +64,8 @@ __all__ = [
   "Fab",
   "Fgsm",
   "Pgd",
+  "Search",
   "Square",
   "build",
+  "trajectory",
 ]

@@ -6,6 +6,7 @@ ensemble of diverse parameter-free attacks", algorithm 1; for L1 Croce and Hein
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ import numpy as np
 from roli_jax import losses, projections, trees
 from roli_jax.attacks import search
 from roli_jax.attacks.search import Classify, Job
+from roli_jax.keys import fold
 from roli_jax.threat import TINY, per_image
-from roli_jax.types import Array, Bool, Float, Images, Int
+from roli_jax.types import Array, Float, Images
 
 RHO = 0.75  # the share of rising steps that keeps the step size
 MOMENTUM = 0.75
@@ -38,18 +40,18 @@ class ApgdState(search.State):
   changed: values of the best iterate that differ from the clean image.
   """
 
-  x: Images
-  previous: Images
-  best: Images
-  best_grads: Images
-  best_value: Float[Array, "b"]
-  step_size: Float[Array, "b"]
-  rises: Int[Array, "b"]
-  last: Float[Array, "b"]
-  halved: Bool[Array, "b"]
-  checked: Float[Array, "b"]
-  share: Float[Array, "b"]
-  changed: Float[Array, "b"]
+  x: Any
+  previous: Any
+  best: Any
+  best_grads: Any
+  best_value: Any
+  step_size: Any
+  rises: Any
+  last: Any
+  halved: Any
+  checked: Any
+  share: Any
+  changed: Any
 
 
 @jax.tree_util.register_dataclass
@@ -158,7 +160,7 @@ class Apgd(search.Search):
         return losses.TOWARDS[self.loss](logits, job.labels, job.targets)
       return losses.SURROGATES[self.loss].climb(logits, job.labels)
 
-    draws = jax.vmap(jax.random.fold_in)(job.keys, state.i)
+    draws = fold(job.keys, state.i)
     value, grads, wrong = search.ascent(
       climb, classify, state.x, job.labels, draws, self.eot
     )
@@ -175,7 +177,8 @@ class Apgd(search.Search):
       merit=jnp.where(state.found, jnp.inf, state.best_value),
     )
 
-  def pick(self, state: ApgdState) -> Images:
+  def pick(self, job: Job, state: ApgdState) -> Images:
+    del job
     found = search.at_pixels(state.found, state.x)
     return jnp.where(found, state.adv, state.best)
 

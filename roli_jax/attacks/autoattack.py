@@ -16,6 +16,7 @@ from roli_jax.attacks import search
 from roli_jax.attacks.apgd import Apgd
 from roli_jax.attacks.fab import Fab
 from roli_jax.attacks.square import Square
+from roli_jax.keys import fold
 from roli_jax.threat import ThreatModel
 from roli_jax.types import Array, Float, Images, Keys, Labels, Logits
 
@@ -88,7 +89,7 @@ class AutoAttack:
     adv = images
     wrong = ~losses.correct(classify(images, keys), labels)
     for part in self.parts:
-      own = search.named(keys, part.name)
+      own = fold(keys, part.name)
       # Who is misclassified already comes back at once.
       found = part(logits_fn, adv, labels, own, stochastic=stochastic)
       far = self.threat.distance(found, images)

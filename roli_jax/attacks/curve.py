@@ -71,5 +71,5 @@ class Curve:
     *,
     stochastic: bool = False,
   ) -> Images:
-    """The nearest misclassified image that FAB finds, wherever it is."""
+    """The nearest misclassified image that FAB finds, if it is within eps."""
     return self.fab(logits_fn, images, labels, keys, stochastic=stochastic)

@@ -5,6 +5,7 @@ adaptive boundary attack", algorithm 1.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 from roli_jax import losses, projections, trees
 from roli_jax.attacks import search
 from roli_jax.attacks.search import Classify, Job
+from roli_jax.keys import fold
 from roli_jax.threat import TINY, per_image
-from roli_jax.types import Array, Bool, Float, Images
+from roli_jax.types import Array, Bool, Images
 
 BIAS = 0.1  # the most that a step is drawn towards the clean image (alpha_max)
 OVERSHOOT = 1.05  # of the step across the boundary (eta)
@@ -28,8 +30,8 @@ class FabState(search.State):
   distance: of `adv` from the clean image, inf where there is none.
   """
 
-  x: Images
-  distance: Float[Array, "b"]
+  x: Any
+  distance: Any
 
 
 @jax.tree_util.register_dataclass
@@ -88,8 +90,6 @@ class Fab(search.Search):
 
   def _start(self, job: Job) -> Images:
     x, threat = jnp.asarray(job.images), self.within(job)
-    if self.num_restarts == 1 and job.noise is None:
-      return x
     noise = search.noise(job, threat.norm)
     length = threat.distance(noise, jnp.zeros_like(noise))
     ratio = job.eps / 2 / (length + TINY)
@@ -103,7 +103,7 @@ class Fab(search.Search):
 
   def step(self, classify: Classify, job: Job, state: FabState) -> FabState:
     threat, x0 = self.within(job), jnp.asarray(job.images)
-    draws = jax.vmap(jax.random.fold_in)(job.keys, state.i)
+    draws = fold(job.keys, state.i)
     if self.num_targets:
       gap, normal = _towards(classify, job, state.x, draws)
     else:
@@ -131,8 +131,8 @@ class Fab(search.Search):
     nearer = wrong & (distance < state.distance)
     best = jnp.where(nearer, distance, state.distance)
     crossed = search.at_pixels(wrong, x)
-    i, found = state.i + 1, state.found | wrong
     too_far = (state.i == 0) & (lengths[0] > self.reach * job.eps)
+    i, found = state.i + 1, (state.found | wrong) & ~too_far
     return dataclasses.replace(
       state,
       i=i,
@@ -143,6 +143,10 @@ class Fab(search.Search):
       done=(self.stop & (best <= job.eps)) | (i >= self.length) | too_far,
       merit=-best,
     )
+
+  def pick(self, job: Job, state: FabState) -> Images:
+    inside = search.at_pixels(state.distance <= job.eps, state.x)
+    return jnp.where(inside, state.adv, job.images)
 
 
 def _towards(classify, job, x, draws):

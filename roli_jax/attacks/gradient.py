@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from roli_jax import losses, threat, trees
+from roli_jax.keys import fold
 from roli_jax.threat import ThreatModel
 from roli_jax.types import (
   Array,
@@ -124,7 +125,7 @@ class Pgd:
       return self.threat.project(x, images), best
 
     def restart(i, best):
-      own_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+      own_keys = fold(keys, i)
       start = self._start(images, own_keys)
       none = (start, jnp.full(len(images), -jnp.inf))
       x, kept = jax.lax.fori_loop(0, self.num_steps, step, (start, none))

@@ -7,7 +7,6 @@ likes: an image's result is its own.
 """
 
 import dataclasses
-import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from roli_jax import losses, trees
+from roli_jax.keys import fold, per_image, root
 from roli_jax.threat import ThreatModel
 from roli_jax.types import (
   Array,
@@ -35,7 +35,10 @@ Classify = Callable[[Images, Keys], Logits]
 
 @trees.tree_class
 class Job:
-  """What is searched for; one row a job.
+  """What is searched for; arrays of one row a job.
+
+  (Their shapes stand here and not in annotations: a loop over parts of a pool
+  has one axis more.)
 
   Attributes:
     images: the clean ones.
@@ -47,13 +50,13 @@ class Job:
     noise: what the start is made from; None draws it from the keys.
   """
 
-  images: Images
-  labels: Labels
-  targets: Labels
-  restart: Labels
-  eps: Float[Array, "b"]
-  keys: Keys
-  noise: Images | None = None
+  images: Any
+  labels: Any
+  targets: Any
+  restart: Any
+  eps: Any
+  keys: Any
+  noise: Any = None
 
 
 @trees.tree_class
@@ -68,11 +71,11 @@ class State:
     merit: how good `pick` is, to choose among an image's jobs.
   """
 
-  i: Int[Array, "b"]
-  adv: Images
-  found: Bool[Array, "b"]
-  done: Bool[Array, "b"]
-  merit: Float[Array, "b"]
+  i: Any
+  adv: Any
+  found: Any
+  done: Any
+  merit: Any
 
 
 def static(default: Any) -> Any:
@@ -166,9 +169,9 @@ class Search:
       state, found=state.found & ~rows, done=state.done & ~rows
     )
 
-  def pick(self, state: Any) -> Images:
+  def pick(self, job: Job, state: Any) -> Images:
     """The image that each job offers: misclassified, if one was found."""
-    return state.adv
+    raise NotImplementedError
 
   def __call__(
     self,
@@ -207,13 +210,13 @@ class Search:
         targets=rivals[:, j // self.num_restarts],
         restart=jnp.full(labels.shape, j % self.num_restarts),
         eps=eps,
-        keys=jax.vmap(jax.random.fold_in, (0, None))(keys, j),
+        keys=fold(keys, j),
       )
       state = self.begin(job)
       state = dataclasses.replace(state, done=over)
       state, _ = proceed(self, classify, job, state, self.length)
       wins = ~over & (state.merit > merit)
-      best = jnp.where(at_pixels(wins, best), self.pick(state), best)
+      best = jnp.where(at_pixels(wins, best), self.pick(job, state), best)
       return (
         best,
         jnp.where(wins, state.merit, merit),
@@ -222,6 +225,49 @@ class Search:
 
     none = (jnp.asarray(images), jnp.full(labels.shape, -jnp.inf), ~right)
     return jax.lax.fori_loop(0, self.jobs(num_classes), run, none)[0]
+
+
+def trajectory(
+  attack: Search,
+  logits_fn: Callable[[Images], Logits],
+  images: Images,
+  labels: Labels,
+  *,
+  noise: Images | None = None,
+  targets: Labels | None = None,
+) -> Any:
+  """Where one job of each image ends, from given noise: for comparisons.
+
+  The searches follow official AutoAttack step by step. From its noise, and
+  with `stop=False`, they reach its numbers.
+
+  Args:
+    attack: the search.
+    logits_fn: `images -> logits`.
+    images: the clean ones, of any float dtype.
+    labels: their classes.
+    noise: that the start is made from, before it is scaled to the radius:
+      uniform in [-1, 1] for linf, else normal. None: zeros.
+    targets: classes aimed at, by an attack that aims.
+
+  Returns:
+    The final state.
+  """
+  images = jnp.asarray(images)
+  count = len(images)
+  job = Job(
+    images=images,
+    labels=labels,
+    targets=labels if targets is None else targets,
+    restart=jnp.zeros(count, jnp.int32),
+    eps=jnp.full(count, attack.threat.eps, images.dtype),
+    keys=per_image(root(0), jnp.arange(count)),
+    noise=jnp.zeros_like(images) if noise is None else noise,
+  )
+  state, _ = proceed(
+    attack, keyed(logits_fn, False), job, attack.begin(job), attack.length
+  )
+  return state
 
 
 def proceed(
@@ -289,7 +335,7 @@ def ascent(
     return value.sum(), (value, ~losses.correct(logits, labels))
 
   def draw(k, total):
-    own = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
+    own = fold(keys, k)
     grads, (value, wrong) = jax.grad(values, has_aux=True)(images, own)
     drawn = (value, grads, wrong.astype(value.dtype))
     return drawn if total is None else jax.tree.map(jnp.add, total, drawn)
@@ -313,10 +359,3 @@ def noise(job: Job, norm: str) -> Images:
     return jax.random.normal(key, shape, dtype)
 
   return jax.vmap(draw)(job.keys)
-
-
-def named(keys: Keys, name: str) -> Keys:
-  """Each image's key for a purpose."""
-  return jax.vmap(jax.random.fold_in, (0, None))(
-    keys, zlib.crc32(name.encode())
-  )

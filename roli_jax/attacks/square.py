@@ -6,6 +6,7 @@ and Hein 2021, "Mind the box".
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ import numpy as np
 from roli_jax import losses, trees
 from roli_jax.attacks import search
 from roli_jax.attacks.search import Classify, Job
+from roli_jax.keys import fold
 from roli_jax.threat import TINY, ThreatModel
-from roli_jax.types import Array, Float, Images
+from roli_jax.types import Images
 
 P_INIT = 0.8  # the share of an image that the first squares cover
 HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -30,8 +32,8 @@ class SquareState(search.State):
   margin: of it; the label's logit minus the best other.
   """
 
-  x: Images
-  margin: Float[Array, "b"]
+  x: Any
+  margin: Any
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +75,7 @@ class Square(search.Search):
 
   def begin(self, job: Job) -> SquareState:
     x = jnp.asarray(job.images)
-    tossed = jax.vmap(jax.random.uniform)(search.named(job.keys, "share"))
+    tossed = jax.vmap(jax.random.uniform)(fold(job.keys, "share"))
     far = jnp.full(len(x), jnp.inf, x.dtype)
     return SquareState(
       i=jnp.zeros(len(x), jnp.int32),
@@ -89,10 +91,10 @@ class Square(search.Search):
     self, classify: Classify, job: Job, state: SquareState
   ) -> SquareState:
     x = self._propose(job, state)
-    draws = jax.vmap(jax.random.fold_in)(job.keys, state.i)
+    draws = fold(job.keys, state.i)
 
     def look(k):
-      own = jax.vmap(jax.random.fold_in, (0, None))(draws, k)
+      own = fold(draws, k)
       logits = classify(x, own)
       wrong = ~losses.correct(logits, job.labels)
       return -losses.margin(logits, job.labels), wrong.astype(x.dtype)
@@ -118,7 +120,8 @@ class Square(search.Search):
       merit=-best,
     )
 
-  def pick(self, state: SquareState) -> Images:
+  def pick(self, job: Job, state: SquareState) -> Images:
+    del job
     found = search.at_pixels(state.found, state.x)
     return jnp.where(found, state.adv, state.x)
 
@@ -138,7 +141,7 @@ class Square(search.Search):
       moved = move(threat, jax.random.fold_in(key, i), image, x, side)
       return jnp.where(i == 0, first, moved)
 
-    keys = search.named(job.keys, "squares")
+    keys = fold(job.keys, "squares")
     x = jax.vmap(one)(jnp.asarray(job.images), state.x, keys, state.i, job.eps)
     return x.reshape(job.images.shape)
 
