@@ -153,7 +153,7 @@ class _Tried:
 
 def _odd(found: np.ndarray, among: int) -> bool:
   """Whether these are more than chance allows: one, and 1%."""
-  return found.sum() > max(1, SHARE * among)
+  return bool(found.sum() > max(1, SHARE * among))
 
 
 def _compared(name, verdict, said, found, among, indices):

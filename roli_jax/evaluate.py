@@ -24,7 +24,6 @@ from roli_jax import (
   classifier,
   journal,
   keys,
-  losses,
   metrics,
   pool,
   progress,
@@ -288,7 +287,8 @@ class _Evaluation:
     ledger = Ledger(self.images, num_jobs, getattr(attack, "stop", True))
     for entry in self.journal.entries(name):
       ledger.enter(entry)
-      ledger.work = pool.Work(*entry["work"].tolist())
+      *passes, seconds = entry["work"].tolist()
+      ledger.work = pool.Work(*map(int, passes), seconds)
     self.resumed.append(dataclasses.replace(ledger.work))
     started = time.perf_counter() - ledger.work.seconds
     eps = self._radii(attack.threat) if eps is None else eps
@@ -337,7 +337,9 @@ class _Evaluation:
   def _search(self, attack, eps, towards, noise, waiting, settle, work, tell):
     if towards is None:
       count = max(1, attack.targets(self.logits.shape[1]))
-      towards = np.asarray(losses.rivals(self.logits, self.labels, count))
+      others = self.logits.copy()
+      others[np.arange(len(others)), self.labels] = -np.inf
+      towards = np.argsort(-others, axis=1, kind="stable")[:, :count]
     of = pool.Images(
       self.images, self.labels, self.indices, eps, towards, noise
     )

@@ -354,9 +354,9 @@ class Attacked:
   @property
   def recipe(self) -> str:
     """The attack without its radius: `PGD-20 x 5`."""
-    ensemble, _, version = self.attack.partition("_")
+    ensemble, *version = self.attack.split("_")
     if ensemble == "autoattack":
-      return " ".join(filter(None, ("AutoAttack", _VERSIONS.get(version))))
+      return " ".join(["AutoAttack", *(_VERSIONS[v] for v in version)])
     name = f"{self.attack.upper()}-{self.attack_steps}"
     return name + (f" x {self.restarts}" if (self.restarts or 1) > 1 else "")
 
@@ -367,9 +367,10 @@ class Attacked:
     return f"{self.recipe} {self.norm} {self.eps:g}"
 
 
+# Of AutoAttack; at a budget of one's own it is `custom`.
 _VERSIONS = {
-  "": "",
   "fast": "fast (non-standard)",
+  "custom": "custom (non-standard)",
   "plus": "plus",
   "rand": "rand",
 }

@@ -72,9 +72,8 @@ def test_fast_agrees_with_standard_at_a_third_of_the_passes(official):
   assert result.summary()["broken_by"][""] == result.robust.sum()
 
 
-@pytest.mark.parametrize("norm", EPS)
-def test_a_curve_is_what_separate_runs_find(norm):
-  rows = slice(0, 24)
+def test_a_curve_is_what_separate_runs_find():
+  norm, rows = "linf", slice(0, 24)
   curve = run("curve", norm, rows, num_rounds=5)
   last = curve.clean
   for ratio in (0.5, 1.0, 1.5):
@@ -98,8 +97,9 @@ def _inside(attack, images, labels, image_keys):
   return attack(logits_fn, images, labels, image_keys)
 
 
-@pytest.mark.parametrize("norm", EPS)
-@pytest.mark.parametrize("name", ["apgd_ce", "apgd_t", "fab_t"])
+@pytest.mark.parametrize(
+  "name, norm", [("apgd_ce", "l1"), ("apgd_t", "linf"), ("fab_t", "l2")]
+)
 def test_inside_anothers_jit_it_breaks_the_same_images(name, norm):
   rows = slice(0, 24)
   alone = run(name, norm, rows, num_steps=20)
@@ -111,7 +111,7 @@ def test_inside_anothers_jit_it_breaks_the_same_images(name, norm):
   logits = tiny.logits_fn(tiny.weights(), adv)
   broken = np.asarray(~losses.correct(logits, labels))
   assert (broken != ~alone.robust).sum() <= 1
-  far, in_ball, in_box = attack.threat.measure(np.asarray(adv), images)
+  _, in_ball, in_box = attack.threat.measure(np.asarray(adv), images)
   assert in_ball.all() and in_box.all()
 
 
@@ -189,7 +189,7 @@ def test_a_randomised_function_is_attacked_in_expectation():
   np.testing.assert_allclose(result.adv, again.adv[::-1], atol=1e-6)
 
 
-@pytest.mark.parametrize("num_classes", [2, 3, 4])
+@pytest.mark.parametrize("num_classes", [2, 3])
 def test_few_classes_have_substitutes_that_are_said(num_classes):
   rng = np.random.default_rng(0)
   images = rng.uniform(size=(16, 5)).astype(np.float32)
@@ -210,9 +210,12 @@ def test_few_classes_have_substitutes_that_are_said(num_classes):
 
 
 @pytest.mark.parametrize(
-  "shape", [(3,), (4, 6), (5, 7, 3), (2, 2, 1), (1, 9, 2)]
-)
-@pytest.mark.parametrize("norm", EPS)
+  "shape, norm",
+  [
+    ((3,), "linf"), ((4, 6), "l2"), ((5, 7, 3), "l1"), ((2, 2, 1), "l2"),
+    ((1, 9, 2), "l1"), ((2, 3, 1), "linf"),
+  ],
+)  # fmt: skip
 def test_images_of_any_shape_are_attacked(shape, norm):
   rng = np.random.default_rng(0)
   images = rng.uniform(0.2, 0.8, (8, *shape)).astype(np.float32)

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from roli_jax import attacks, classifier, convert, data, evaluate, keys, step
+from roli_jax import (
+  attacks,
+  classifier,
+  convert,
+  data,
+  evaluate,
+  journal,
+  keys,
+  step,
+)
 from roli_jax.threat import ThreatModel
 
 PGD = attacks.build("pgd", ThreatModel("linf", eps=0.1), num_steps=5)
@@ -237,3 +246,170 @@ def test_keys_come_from_seed_attack_and_image_alone(toy):
   assert broken.any()
   np.testing.assert_array_equal(result.adv[broken], expected[broken])
   assert labels.shape == (40,)
+
+
+AUTO = attacks.AutoAttack(
+  ThreatModel("linf", eps=0.06), num_steps=15, num_queries=60
+)
+FIELDS = ("clean", "robust", "broken_by", "distance", "min_distance", "adv")
+
+
+def same_outcome(a, b):
+  for name in FIELDS:
+    np.testing.assert_array_equal(getattr(a, name), getattr(b, name), name)
+
+
+@pytest.fixture(scope="module")
+def whole(toy):
+  return evaluate.run(*toy, AUTO)
+
+
+def test_each_attack_sees_what_the_last_one_left(toy, whole):
+  assert set(whole.broken_by) >= {"", "apgd_ce"}
+  alone = evaluate.run(*toy, AUTO.parts[0])
+  np.testing.assert_array_equal(
+    alone.broken_by == "apgd_ce", whole.broken_by == "apgd_ce"
+  )
+  forward = {name: work.forward for name, work in whole.work.items()}
+  assert forward["apgd_t"] <= alone.robust.sum() * 4 * 16 + 40
+  broken = ~whole.robust & whole.clean
+  assert (whole.margin[broken] < 0).all()
+  assert (toy[0](whole.adv[broken]).argmax(-1) != toy[2][broken]).all()
+  assert whole.passes["forward"] == sum(forward.values())
+
+
+@pytest.mark.parametrize(
+  "count, batch_size", [(1, 8), (1, 40), (2, 16), (8, 64)]
+)
+def test_searches_depend_on_no_batch_and_no_device(
+  toy, whole, devices, count, batch_size
+):
+  devices(count)
+  order = np.random.default_rng(batch_size).permutation(40)
+  logits_fn, images, labels = toy
+  mixed = evaluate.run(
+    logits_fn, images[order], labels[order], AUTO, indices=order,
+    batch_size=batch_size,
+  )  # fmt: skip
+  for name in FIELDS:
+    np.testing.assert_array_equal(
+      getattr(whole, name)[order], getattr(mixed, name), name
+    )
+
+
+def test_stopping_early_changes_no_flag(toy):
+  threat = ThreatModel("linf", eps=0.06)
+  early = attacks.build("apgd_t", threat, num_steps=15)
+  late = attacks.build("apgd_t", threat, num_steps=15, stop=False)
+  stops, goes_on = (evaluate.run(*toy, attack) for attack in (early, late))
+  np.testing.assert_array_equal(stops.robust, goes_on.robust)
+  assert sum(stops.passes.values()) < sum(goes_on.passes.values())
+
+
+def test_other_params_radii_and_targets_compile_nothing(shipped):
+  predict, (params, stats), letters = shipped
+  few = (letters.pixels()[:16], letters.labels[:16])
+  attack = attacks.build("apgd_t", ThreatModel("linf", 0.1), num_steps=4)
+  evaluate.run(predict, *few, attack, params=(params, stats))
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: "backend_compile" in name and compiled.append(name)
+  )
+  evaluate.run(predict, *few, dataclasses.replace(attack, num_steps=5),
+               params=(params, stats))  # fmt: skip
+  assert compiled  # another number of steps is another program
+  other = jax.tree.map(lambda x: 0.9 * np.asarray(x), params)
+  compiled.clear()
+  more = attacks.build(
+    "apgd_t", ThreatModel("linf", 0.02), num_steps=4, num_targets=3,
+    num_restarts=2,
+  )  # fmt: skip
+  evaluate.run(predict, *few, more, params=(other, stats))
+  assert not compiled
+
+
+class Killed(Exception):
+  pass
+
+
+@pytest.mark.parametrize("moment", [0, 1, 3])
+def test_what_was_interrupted_goes_on_to_the_same_result(
+  toy, whole, moment, tmp_path, monkeypatch
+):
+  count, add = 0, journal.Journal.add
+
+  def dies(self, name, **arrays):
+    nonlocal count
+    add(self, name, **arrays)
+    count += 1
+    if count > moment:
+      raise Killed
+
+  monkeypatch.setattr(journal.Journal, "add", dies)
+  with pytest.raises(Killed):
+    evaluate.run(*toy, AUTO, save=tmp_path)
+  monkeypatch.setattr(journal.Journal, "add", add)
+  again = evaluate.run(*toy, AUTO, save=tmp_path)
+  same_outcome(whole, again)
+  third = evaluate.run(*toy, AUTO, save=tmp_path)
+  same_outcome(whole, third)
+  assert third.passes == again.passes
+
+
+def test_progress_of_another_evaluation_is_refused(toy, tmp_path):
+  logits_fn, images, labels = toy
+  evaluate.run(*toy, PGD, save=tmp_path)
+  for change, what in (
+    ({"seed": 1}, "seed"),
+    ({"attack": AUTO}, "attack"),
+    ({"images": 0.999 * images}, "images"),
+    ({"labels": np.roll(labels, 1)}, "clean predictions"),
+  ):
+    given = {"images": images, "labels": labels, "attack": PGD, **change}
+    with pytest.raises(ValueError, match=f"its {what}"):
+      evaluate.run(logits_fn, save=tmp_path, **given)
+
+
+def test_bfloat16_attacks_are_judged_in_float32(toy):
+  _, images, labels = toy
+  rng = np.random.default_rng(0)
+  w = [rng.normal(size=size).astype("f4") / 2 for size in ((36, 32), (32, 5))]
+
+  def logits_fn(w, x):
+    return jnp.tanh((x.reshape(x.shape[0], -1) - 0.5) @ w[0]) @ w[1]
+
+  labels = np.asarray(logits_fn(w, images).argmax(-1))
+  attack = attacks.build("apgd_ce", ThreatModel("linf", 0.05), num_steps=20)
+  full, low = (
+    evaluate.run(logits_fn, images, labels, attack, params=w, dtype=dtype)
+    for dtype in (None, "bfloat16")
+  )
+  assert full.clean.all() and low.clean.all()
+  assert 0 < low.robust.sum() < 40
+  assert (full.robust == low.robust).mean() > 0.9
+  broken = low.broken_by == "apgd_ce"
+  assert (logits_fn(w, low.adv[broken]).argmax(-1) != labels[broken]).all()
+  with pytest.raises(ValueError, match="bfloat16"):
+    evaluate.run(logits_fn, images, labels, attack, params=w, dtype="int8")
+
+
+def test_logits_that_are_no_numbers_are_an_error(toy):
+  logits_fn, images, labels = toy
+
+  def nan(x):
+    return jnp.where(x[:, :1, 0, 0] > 0.5, jnp.nan, 1.0) * logits_fn(x)
+
+  with pytest.raises(ValueError, match="NaN"):
+    evaluate.run(nan, images, labels, PGD)
+
+
+def test_a_single_logit_is_no_classifier(toy):
+  _, images, labels = toy
+  with pytest.raises(ValueError, match="2 classes"):
+    evaluate.run(lambda x: x.sum((1, 2)), images, 0 * labels, PGD)
+
+
+def test_a_negative_or_unknown_radius_is_refused():
+  for eps in (-0.1, np.nan, np.inf, 8.0):
+    with pytest.raises(ValueError, match="eps"):
+      ThreatModel("linf", eps=eps)

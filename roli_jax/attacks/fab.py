@@ -170,7 +170,8 @@ def _nearest(classify, job, x, draws, norm):
 
   def look(k, carry):
     nearest, gap, normal = carry
-    towards = jax.nn.one_hot(k, logits.shape[1], dtype=logits.dtype) - own
+    one_hot = jax.nn.one_hot(k, logits.shape[1], dtype=logits.dtype)
+    towards = one_hot.reshape(1, -1) - own
     own_gap = (logits * towards).sum(1)
     (own_normal,) = pull(towards)
     flat = own_normal.reshape(len(x), -1)

@@ -20,7 +20,14 @@ ATTACKS = {
   "pgd last": {"num_steps": 5, "keep": "last"},
   "pgd margin": {"num_steps": 5, "loss": "margin"},
   "pgd from the image": {"num_steps": 5, "random_start": False},
+  "apgd_ce": {"num_steps": 10},
+  "apgd_dlr": {"num_steps": 10, "stop": False},
+  "apgd_t": {"num_steps": 10, "num_targets": 2},
+  "fab_t": {"num_steps": 5, "num_targets": 2},
+  "square": {"num_queries": 40},
 }
+# These raise a loss of their own, or look for the nearest image.
+CLIMBERS = [name for name in ATTACKS if name not in ("fab_t", "square")]
 
 
 def build(name, norm, eps=None):
@@ -57,8 +64,10 @@ def test_it_stays_in_the_ball_and_the_box(attack, toy):
   assert far.max() > 0.5 * NORMS[attack.threat.norm]
 
 
-def test_it_raises_its_surrogate(attack, toy):
+@pytest.mark.parametrize("name", CLIMBERS)
+def test_it_raises_its_surrogate(name, norm, toy):
   logits_fn, images, labels = toy
+  attack = build(name, norm)
   climb = losses.SURROGATES[attack.loss].climb
   before = climb(logits_fn(images), labels)
   after = climb(logits_fn(run(attack, toy)), labels)
@@ -88,14 +97,15 @@ def _flat(images):
   return jnp.zeros((images.shape[0], 5))
 
 
-def test_a_flat_loss_ends_in_the_ball_without_nan(norm, toy):
-  attack = build("pgd", norm)
+@pytest.mark.parametrize("name", ["pgd", "apgd_ce", "apgd_t", "fab_t"])
+def test_a_flat_loss_ends_in_the_ball_without_nan(name, norm, toy):
+  attack = build(name, norm)
   adv = run(attack, (_flat, *toy[1:]))
   _, in_ball, in_box = attack.threat.measure(adv, toy[1])
   assert in_ball.all() and in_box.all()
 
 
-@pytest.mark.parametrize("name", ["pgd", "pgd margin"])
+@pytest.mark.parametrize("name", ["pgd", "pgd margin", "apgd_dlr", "fab_t"])
 def test_huge_logits_give_finite_images(name, norm, toy):
   logits_fn, images, labels = toy
   huge = (lambda x: 1e4 * logits_fn(x), images, labels)
@@ -123,6 +133,10 @@ def test_more_work_breaks_no_fewer(norm, toy):
   pgd = attacks.build("pgd", threat, num_steps=20)
   more = attacks.build("pgd", threat, num_steps=20, num_restarts=5)
   assert 0 < broken(weak) <= broken(pgd) <= broken(more)
+  apgd = attacks.build("apgd_ce", threat, num_steps=20)
+  towards = attacks.build("apgd_t", threat, num_steps=20)
+  assert broken(pgd) <= broken(apgd) + 1
+  assert max(broken(apgd), broken(more)) <= broken(towards) + 1
 
 
 def test_fgsm_is_one_signed_step_of_eps(toy):
@@ -212,6 +226,13 @@ def test_passes_are_counted():
     ("pgd", {"step_size": -0.1}, "step_size"),
     ("pgd", {"step_size": "half"}, "eps/4"),
     ("fgsm", {"num_steps": 3}, "fgsm"),
+    ("apgd_ce", {"num_steps": 0}, "num_steps"),
+    ("apgd_ce", {"loss": "mse"}, "dlr"),
+    ("apgd_t", {"num_targets": -1}, "num_targets"),
+    ("apgd_t", {"num_restarts": 0}, "num_restarts"),
+    ("fab_t", {"num_steps": 0}, "num_steps"),
+    ("square", {"num_queries": -1}, "num_queries"),
+    ("autoatack", {}, "did you mean 'autoattack'"),
   ],
 )
 def test_what_can_not_be_meant_is_refused(name, fields, message):
@@ -219,21 +240,39 @@ def test_what_can_not_be_meant_is_refused(name, fields, message):
     attacks.build(name, ThreatModel("linf", eps=0.1), **fields)
 
 
+FEW = {
+  "pgd": {"num_steps": 2},
+  "apgd_ce": {"num_steps": 4},
+  "apgd_t": {"num_steps": 4, "num_targets": 2},
+  "fab_t": {"num_steps": 3, "num_targets": 2},
+  "square": {"num_queries": 4},
+}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _found(name, norm, eps, images, w, key):
+  attack = attacks.build(name, ThreatModel(norm, eps), **FEW[name])
+  return attack(
+    lambda x: x.reshape(8, 6) @ w,
+    images,
+    jnp.zeros(8, jnp.int32),
+    keys.per_image(key, np.arange(8)),
+  )
+
+
 @given(
   eps=st.floats(0, 1, width=32),
   norm=st.sampled_from(sorted(NORMS)),
+  name=st.sampled_from(sorted(FEW)),
+  scale=st.sampled_from((0.0, 1e-4, 1.0, 1e4)),
   seed=st.integers(0, 2**31 - 1),
 )
-def test_any_radius_and_key_stay_inside(eps, norm, seed):
+def test_any_radius_and_key_stay_inside(eps, norm, name, scale, seed):
   rng = np.random.default_rng(seed)
   images = rng.choice([0.0, 1.0, 0.5, rng.uniform()], (8, 3, 2)).astype("f4")
-  w = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
-  threat = ThreatModel(norm, eps=eps)
-  adv = attacks.Pgd(threat, num_steps=2)(
-    lambda x: x.reshape(8, 6) @ w,
-    images,
-    np.zeros(8, np.int32),
-    keys.per_image(keys.root(seed), np.arange(8)),
-  )
-  _, in_ball, in_box = threat.measure(np.asarray(adv), images)
+  w = jnp.asarray(scale * rng.normal(size=(6, 3)), jnp.float32)
+  adv = _found(name, norm, jnp.float32(eps), images, w, keys.root(seed))
+  adv, threat = np.asarray(adv), ThreatModel(norm, eps=eps)
+  assert np.isfinite(adv).all()
+  _, in_ball, in_box = threat.measure(adv, images)
   assert in_ball.all() and in_box.all()
