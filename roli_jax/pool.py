@@ -134,7 +134,7 @@ def run(
     rows, jobs, slots, steps, again = (
       x[~called_off] for x in (rows, jobs, slots, steps, again)
     )
-    fresh = []
+    fresh: list[tuple[int, int]] = []
     while queue and len(rows) + len(fresh) < sizes[-1]:
       row, job = queue.popleft()
       if attack.stop and fallen.get(row, job) < job:

@@ -98,10 +98,20 @@ def accuracies(rows: Sequence[Row]) -> Table:
     ]
     lines.append(tuple(cells))
   header = ("backbone", "method", "images", "steps", "lr", "seeds", "clean",
-            *(attack.name for attack in shown))  # fmt: skip
+            *(attack.name + _fewer(attack, tests) for attack in shown))  # fmt: skip
   return _narrowed(
     Table("Test accuracy: percent, mean ± SD of seeds", header, lines, _CAVEAT)
   )
+
+
+def _fewer(attack: "Attacked", tests: Sequence[Row]) -> str:
+  """How many images, where they are not those of the main attack."""
+  counts = {
+    of: sorted({row["n"] for row in tests if Attacked.of(row) == of})
+    for of in (attack, attacks(tests)[0])
+  }
+  own, main = counts.values() if len(counts) == 2 else [*counts.values()] * 2
+  return "" if own == main else f", {own[0]} images"
 
 
 def differences(rows: Sequence[Row]) -> Table:
@@ -237,10 +247,10 @@ def curved(tests: Sequence[Row]) -> dict[CurveOf, dict[float, float]]:
         of = CurveOf(group, row["seed"], attack.recipe, attack.norm or "")
         found.setdefault(of, {})[attack.eps or 0.0] = row["value"]
   found = {curve: of for curve, of in found.items() if len(of) > 1}
-  for curve, of in found.items():
+  for curve, points in found.items():
     clean = by_seed(by_group(tests)[curve.group], CLEAN)
     if curve.seed in clean:
-      of[0.0] = clean[curve.seed]
+      points[0.0] = clean[curve.seed]
   return found
 
 

@@ -141,8 +141,9 @@ class ThreatModel:
     size = int(np.prod(origin.shape[1:]))
     ulp = {"linf": 1.0, "l2": size**0.5, "l1": size}[self.norm] * 2.0**-24
     in_ball = far <= np.asarray(self.eps, np.float64) * (1 + 1e-6) + ulp
-    in_box = (adv >= self.low) & (adv <= self.high)
-    return far, in_ball, in_box.reshape(len(adv), -1).all(1)
+    valid = np.asarray((adv >= self.low) & (adv <= self.high))
+    in_box = np.all(valid.reshape(len(adv), -1), axis=1)
+    return far, in_ball, in_box
 
 
 TINY = 1e-12  # guards divisions by a norm

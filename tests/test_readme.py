@@ -16,7 +16,7 @@ def readme(root):
 
 def test_the_library_example_runs_and_trains(readme, capsys, devices):
   devices(1)
-  (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+  code, _ = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
   names = {}
   exec(code, names)
   result = names["result"]
@@ -24,8 +24,20 @@ def test_the_library_example_runs_and_trains(readme, capsys, devices):
   assert "value" in capsys.readouterr().out
 
 
+def test_the_attack_example_runs_and_goes_on(
+  readme, capsys, devices, tmp_path, monkeypatch
+):
+  devices(1)
+  monkeypatch.chdir(tmp_path)
+  _, code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+  names = {}
+  exec(code.replace("(32, 8", "(16, 8"), names)
+  assert "pass gradients" in capsys.readouterr().out
+  assert list((tmp_path / "runs" / "aa").glob("apgd_ce-*.npz"))
+
+
 def test_what_it_says_of_the_example_holds(readme):
-  assert len(re.findall(r"^python -m roli_jax\.main", readme, re.M)) == 7
+  assert len(re.findall(r"^python -m roli_jax\.main", readme, re.M)) == 9
   for config in re.findall(r"--config=configs/(\w+)\.py", readme):
     assert config in ("glyphs_roli", "glyphs_pretrain", "bench", "cifar_roli")
   for table in re.findall(r":table=(\w+)", readme):
@@ -38,7 +50,10 @@ def test_every_module_stands_on_the_map(readme, root):
   block = readme.split("## The map")[1].split("```")[1]
   named = set(re.findall(r"(\w+)(?:\.py|/)", block))
   modules = {path.stem for path in (root / "roli_jax").iterdir()}
-  small = {"keys", "trees", "specs", "types", "metrics", "sharding", "progress"}
+  small = {
+    "keys", "trees", "specs", "types", "metrics", "sharding", "progress",
+    "journal", "projections",
+  }  # fmt: skip
   hidden = {"__init__", "__pycache__", "weights"}
   assert modules - small - hidden <= named
 

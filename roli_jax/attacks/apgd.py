@@ -304,8 +304,8 @@ def _stages(
     for k, (radius, length) in enumerate(zip(radii, lengths, strict=True))
     for j in range(length + 1)
   ]  # fmt: skip
-  radius, *flags = (np.array(column) for column in zip(*table, strict=True))
-  return (radius.astype(np.float32), *flags)
+  radius, first, last, checks = map(np.array, zip(*table, strict=True))
+  return radius.astype(np.float32), first, last, checks
 
 
 def _changed(images, origin):

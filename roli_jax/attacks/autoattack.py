@@ -101,45 +101,42 @@ class AutoAttack:
 
 
 def _standard(attack: AutoAttack) -> tuple[search.Search, ...]:
-  threat, steps = attack.threat, {"num_steps": attack.num_steps}
-  in_l1 = threat.norm == "l1"
+  threat, n = attack.threat, attack.num_steps
+  restarts, targets = (5, 5) if threat.norm == "l1" else (1, 9)
   return (
-    Apgd(threat, num_restarts=5 if in_l1 else 1, **steps),
-    Apgd(threat, num_targets=5 if in_l1 else 9, loss="dlr", **steps),
-    Fab(threat, num_targets=9, stop=True, **steps),
+    Apgd(threat, num_restarts=restarts, num_steps=n),
+    Apgd(threat, num_targets=targets, loss="dlr", num_steps=n),
+    Fab(threat, num_targets=9, stop=True, num_steps=n),
     Square(threat, num_queries=attack.num_queries),
   )
 
 
 def _plus(attack: AutoAttack) -> tuple[search.Search, ...]:
-  threat, steps = attack.threat, {"num_steps": attack.num_steps}
+  threat, n = attack.threat, attack.num_steps
   return (
-    Apgd(threat, num_restarts=5, **steps),
-    Apgd(threat, num_restarts=5, loss="dlr", **steps),
-    Fab(threat, num_restarts=5, stop=True, **steps),
+    Apgd(threat, num_restarts=5, num_steps=n),
+    Apgd(threat, num_restarts=5, loss="dlr", num_steps=n),
+    Fab(threat, num_restarts=5, stop=True, num_steps=n),
     Square(threat, num_queries=attack.num_queries),
-    Apgd(threat, num_targets=9, loss="dlr", **steps),
-    Fab(threat, num_targets=9, stop=True, **steps),
+    Apgd(threat, num_targets=9, loss="dlr", num_steps=n),
+    Fab(threat, num_targets=9, stop=True, num_steps=n),
   )
 
 
 def _rand(attack: AutoAttack) -> tuple[search.Search, ...]:
-  steps = {"num_steps": attack.num_steps, "eot": 20}
+  threat, n = attack.threat, attack.num_steps
   return (
-    Apgd(attack.threat, **steps),
-    Apgd(attack.threat, loss="dlr", **steps),
+    Apgd(threat, eot=20, num_steps=n),
+    Apgd(threat, eot=20, loss="dlr", num_steps=n),
   )
 
 
 def _fast(attack: AutoAttack) -> tuple[search.Search, ...]:
-  standard = _standard(attack)
-  ce, towards, fab, square = standard
-  return (
-    towards,
-    ce,
-    dataclasses.replace(fab, reach=2.0),
-    dataclasses.replace(square, share=0.1),
-  )
+  ce, towards, *_ = _standard(attack)
+  n = attack.num_steps
+  fab = Fab(attack.threat, num_targets=9, stop=True, num_steps=n, reach=2.0)
+  square = Square(attack.threat, num_queries=attack.num_queries, share=0.1)
+  return towards, ce, fab, square
 
 
 _PARTS: dict[str, Any] = {

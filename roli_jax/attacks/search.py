@@ -103,14 +103,17 @@ class Search:
   stop: bool = static(True)
   eot: int = static(1)
 
-  name = "search"
-
   def __post_init__(self):
     for field in ("num_restarts", "eot"):
       if getattr(self, field) < 1:
         raise ValueError(f"{field} must be >= 1, got {getattr(self, field)}")
     if self.num_targets < 0:
       raise ValueError(f"num_targets must be >= 0, got {self.num_targets}")
+
+  @property
+  def name(self) -> str:
+    """As it stands in rows."""
+    raise NotImplementedError
 
   @property
   def length(self) -> int:

@@ -52,7 +52,6 @@ class Square(search.Search):
 
   num_queries: int = search.static(5000)
   share: float = search.static(1.0)
-  name = "square"
 
   def __post_init__(self):
     super().__post_init__()
@@ -62,7 +61,12 @@ class Square(search.Search):
       raise ValueError("square aims at no targets")
 
   @property
+  def name(self) -> str:
+    return "square"
+
+  @property
   def num_steps(self) -> int:
+    """As rows have it: queries."""
     return self.num_queries
 
   @property
@@ -150,7 +154,8 @@ def _picture(shape: tuple[int, ...]) -> tuple[int, int, int]:
   """Height, width and channels of what may be no picture."""
   if len(shape) > 3:
     raise ValueError(f"square wants images [h, w, c], got {shape}")
-  return (*shape, 1, 1, 1)[:3]
+  height, width, channels = (*shape, 1, 1, 1)[:3]
+  return height, width, channels
 
 
 def _side(query, shape, odd: bool):

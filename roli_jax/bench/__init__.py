@@ -15,6 +15,10 @@ _COLUMNS = {
   "images_per_s": "{:.0f}",
   "gflops": "{:.1f}",
   "share_of_floor": "{:.0%}",
+  "passes_per_s": "{:.0f}",
+  "passes": "{:d}",
+  "programs": "{:d}",
+  "robust": "{:d}",
 }
 
 
@@ -46,7 +50,8 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> None:
   note = (
     f"Medians, on {jax.device_count()} x {device.device_kind}, jax"
     f" {jax.__version__}. The floor of a step is its counted FLOPs at the rate"
-    " of the square matmul."
+    " of the square matmul; of an attack, its passes made alone, in eights."
+    " Programs: compiled in the first run, small ones included."
   )
   header = ("suite", "what", *_COLUMNS)
   report.show([report.Table("Speed", header, lines, note)])
