@@ -97,8 +97,9 @@ def accuracies(rows: Sequence[Row]) -> Table:
       *(_spread(by_seed(own, attack).values()) for attack in shown),
     ]
     lines.append(tuple(cells))
+  names = (attack.name + _fewer(attack, tests) for attack in shown)
   header = ("backbone", "method", "images", "steps", "lr", "seeds", "clean",
-            *(attack.name + _fewer(attack, tests) for attack in shown))  # fmt: skip
+            *names)  # fmt: skip
   return _narrowed(
     Table("Test accuracy: percent, mean ± SD of seeds", header, lines, _CAVEAT)
   )

@@ -22,6 +22,13 @@ hypothesis.settings.register_profile("fast", max_examples=30, deadline=None)
 hypothesis.settings.load_profile("fast")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+  """Each compiled program holds memory maps, of which a process has 65,530."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def root() -> pathlib.Path:
   """The checkout."""
