@@ -48,7 +48,7 @@ STANDARD = {
     *FAST["tests"],
     ("autoattack", "linf", "0.1", 200),
     ("autoattack", "l2", "0.4", 200),
-    ("autoattack", "l1", "2", 200),
+    ("autoattack", "l1", "0.6", 200),
   )
 }
 
