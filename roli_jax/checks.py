@@ -14,8 +14,6 @@ import numpy as np
 
 from roli_jax.classifier import Classifier
 
-VERDICTS = ("pass", "info", "warn", "fail")
-
 MOST = 64  # images that are looked at
 
 

@@ -340,7 +340,7 @@ class _Evaluation:
       others = self.logits.copy()
       others[np.arange(len(others)), self.labels] = -np.inf
       towards = np.argsort(-others, axis=1, kind="stable")[:, :count]
-    of = pool.Images(
+    of = pool.Subjects(
       self.images, self.labels, self.indices, eps, towards, noise
     )
     pool.run(self.on, attack, of, waiting, settle, work, tell)

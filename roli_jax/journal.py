@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from roli_jax import workdir
+
 
 class Journal:
   """A directory of numbered entries, each of which is whole or not there.
@@ -31,7 +33,7 @@ class Journal:
       if file.exists():
         _check_same(path, json.loads(file.read_text()), about)
       else:
-        _write(file, json.dumps(about, indent=2).encode())
+        workdir.write_json(file, about)
     except OSError as error:
       raise ValueError(f"{path} can't be written to: {error}") from error
 
@@ -71,9 +73,3 @@ def _check_same(path, theirs, ours):
         f"{path} holds progress of another evaluation: its {name} is {a}, not"
         f" {b}. Give another directory."
       )
-
-
-def _write(file, content):
-  partial = file.with_name(file.name + ".partial")
-  partial.write_bytes(content)
-  partial.replace(file)

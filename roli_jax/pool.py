@@ -23,7 +23,7 @@ from roli_jax.classifier import Classifier
 
 
 @dataclasses.dataclass(frozen=True)
-class Images:
+class Subjects:
   """What is attacked; NumPy arrays, one entry an image.
 
   Attributes:
@@ -100,7 +100,7 @@ Settle = Callable[[Ended], tuple[np.ndarray, np.ndarray]]
 def run(
   on: Classifier,
   attack: search.Search,
-  of: Images,
+  of: Subjects,
   waiting: Iterable[tuple[int, int]],
   settle: Settle,
   work: Work,

@@ -129,6 +129,20 @@ def test_a_whole_ensemble_runs_inside_a_jit():
   np.testing.assert_array_equal(adv[~broken], images[~broken])
 
 
+def test_memory_does_not_grow_with_the_steps():
+  arrays = tiny.load("tiny")
+  images, labels = arrays["x"][:8], arrays["y"][:8]
+  image_keys = keys.per_image(keys.root(0), np.arange(8))
+  sizes = set()
+  for num_steps in (10, 1000):
+    attack = attacks.build(
+      "apgd_ce", ThreatModel("l2", 0.1), num_steps=num_steps
+    )
+    compiled = _inside.lower(attack, images, labels, image_keys).compile()
+    sizes.add(compiled.memory_analysis().temp_size_in_bytes)
+  assert len(sizes) == 1
+
+
 def test_names_say_what_is_not_standard():
   threat = ThreatModel("linf", 0.1)
   names = [

@@ -29,7 +29,12 @@ FLOORS = (
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 
 # Inside a floor, what rests on what.
-WITHIN = {("types", "trees"), ("keys", "types"), ("threat", "projections")}
+WITHIN = {
+  ("types", "trees"),
+  ("keys", "types"),
+  ("threat", "projections"),
+  ("journal", "workdir"),
+}
 
 # What the core may import at the top of a module.
 CORE = {
