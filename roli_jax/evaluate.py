@@ -49,7 +49,8 @@ class Result:
     adv: the adversarial image where an attack broke it, else the clean one.
     invalid: whether an attack left the ball or the box, which never counts as
       a break.
-    work: passes of single images and seconds, by attack.
+    work: passes of single images and seconds, by attack; those of the checks,
+      five passes of at most 64 images, are left out.
     notes: where an attack did other than its name says: for few classes.
     checks: what was found to be right or wrong with the function.
     seconds: of it all, in this process and in those that were interrupted.
@@ -171,7 +172,7 @@ class _Evaluation:
   """An evaluation as far as it is."""
 
   def __init__(self, on, images, labels, indices, attack, save):
-    self.on, self.threat = on, attack.threat if attack else None
+    self.on = on
     self.images, self.labels, self.indices = images, labels, indices
     n = len(images)
     self.clean, self.margin, self.logits = on.judge(images, labels, indices)
