@@ -362,7 +362,8 @@ class _Evaluation:
     claims, rows = ended.found, ended.rows
     count = len(rows)
     far, margin = np.full(count, np.inf), np.full(count, np.nan)
-    outside, said = np.zeros(count, bool), np.zeros(count, np.int64)
+    outside, broke = np.zeros(count, bool), np.zeros(count, bool)
+    said = np.zeros(count, np.int64)
     if claims.any():
       own = rows[claims]
       right, margins, logits = self.on.judge(
@@ -373,16 +374,19 @@ class _Evaluation:
       lengths, inside, in_box = threat.measure(
         ended.adv[claims], self.images[own]
       )
-      looks = isinstance(attack, attacks.Fab)  # beyond eps is no mistake
+      # Beyond eps is no mistake of FAB's, and no break.
+      looks = np.full(len(own), isinstance(attack, attacks.Fab))
       allowed = in_box & (inside | looks)
       outside[claims] = ~allowed
       said[claims] = logits.argmax(1)
       wrong = ~right & allowed
       far[claims] = np.where(wrong, lengths, np.inf)
-      judged = wrong | (allowed & (not isinstance(attack, search.Search)))
-      margin[claims] = np.where(judged, margins, np.nan)
-    within = eps[rows] if isinstance(attack, attacks.Fab) else np.inf
-    broke = far <= np.where(np.isfinite(far), within, -1)
+      broke[claims] = wrong & (~looks | (lengths <= eps[own]))
+      # A search's point is a verdict where it broke the image, not beyond eps.
+      counts = broke[claims] | (
+        allowed & (not isinstance(attack, search.Search))
+      )
+      margin[claims] = np.where(counts, margins, np.nan)
     return {
       "rows": rows,
       "jobs": ended.jobs,

@@ -274,6 +274,7 @@ def test_each_attack_sees_what_the_last_one_left(toy, whole):
   assert forward["apgd_t"] <= alone.robust.sum() * 4 * 16 + 40
   broken = ~whole.robust & whole.clean
   assert (whole.margin[broken] < 0).all()
+  assert (whole.margin[whole.robust] > 0).all()
   assert (toy[0](whole.adv[broken]).argmax(-1) != toy[2][broken]).all()
   assert whole.passes["forward"] == sum(forward.values())
 
@@ -326,6 +327,17 @@ def test_other_params_radii_and_targets_compile_nothing(shipped):
   )  # fmt: skip
   evaluate.run(predict, *few, more, params=(other, stats))
   assert not compiled
+
+
+def test_a_point_beyond_eps_is_no_verdict(toy):
+  """FAB finds where each image is misclassified, mostly beyond eps."""
+  fab = attacks.build("fab_t", ThreatModel("linf", eps=0.03), num_steps=20)
+  result = evaluate.run(*toy, fab)
+  beyond = result.robust & np.isfinite(result.min_distance)
+  assert beyond.any() and not result.robust.all()
+  assert (result.margin[result.robust] > 0).all()
+  assert (result.margin[~result.robust] < 0).all()
+  np.testing.assert_array_equal(result.adv[beyond], toy[1][beyond])
 
 
 class Killed(Exception):
