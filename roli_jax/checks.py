@@ -7,12 +7,16 @@ that do are in `diagnosis`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from roli_jax.classifier import Classifier
+from roli_jax import keys
+from roli_jax.classifier import SMALLEST, Classifier
 
 MOST = 64  # images that are looked at
 
@@ -189,3 +193,69 @@ def of_result(
       indices[by_square] if many else (),
     ),
   ]
+
+
+@functools.partial(jax.jit, static_argnums=0)  # its shapes are remembered
+def _outputs(fn, params, images, image_keys):
+  return fn(params, images, image_keys)
+
+
+def check_numbers(logits: np.ndarray, indices: np.ndarray) -> None:
+  """Raises a ValueError for logits that are not numbers."""
+  bad = np.isnan(logits).any(1)
+  if bad.any():
+    raise ValueError(
+      f"the logits of {int(bad.sum())} of {len(bad)} clean images are not"
+      f" numbers (NaN), first of image {indices[bad][0]}: attacks would mean"
+      " nothing"
+    )
+
+
+def check_inputs(
+  on: Classifier,
+  images: np.ndarray,
+  labels: np.ndarray,
+  indices: np.ndarray,
+  attack: Any,
+) -> None:
+  """Raises a ValueError for inputs, or a function, that can't be meant."""
+  n = len(images)
+  if n == 0 or images.ndim < 2:
+    raise ValueError(f"expected images [n, h, w, c], got {images.shape}")
+  if not np.issubdtype(images.dtype, np.floating):
+    raise ValueError(
+      f"expected floating-point images in [0, 1], got {images.dtype};"
+      " divide by 255?"
+    )
+  low, high = (attack.threat.low, attack.threat.high) if attack else (0, 1)
+  if not np.all((images >= low) & (images <= high)):
+    raise ValueError(
+      f"expected images in [{low}, {high}], got values in"
+      f" [{images.min()}, {images.max()}]; normalise inside the function"
+    )
+  for name, values in (("labels", labels), ("indices", indices)):
+    if values.shape != (n,) or not np.issubdtype(values.dtype, np.integer):
+      raise ValueError(
+        f"expected {name} as {n} integers, got {values.dtype} {values.shape}"
+      )
+  eps = np.asarray(attack.threat.eps) if attack else np.zeros(())
+  if eps.shape not in ((), (n,)):
+    raise ValueError(f"expected one eps, or {n} of them, got {eps.shape}")
+  b = SMALLEST
+  piece = jax.ShapeDtypeStruct((b, *images.shape[1:]), jnp.float32)
+  image_keys = jax.eval_shape(keys.per_image, keys.root(0), jnp.arange(b))
+  out = jax.eval_shape(
+    functools.partial(_outputs, on.fn), on.params, piece, image_keys
+  )
+  if getattr(out, "ndim", None) != 2 or out.shape[0] != b:
+    raise ValueError(
+      f"expected logits [{b}, classes] for {b} images, got"
+      f" {getattr(out, 'shape', type(out).__name__)}"
+    )
+  if out.shape[1] < 2:
+    raise ValueError("expected logits of at least 2 classes, got 1")
+  if labels.min() < 0 or labels.max() >= out.shape[1]:
+    raise ValueError(
+      f"expected labels in [0, {out.shape[1]}), the width of the logits, got"
+      f" {labels.min()} to {labels.max()}"
+    )

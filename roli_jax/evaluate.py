@@ -7,15 +7,12 @@ which images it shares a batch with, nor on interruptions.
 """
 
 import dataclasses
-import functools
 import os
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from roli_jax import (
@@ -29,6 +26,7 @@ from roli_jax import (
   progress,
 )
 from roli_jax.attacks import search
+from roli_jax.ledger import Ledger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +155,7 @@ def run(
     logits_fn, params, batch_size,
     stochastic=stochastic, dtype=dtype, seed=seed,
   )  # fmt: skip
-  _check_inputs(on, images, labels, indices, attack)
+  checks.check_inputs(on, images, labels, indices, attack)
   now = _Evaluation(on, images.astype(np.float32), labels, indices, attack,
                     save)  # fmt: skip
   if isinstance(attack, attacks.Curve):
@@ -176,7 +174,7 @@ class _Evaluation:
     self.images, self.labels, self.indices = images, labels, indices
     n = len(images)
     self.clean, self.margin, self.logits = on.judge(images, labels, indices)
-    _check_numbers(self.logits, indices)
+    checks.check_numbers(self.logits, indices)
     self.work = {"none": pool.Work(forward=n)}
     self.resumed: list[pool.Work] = []
     self.checks = checks.of_outputs(on, images, labels, indices, self.logits)
@@ -397,131 +395,3 @@ class _Evaluation:
       "said": said,
       "adv": ended.adv[np.isfinite(far)],
     }
-
-
-class Ledger:
-  """What an attack's jobs have found; arrays of one entry an image.
-
-  Of the jobs that broke an image the first counts, or the nearest where the
-  attack looks for that: not the one that was quickest beside the others.
-
-  Attributes:
-    stops: whether an image's later jobs are called off when it is broken.
-    ended: [n, jobs], which have.
-    far: [n, jobs], how far off a job found the image misclassified, else inf.
-    first: the job that counts; their number where there is none.
-    broken: whether a job broke the image.
-    adv: what that job found, or the nearest misclassified image.
-    said: its class.
-    margin: of it, NaN where nothing was judged.
-    outside: whether a job left the ball or the box.
-    work: what was computed.
-  """
-
-  def __init__(self, images, num_jobs, stops):
-    n = len(images)
-    self.stops = stops
-    self.ended = np.zeros((n, num_jobs), bool)
-    self.far = np.full((n, num_jobs), np.inf)
-    self.first = np.full(n, num_jobs)
-    self.broken = np.zeros(n, bool)
-    self.adv = images.copy()
-    self.said = np.zeros(n, np.int64)
-    self.margin = np.full(n, np.nan)
-    self.outside = np.zeros(n, bool)
-    self.best = np.full(n, np.inf)
-    self.work = pool.Work()
-
-  @property
-  def nearest(self) -> np.ndarray:
-    """The least distance; not of jobs that were called off."""
-    after = np.arange(self.far.shape[1]) > self.first[:, None]
-    counts = np.where(after & self.stops, np.inf, self.far)
-    return np.minimum(counts.min(1, initial=np.inf), self.best)
-
-  def enter(self, entry: dict[str, Any]) -> None:
-    """Enters jobs that have ended, as they were judged."""
-    adv = iter(entry["adv"])
-    for i, (row, job) in enumerate(
-      zip(entry["rows"], entry["jobs"], strict=True)
-    ):
-      far = entry["far"][i]
-      self.ended[row, job] |= entry["ended"][i]
-      self.far[row, job] = min(far, self.far[row, job])
-      self.outside[row] |= entry["outside"][i]
-      found = next(adv) if np.isfinite(far) else None
-      if self.stops:
-        wins = entry["broke"][i] and job < self.first[row]
-      else:
-        wins = (far, job) < (self.best[row], self.first[row])
-      self.broken[row] |= entry["broke"][i]
-      if wins and found is not None:
-        self.first[row], self.best[row] = job, far
-        self.adv[row], self.said[row] = found, entry["said"][i]
-      if wins or self.first[row] == self.far.shape[1]:
-        self.margin[row] = entry["margin"][i]
-
-  def take(self, other: "Ledger") -> None:
-    """Takes over what another attack found nearer."""
-    nearer = other.best < self.best
-    for name in ("adv", "said", "margin", "best"):
-      getattr(self, name)[nearer] = getattr(other, name)[nearer]
-    self.outside |= other.outside
-
-
-@functools.partial(jax.jit, static_argnums=0)  # its shapes are remembered
-def _logits(fn, params, images, image_keys):
-  return fn(params, images, image_keys)
-
-
-def _check_numbers(logits, indices):
-  bad = np.isnan(logits).any(1)
-  if bad.any():
-    raise ValueError(
-      f"the logits of {int(bad.sum())} of {len(bad)} clean images are not"
-      f" numbers (NaN), first of image {indices[bad][0]}: attacks would mean"
-      " nothing"
-    )
-
-
-def _check_inputs(on, images, labels, indices, attack):
-  n = len(images)
-  if n == 0 or images.ndim < 2:
-    raise ValueError(f"expected images [n, h, w, c], got {images.shape}")
-  if not np.issubdtype(images.dtype, np.floating):
-    raise ValueError(
-      f"expected floating-point images in [0, 1], got {images.dtype};"
-      " divide by 255?"
-    )
-  low, high = (attack.threat.low, attack.threat.high) if attack else (0, 1)
-  if not np.all((images >= low) & (images <= high)):
-    raise ValueError(
-      f"expected images in [{low}, {high}], got values in"
-      f" [{images.min()}, {images.max()}]; normalise inside the function"
-    )
-  for name, values in (("labels", labels), ("indices", indices)):
-    if values.shape != (n,) or not np.issubdtype(values.dtype, np.integer):
-      raise ValueError(
-        f"expected {name} as {n} integers, got {values.dtype} {values.shape}"
-      )
-  eps = np.asarray(attack.threat.eps) if attack else np.zeros(())
-  if eps.shape not in ((), (n,)):
-    raise ValueError(f"expected one eps, or {n} of them, got {eps.shape}")
-  b = classifier.SMALLEST
-  piece = jax.ShapeDtypeStruct((b, *images.shape[1:]), jnp.float32)
-  image_keys = jax.eval_shape(keys.per_image, keys.root(0), jnp.arange(b))
-  out = jax.eval_shape(
-    functools.partial(_logits, on.fn), on.params, piece, image_keys
-  )
-  if getattr(out, "ndim", None) != 2 or out.shape[0] != b:
-    raise ValueError(
-      f"expected logits [{b}, classes] for {b} images, got"
-      f" {getattr(out, 'shape', type(out).__name__)}"
-    )
-  if out.shape[1] < 2:
-    raise ValueError("expected logits of at least 2 classes, got 1")
-  if labels.min() < 0 or labels.max() >= out.shape[1]:
-    raise ValueError(
-      f"expected labels in [0, {out.shape[1]}), the width of the logits, got"
-      f" {labels.min()} to {labels.max()}"
-    )

@@ -17,6 +17,7 @@ FLOORS = (
   ("state", "attacks", "peft", "convert"),
   ("classifier",),
   ("pool", "checks"),
+  ("ledger",),
   ("evaluate", "step"),
   ("diagnosis",),
   ("parts",),

@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from roli_jax import losses
-from roli_jax.attacks import search
+from roli_jax.attacks import base, search
 from roli_jax.attacks.apgd import Apgd
 from roli_jax.attacks.fab import Fab
 from roli_jax.attacks.square import Square
 from roli_jax.keys import fold
 from roli_jax.threat import ThreatModel
-from roli_jax.types import Array, Float, Images, Keys, Labels, Logits
+from roli_jax.types import Images, Keys, Labels, Logits
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AutoAttack:
+class AutoAttack(base.Scaled):
   """An ensemble of attacks; an image is robust if it is to each of them.
 
   Attributes:
@@ -68,11 +68,6 @@ class AutoAttack:
     """Forward and backward passes that a robust image costs at most."""
     forward, backward = zip(*(part.passes for part in self.parts), strict=True)
     return sum(forward), sum(backward)
-
-  def scaled(self, ratio: float | Float[Array, ""]) -> "AutoAttack":
-    """The same attacks at `ratio` times the radius."""
-    threat = dataclasses.replace(self.threat, eps=self.threat.eps * ratio)
-    return dataclasses.replace(self, threat=threat)
 
   def __call__(
     self,

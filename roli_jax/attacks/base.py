@@ -1,9 +1,21 @@
 """What an attack is, to those who call one."""
 
-from typing import Protocol, runtime_checkable
+import dataclasses
+from typing import Any, Protocol, cast, runtime_checkable
 
 from roli_jax.threat import ThreatModel
 from roli_jax.types import Array, Float, Images, Keys, Labels, Logits, LogitsFn
+
+
+class Scaled:
+  """A frozen dataclass whose only radius is its threat model's."""
+
+  threat: ThreatModel
+
+  def scaled(self, ratio: float | Float[Array, ""]) -> Any:
+    """The same attack at `ratio` times the radius."""
+    threat = dataclasses.replace(self.threat, eps=self.threat.eps * ratio)
+    return dataclasses.replace(cast(Any, self), threat=threat)
 
 
 @runtime_checkable

@@ -6,16 +6,16 @@ from typing import ClassVar
 
 import jax
 
-from roli_jax.attacks import search
+from roli_jax.attacks import base, search
 from roli_jax.attacks.apgd import Apgd
 from roli_jax.attacks.fab import Fab
 from roli_jax.threat import ThreatModel
-from roli_jax.types import Array, Float, Images, Keys, Labels, Logits
+from roli_jax.types import Images, Keys, Labels, Logits
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Curve:
+class Curve(base.Scaled):
   """FAB's distances, and then APGD at radii below them, each image its own.
 
   `evaluate.run` gives the distances, `Result.robust_at` the accuracy at any
@@ -56,11 +56,6 @@ class Curve:
     parts = (self.fab, *self.climbs * self.num_rounds)
     forward, backward = zip(*(part.passes for part in parts), strict=True)
     return sum(forward), sum(backward)
-
-  def scaled(self, ratio: float | Float[Array, ""]) -> "Curve":
-    """The same at `ratio` times the radius."""
-    threat = dataclasses.replace(self.threat, eps=self.threat.eps * ratio)
-    return dataclasses.replace(self, threat=threat)
 
   def __call__(
     self,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from roli_jax import losses, threat, trees
+from roli_jax.attacks import base
 from roli_jax.keys import fold
 from roli_jax.threat import ThreatModel
 from roli_jax.types import (
@@ -164,7 +165,7 @@ class Pgd:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Fgsm:
+class Fgsm(base.Scaled):
   """One step to the edge of the ball (Goodfellow et al. 2015).
 
   Attributes:
@@ -178,11 +179,6 @@ class Fgsm:
   num_steps: ClassVar[int] = 1
   num_restarts: ClassVar[int] = 1
   passes: ClassVar[tuple[int, int]] = (1, 1)
-
-  def scaled(self, ratio: float | Float[Array, ""]) -> "Fgsm":
-    """The same attack at `ratio` times the radius."""
-    threat = dataclasses.replace(self.threat, eps=self.threat.eps * ratio)
-    return dataclasses.replace(self, threat=threat)
 
   def __call__(
     self,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from roli_jax import losses, trees
+from roli_jax.attacks import base
 from roli_jax.keys import fold, per_image, root
 from roli_jax.threat import ThreatModel
 from roli_jax.types import (
@@ -84,7 +85,7 @@ def static(default: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
+class Search(base.Scaled):
   """An attack that searches; subclasses are frozen dataclasses and pytrees.
 
   Attributes:
@@ -148,11 +149,6 @@ class Search:
     return [
       f"{self.name}: {count} targets, all that {num_classes} classes have"
     ]
-
-  def scaled(self, ratio: float | Float[Array, ""]) -> Any:
-    """The same attack at `ratio` times the radius."""
-    threat = dataclasses.replace(self.threat, eps=self.threat.eps * ratio)
-    return dataclasses.replace(self, threat=threat)
 
   def within(self, job: Job) -> ThreatModel:
     """The threat model with each job's own radius."""
