@@ -59,7 +59,7 @@ def get_config(text: str = "") -> ConfigDict:
       "seed": 0,
       "cpu_devices": 1,
       "data": {"name": arg.dataset, "train_size": NUM_TRAIN},
-      "backbone": {"name": arg.backbone, "weights": "ares", "origin": ORIGIN},
+      "backbone": common.backbone(arg.backbone, "ares", ORIGIN),
       "head_init": "kaiming_fan_out",
       "threat": {"norm": "linf", "eps": "8/255"},
       "attack": common.pgd(7),

@@ -24,6 +24,33 @@ def parse_arg(text: str, **defaults: str) -> ConfigDict:
   return given
 
 
+def backbone(name: str, weights: str, origin: str = "") -> dict:
+  """A pretrained backbone and how it is computed.
+
+  Args:
+    name: of the model.
+    weights: the name of shipped ones, or a path: a file or directory that
+      --mode=convert made, or a file that it could read.
+    origin: how to get them, for whoever has none.
+  """
+  return {
+    "name": name,
+    "weights": weights,
+    "origin": origin,
+    # The side that images are resized to inside the model; 0: the weights'.
+    "image_size": 0,
+    # bfloat16: of training and attacks; parameters, pixels and the judge of
+    # attacks keep float32.
+    "dtype": "float32",
+    "attention": "",  # of a ViT: fused, by cuDNN; "": by XLA
+    "scan": False,  # whether equal blocks are one loop: compiles faster
+    "remat": False,  # whether activations are computed twice: less memory
+    # Whether full fine-tuning moves batch normalisation's running statistics.
+    # Attacks, evaluation and all other methods have them frozen.
+    "updates_stats": False,
+  }
+
+
 def stage(num_steps: int, **changes) -> ConfigDict:
   """A stage of training, as `probe`, `adapt` or `pretrain`."""
   section = ConfigDict(

@@ -4,9 +4,11 @@
       --workdir=runs/pretrain
 
 Writes `glyph_vit_robust.safetensors` (adversarial training, linf, eps 0.1) and
-its twin `glyph_vit_standard.safetensors` (clean training) to the workdir. The
-radius rises from 0 over the first 30% of the steps; without that, training
-stays at chance for long.
+its twin `glyph_vit_standard.safetensors` (clean training) to the workdir; with
+backbone=, after a colon, those of a toy of another family: glyph_vit_token,
+glyph_clip, glyph_swin, glyph_convnext, glyph_resnet, glyph_wrn. The radius
+rises from 0 over the first 30% of the steps; without that, training stays at
+chance for long.
 """
 
 from ml_collections import ConfigDict
@@ -14,13 +16,14 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config() -> ConfigDict:
+def get_config(text: str = "") -> ConfigDict:
+  arg = common.parse_arg(text, backbone="glyph_vit")
   return ConfigDict(
     {
       "seed": 0,
       "cpu_devices": common.CPU_DEVICES,
       "data": {"name": "letters", "train_size": 74_000},
-      "backbone": {"name": "glyph_vit", "weights": "", "origin": ""},
+      "backbone": common.backbone(arg.backbone, ""),
       "head_init": "small",
       "threat": {"norm": "linf", "eps": "0.1"},
       "attack": common.pgd(4),

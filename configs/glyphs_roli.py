@@ -116,7 +116,7 @@ def get_config(text: str = "") -> ConfigDict:
       "seed": 0,
       "cpu_devices": common.CPU_DEVICES,
       "data": {"name": arg.dataset, "train_size": 200},
-      "backbone": {"name": arg.backbone, "weights": "robust", "origin": ""},
+      "backbone": common.backbone(arg.backbone, "robust"),
       "head_init": "kaiming_fan_out",
       "threat": {"norm": "linf", "eps": "0.1"},
       "attack": common.pgd(7),

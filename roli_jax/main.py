@@ -8,6 +8,8 @@ Modes:
   evaluate  restores a checkpoint of the run in --workdir and adds the rows
             that are missing; needs no --config
   report    draws tables and figures from the rows of the run in --workdir
+  convert   reads weights from elsewhere, or writes ours for elsewhere, with
+            --config=configs/convert.py --config.source= --config.output=
   bench     measures speed, with --config=configs/bench.py
 
 Any field of the config can be overridden: --config.adapt.num_steps=120.
@@ -30,7 +32,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-MODES = ("train", "evaluate", "report", "bench")
+MODES = ("train", "evaluate", "report", "convert", "bench")
 
 _MOST_LINES = 6
 _SHORT = re.compile(r"(--?config\.)(attack|val_attack|eval_attack)=(.*)")
@@ -151,7 +153,7 @@ def _use_own_defaults(config: dict[str, Any]) -> None:
   The 20 steps of PGD would make APGD another attack. Its own defaults hold,
   but for what the command line says.
   """
-  for section in ("attack", "val_attack", "eval_attack"):
+  for section in config.keys() & {"attack", "val_attack", "eval_attack"}:
     if _given(sys.argv, f"config.{section}.name") not in ("", "pgd"):
       for field in config[section].keys() - {"name"}:
         if not _given(sys.argv, f"config.{section}.{field}"):
@@ -203,6 +205,11 @@ def _run(argv: list[str]) -> None:
       from roli_jax import report
 
       report.show(report.write(path))
+    elif mode == "convert":
+      from roli_jax import convert, report
+
+      file, facts = convert.run(config)
+      report.show([report.Table(str(file), ("", "", ""), facts)])
     else:
       from roli_jax import bench
 

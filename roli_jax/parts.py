@@ -122,11 +122,22 @@ class Parts:
     return self.data["train"].subset(stage.train_size, stage.seed)
 
   def model(self, stage: Stage) -> models.Model:
-    """The stage's model; equal for all heads, so that they share programs."""
+    """The stage's model; equal for all heads, so that they share programs.
+
+    It computes in full precision; see `half`.
+    """
+    backbone = self.config["backbone"]
     classes = self.data["train"].num_classes
     if stage.name == "pretrain":
-      return models.create(self.config["backbone"]["name"], classes)
-    return convert.with_classes(self._bundle(stage.weights).model, classes)
+      model = models.create(backbone["name"], classes)
+    else:
+      model = convert.with_classes(self._bundle(stage.weights).model, classes)
+    options = ("attention", "scan", "remat", "updates_stats")
+    # The defaults are those of every backbone.
+    chosen = {
+      k: v for k in options if (v := backbone.get(k)) not in ("", False)
+    }
+    return models.with_options(model, **chosen)
 
   def initial(self, stage: Stage) -> Variables:
     """The pretrained backbone under a random head, or all of it random."""
@@ -147,6 +158,12 @@ class Parts:
       stage.name, stage.method, stage.loss, stage.num_steps, self.model(stage)
     )
 
+  @property
+  def half(self) -> str | None:
+    """The precision of training and of attacks, if not the arrays' own."""
+    dtype = self.config["backbone"].get("dtype", "float32")
+    return None if dtype == "float32" else dtype
+
   def like(self, stage: Stage) -> state.TrainState:
     """The shapes of the stage's state, on every device."""
     program = self.program(stage)
@@ -162,12 +179,12 @@ class Parts:
   def _load(self, weights):
     backbone = self.config["backbone"]
     file = convert.find(backbone["name"], weights, hint=backbone["origin"])
-    bundle = convert.load(file)
-    if bundle.model.name != backbone["name"]:
-      raise ValueError(
-        f"{file} is a {bundle.model.name}, not a {backbone['name']}"
-      )
-    return bundle
+    return convert.load(
+      file,
+      model=backbone["name"],
+      num_classes=self.data["train"].num_classes,
+      image_size=backbone.get("image_size") or None,
+    )
 
   def _make_program(self, name, method_name, loss, num_steps, model):
     section = self.config[name]
@@ -186,7 +203,7 @@ class Parts:
       schedules.warmup(num_steps, **section["schedule"]),
     )
     train_step = step.make_train_step(
-      model,
+      models.with_options(model, dtype=self.half),
       method,
       objective,
       attack,

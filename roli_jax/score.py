@@ -71,6 +71,7 @@ def measure(
     batch_size=parts.config["eval_batch_size"],
     indices=source.indices[few],
     save=save,
+    dtype=parts.half,
   )
 
 

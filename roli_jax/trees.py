@@ -116,19 +116,25 @@ def check_same(got: Any, expected: Any, what: str) -> None:
   """
   mine = {k: tuple(v.shape) for k, v in paths(got).items()}
   yours = {k: tuple(v.shape) for k, v in paths(expected).items()}
-  if mine == yours:
+  check_shapes(mine, yours, what)
+
+
+def check_shapes(
+  got: dict[str, tuple[int, ...]],
+  expected: dict[str, tuple[int, ...]],
+  what: str,
+) -> None:
+  """As `check_same`, of names and shapes."""
+  if got == expected:
     return
-  missing = sorted(yours.keys() - mine.keys())
-  unexpected = sorted(mine.keys() - yours.keys())
-  misshapen = [
-    f"{k} {mine[k]} (expected {yours[k]})"
-    for k in sorted(mine.keys() & yours.keys())
-    if mine[k] != yours[k]
-  ]
   sides = {
-    "missing": missing,
-    "unexpected": unexpected,
-    "of another shape": misshapen,
+    "missing": sorted(expected.keys() - got.keys()),
+    "unexpected": sorted(got.keys() - expected.keys()),
+    "of another shape": [
+      f"{k} {got[k]} (expected {expected[k]})"
+      for k in sorted(got.keys() & expected.keys())
+      if got[k] != expected[k]
+    ],
   }
   raise ValueError(
     f"{what}: "

@@ -35,6 +35,7 @@ WITHIN = {
   ("keys", "types"),
   ("threat", "projections"),
   ("journal", "workdir"),
+  ("peft", "convert"),
 }
 
 # What the core may import at the top of a module.

@@ -1,6 +1,5 @@
 """What is measured, each beside its floor or its baseline."""
 
-import dataclasses
 import functools
 import statistics
 import subprocess
@@ -182,11 +181,7 @@ def searches(config: Mapping[str, Any]) -> Iterator[Row]:
   )  # fmt: skip
   if not config["attack_images_224"]:
     return
-  vit = models.vit.Vit(patch=16, width=384, depth=12, num_heads=6, hidden=1536)
-  model = dataclasses.replace(
-    models.create("glyph_vit", 1000), backbone=vit, image_size=224, channels=3,
-    mean=(0.5,) * 3, std=(0.25,) * 3,
-  )  # fmt: skip
+  model = models.create("vit_s16", 1000)
   shape = (config["attack_images_224"], 224, 224, 3)
   images = np.random.default_rng(0).uniform(size=shape).astype(np.float32)
   variables = model.init(keys.root(0))

@@ -1,5 +1,19 @@
 """Pretrained weights: from files to models, and back."""
 
-from roli_jax.convert.bundle import Bundle, find, load, save, with_classes
+from roli_jax.convert.bundle import Bundle, Coverage, with_classes
+from roli_jax.convert.command import run
+from roli_jax.convert.files import find, load, save
+from roli_jax.convert.foreign import to_state_dict
+from roli_jax.convert.layouts import FORMATS
 
-__all__ = ["Bundle", "find", "load", "save", "with_classes"]
+__all__ = [
+  "FORMATS",
+  "Bundle",
+  "Coverage",
+  "find",
+  "load",
+  "run",
+  "save",
+  "to_state_dict",
+  "with_classes",
+]

@@ -5,9 +5,10 @@ Leaves stand under their paths (`backbone/block0/attn/q/kernel`, `head/bias`,
 """
 
 import dataclasses
-import importlib.resources
 import json
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,114 +16,115 @@ import numpy as np
 from roli_jax import models, trees
 from roli_jax.types import Params, PyTree
 
-_FORMAT = "roli_jax"
+FORMAT = "roli_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+  """What became of each tensor of a foreign file.
+
+  Attributes:
+    layout: the names that it has.
+    wrapped: under which key of the file its weights were, "" for none.
+    used: keys of the tensors that the model is made of.
+    resampled: those of them that were fitted to another size of images.
+    dropped: the file's classifier, where a new one was asked for.
+    ignored: what no pass needs, by rule.
+    normalised_by: where mean and standard deviation are from.
+  """
+
+  layout: str
+  wrapped: str
+  used: tuple[str, ...]
+  resampled: tuple[str, ...]
+  dropped: tuple[str, ...]
+  ignored: tuple[str, ...]
+  normalised_by: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-  """A model, its parameters and its running statistics (`{}` without any)."""
+  """A model, its parameters and its running statistics (`{}` without any).
+
+  Attributes:
+    model: the static half.
+    params: the three trees.
+    stats: running statistics.
+    layout: of the foreign file that it came from, "" for none.
+    extras: tensors of that file that no pass needs, for the way back.
+    coverage: what became of that file's tensors.
+  """
 
   model: models.Model
   params: Params
   stats: PyTree
+  layout: str = ""
+  extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  coverage: Coverage | None = None
 
 
-def shipped(model: str) -> dict[str, pathlib.Path]:
-  """The weights of this model that come with the package, by name."""
-  folder = pathlib.Path(str(importlib.resources.files("roli_jax"))) / "weights"
-  files = sorted(folder.glob(f"{model}_*.safetensors"))
-  return {file.stem.removeprefix(f"{model}_"): file for file in files}
-
-
-def find(model: str, weights: str, hint: str = "") -> pathlib.Path:
-  """The file that a config means by a model and its weights.
-
-  Args:
-    model: a name in `models.MODELS`.
-    weights: the name of shipped weights (`robust`), or a path.
-    hint: how to get them, for the message.
-
-  Raises:
-    ValueError: neither; the message says which there are.
-  """
-  names = shipped(model)
-  if weights in names:
-    return names[weights]
-  path = pathlib.Path(weights).expanduser()
-  if path.is_file():
-    return path
-  known = f"; {model} comes with {', '.join(names)}" if names else ""
-  how = f"; {hint}" if hint else ""
-  raise ValueError(f"no weights of {model} at {weights!r}{known}{how}")
-
-
-def save(bundle: Bundle, path: str | pathlib.Path) -> None:
+def write(bundle: Bundle, path: pathlib.Path) -> None:
   """Writes the bundle; a reader of a file half written is left the old one."""
-  from safetensors import numpy as safetensors
-
   tree = {
     "backbone": bundle.params.backbone,
     "peft": bundle.params.peft,
     "head": bundle.params.head,
     "stats": bundle.stats,
+    "extras": bundle.extras,
   }
-  metadata = {
-    "format": _FORMAT,
-    "model": json.dumps(models.describe(bundle.model)),
-  }
-  path = pathlib.Path(path)
+  about = {**models.describe(bundle.model), "layout": bundle.layout}
+  metadata = {"format": FORMAT, "model": json.dumps(about)}
+  write_tensors(trees.paths(tree), path, metadata)
+
+
+def write_tensors(
+  tensors: Mapping[str, Any], path: pathlib.Path, metadata: dict[str, str]
+) -> None:
+  """Writes a safetensors file, whole or not at all."""
+  from safetensors import numpy as safetensors
+
   partial = path.with_name(path.name + ".partial")
-  arrays = {k: np.asarray(v) for k, v in trees.paths(tree).items()}
+  # safetensors writes an array's memory as it lies, transposed or not.
+  arrays = {k: np.array(v, order="C") for k, v in tensors.items()}
   # Its own save_file makes files that only their owner can read.
   partial.write_bytes(safetensors.save(arrays, metadata))
   partial.replace(path)
 
 
-def load(source: str | pathlib.Path, num_classes: int | None = None) -> Bundle:
-  """The bundle of a file.
-
-  Args:
-    source: a safetensors file that `save` wrote.
-    num_classes: None keeps the file's classifier; a number drops it and puts a
-      zero head of that width.
+def from_tensors(
+  tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], what: str
+) -> Bundle:
+  """The bundle of what `write` wrote.
 
   Raises:
-    ValueError: the file can't be read, is of another format, or its leaves are
-      not the model's; both sides are listed.
+    ValueError: leaves that are not the model's, both sides listed, or that
+      are not finite.
   """
-  from safetensors import SafetensorError, safe_open
-
-  path = pathlib.Path(source)
-  try:
-    with safe_open(path, "numpy") as file:
-      metadata = file.metadata() or {}
-      names = list(file.keys())
-      tree = trees.unpaths({k: file.get_tensor(k) for k in names})
-  except (OSError, SafetensorError) as error:
-    raise ValueError(f"{path} can't be read: {error}") from error
-  if metadata.get("format") != _FORMAT:
-    raise ValueError(
-      f"{path} is no bundle of roli_jax: its metadata say"
-      f" {metadata.get('format')!r}"
-    )
-  model = models.described(json.loads(metadata["model"]))
+  about = json.loads(metadata["model"])
+  tree = trees.unpaths(dict(tensors))
   params = Params(
     backbone=tree.get("backbone", {}),
     peft=tree.get("peft", {}),
     head=tree.get("head", {}),
   )
-  stats = tree.get("stats", {})
-  expected = jax.eval_shape(model.init, jax.random.key(0))
-  trees.check_same((params, stats), expected, str(path))
-  for name, leaf in trees.paths(params).items():
+  bundle = Bundle(
+    models.described(about),
+    params,
+    tree.get("stats", {}),
+    about.get("layout", ""),
+    tree.get("extras", {}),
+  )
+  check(bundle, what)
+  return bundle
+
+
+def check(bundle: Bundle, what: str) -> None:
+  """Raises a ValueError unless the leaves are the model's, and finite."""
+  expected = jax.eval_shape(bundle.model.init, jax.random.key(0))
+  trees.check_same((bundle.params, bundle.stats), expected, what)
+  for name, leaf in trees.paths(bundle.params).items():
     if not np.isfinite(leaf).all():
-      raise ValueError(f"{path}: {name} holds values that are not finite")
-  if num_classes is not None:
-    model = with_classes(model, num_classes)
-    like, _ = jax.eval_shape(model.init, jax.random.key(0))
-    head = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.head)
-    params = dataclasses.replace(params, head=head)
-  return Bundle(model, params, stats)
+      raise ValueError(f"{what}: {name} holds values that are not finite")
 
 
 def with_classes(
@@ -131,3 +133,9 @@ def with_classes(
   """The same backbone under a new linear head."""
   head = models.heads.linear(num_classes, head_init)
   return dataclasses.replace(model, head=head, num_classes=num_classes)
+
+
+def zero_head(model: models.Model) -> PyTree:
+  """The head's tree, all zeros."""
+  like, _ = jax.eval_shape(model.init, jax.random.key(0))
+  return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.head)

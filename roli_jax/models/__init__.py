@@ -1,49 +1,31 @@
 """Backbones under one interface: images in [0, 1] to pooled features."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from flax import linen as nn
 
 from roli_jax import specs
 from roli_jax.models import heads
-from roli_jax.models.model import Model
+from roli_jax.models.convnext import ConvNext
+from roli_jax.models.layers import ATTENTIONS
+from roli_jax.models.model import INTERPOLATIONS, Model
+from roli_jax.models.resnet import ResNet, WideResNet
 from roli_jax.models.seams import Seams
+from roli_jax.models.swin import Swin
 from roli_jax.models.vit import Vit
+from roli_jax.models.zoo import MODELS, Entry
 
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """A named backbone, and how its family wants its images by default."""
-
-  backbone: Callable[..., nn.Module]
-  image_size: int
-  channels: int = 3
-  mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-  std: tuple[float, ...] = (0.229, 0.224, 0.225)
-
-
-MODELS: dict[str, Entry] = {
-  # The embedded one: 16 tokens of an 8 x 8 image. Mean and standard
-  # deviation are those of the rendered letters.
-  "glyph_vit": Entry(
-    functools.partial(Vit, patch=2, width=64, depth=4, num_heads=4, hidden=256),
-    image_size=8,
-    channels=1,
-    mean=(0.35,),
-    std=(0.39,),
-  ),
-}
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def create(
   name: str,
   num_classes: int,
   image_size: int | None = None,
+  *,
   seams: Seams = Seams(),
   head_init: str = "kaiming_fan_out",
+  **options: Any,
 ) -> Model:
   """The model of that name with a linear head.
 
@@ -54,41 +36,116 @@ def create(
       stands for the family's own.
     seams: where a method enters the backbone.
     head_init: the head's random start, see `heads.linear`.
+    **options: see `with_options`.
   """
   entry = specs.choose(MODELS, name, "model")
-  return Model(
+  mean, std = entry.normalisation
+  model = Model(
     name=name,
     backbone=entry.backbone(seams=seams),
     head=heads.linear(num_classes, head_init),
     num_classes=num_classes,
     image_size=image_size or entry.image_size,
-    channels=entry.channels,
-    mean=entry.mean,
-    std=entry.std,
+    mean=mean,
+    std=std,
   )
+  return with_options(model, **options)
+
+
+def with_options(
+  model: Model,
+  *,
+  dtype: str | None = None,
+  interpolation: str | None = None,
+  updates_stats: bool | None = None,
+  attention: str | None = None,
+  scan: bool | None = None,
+  remat: bool | None = None,
+) -> Model:
+  """The model computed otherwise: its leaves, their names and shapes stay.
+
+  Args:
+    model: of any name.
+    dtype: `bfloat16`, ...: of the backbone's computation; see `Model`.
+    interpolation: `bilinear` or `bicubic`, of the resizing inside.
+    updates_stats: see `Model`.
+    attention: of a ViT: `xla`, differentiable any number of times, or `fused`
+      (on an NVIDIA GPU, in half precision), once.
+    scan: whether equal blocks are one loop: compiles faster.
+    remat: whether activations are computed again for gradients: less memory.
+
+  Raises:
+    ValueError: an unknown word, or an option that the backbone hasn't.
+  """
+  for word, known, what in (
+    (dtype, _DTYPES, "dtype"),
+    (interpolation, INTERPOLATIONS, "interpolation"),
+    (attention, ATTENTIONS, "attention"),
+  ):
+    if word is not None:
+      specs.choose({key: key for key in known}, word, what)
+  of_model: dict[str, Any] = {
+    "dtype": dtype,
+    "interpolation": interpolation,
+    "updates_stats": updates_stats,
+  }
+  of_backbone: dict[str, Any] = {
+    "attention": attention,
+    "scan": scan,
+    "remat": remat,
+  }
+  chosen = {k: v for k, v in of_backbone.items() if v is not None}
+  for option in chosen:
+    if not hasattr(model.backbone, option):
+      raise ValueError(f"{model.name} has no option {option!r}")
+  return dataclasses.replace(
+    model,
+    backbone=model.backbone.clone(**chosen) if chosen else model.backbone,
+    **{k: v for k, v in of_model.items() if v is not None},
+  )
+
+
+_DESCRIBED = ("name", "num_classes", "image_size", "mean", "std")
 
 
 def describe(model: Model) -> dict[str, Any]:
   """What `described` makes the model from again; plain JSON."""
-  kept = ("name", "num_classes", "image_size", "mean", "std")
-  return {field: getattr(model, field) for field in kept}
+  about = {field: getattr(model, field) for field in _DESCRIBED}
+  return {
+    **about,
+    "interpolation": model.interpolation,
+    "head_bias": model.head.use_bias,
+  }
 
 
 def described(about: Mapping[str, Any]) -> Model:
-  """The model that `describe` described, under a linear head."""
+  """The model that `describe` described, computed as by default."""
   model = create(about["name"], about["num_classes"], about["image_size"])
-  mean, std = tuple(about["mean"]), tuple(about["std"])
-  return dataclasses.replace(model, mean=mean, std=std)
+  if not about.get("head_bias", True):
+    model = dataclasses.replace(
+      model, head=heads.projection(about["num_classes"])
+    )
+  return dataclasses.replace(
+    model,
+    mean=tuple(about["mean"]),
+    std=tuple(about["std"]),
+    interpolation=about.get("interpolation", "bilinear"),
+  )
 
 
 __all__ = [
   "MODELS",
+  "ConvNext",
   "Entry",
   "Model",
+  "ResNet",
   "Seams",
+  "Swin",
   "Vit",
+  "WideResNet",
   "create",
   "describe",
   "described",
   "heads",
+  "with_options",
 ]

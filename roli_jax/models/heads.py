@@ -8,7 +8,6 @@ from flax import linen as nn
 HEAD_INITS = ("kaiming_fan_out", "small")
 
 
-@functools.cache  # equal heads are equal, and share their compiled programs
 def linear(num_classes: int, init: str = "kaiming_fan_out") -> nn.Dense:
   """A linear head, `[b, d] -> [b, num_classes]`.
 
@@ -22,6 +21,13 @@ def linear(num_classes: int, init: str = "kaiming_fan_out") -> nn.Dense:
     raise ValueError(f"a head needs at least 2 classes, got {num_classes}")
   if init not in HEAD_INITS:
     raise ValueError(f"unknown head_init {init!r}; there are {HEAD_INITS}")
+  return _linear(num_classes, init)
+
+
+# Equal heads are equal, and share their compiled programs. (Not `linear`: its
+# calls with and without the default would be others.)
+@functools.cache
+def _linear(num_classes, init):
   if init == "small":
     return nn.Dense(num_classes, kernel_init=nn.initializers.normal(0.02))
   return nn.Dense(
@@ -29,3 +35,9 @@ def linear(num_classes: int, init: str = "kaiming_fan_out") -> nn.Dense:
     kernel_init=nn.initializers.normal(math.sqrt(2 / num_classes)),
     bias_init=nn.initializers.constant(-math.log(99)),
   )
+
+
+@functools.cache
+def projection(width: int) -> nn.Dense:
+  """A linear map without bias, `[b, d] -> [b, width]`: CLIP's embedding."""
+  return nn.Dense(width, use_bias=False)

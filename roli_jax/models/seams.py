@@ -15,9 +15,12 @@ class Seams:
 
   Attributes:
     dense: makes the q, k and v projections, called as `nn.Dense` is; its
-      `name` says which one it makes.
+      `name` says which one it makes. In a ConvNeXt, the pointwise layers.
     branch: makes what follows a block's second branch, before the sum.
-    tokens: makes what joins the tokens before a block.
+    tokens: makes a block's prompts: called with the block's tokens
+      [b, n, d], it returns [b, p, d]. They stand after the class token, or in
+      front of each window, and what a block makes of them is replaced by the
+      next block's.
   """
 
   dense: Callable[..., nn.Module] = nn.Dense

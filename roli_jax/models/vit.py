@@ -1,5 +1,8 @@
 """Vision transformer (Dosovitskiy et al. 2021)."""
 
+import functools
+
+import jax.numpy as jnp
 from flax import linen as nn
 
 from roli_jax.models import layers
@@ -8,17 +11,33 @@ from roli_jax.types import Array, Float
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  """x + attention(norm(x)), then x + mlp(norm(x)).
+
+  A method's prompts replace the tokens after the first `start` ones.
+  """
 
   num_heads: int
   hidden: int
   seams: Seams
+  eps: float
+  start: int
+  attention: str
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    y = nn.LayerNorm(epsilon=1e-6, name="norm1")(x)
-    x = x + layers.Attention(self.num_heads, self.seams, name="attn")(y)
-    y = nn.LayerNorm(epsilon=1e-6, name="norm2")(x)
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    prompts: Float[Array, "b p d"] | None = None,
+  ) -> Float[Array, "b n d"]:
+    if prompts is not None:
+      end = self.start + prompts.shape[1]
+      x = jnp.concatenate([x[:, : self.start], prompts, x[:, end:]], 1)
+    y = nn.LayerNorm(epsilon=self.eps, name="norm1")(x)
+    attention = layers.Attention(
+      self.num_heads, self.seams, self.attention, name="attn"
+    )
+    x = x + attention(y)
+    y = nn.LayerNorm(epsilon=self.eps, name="norm2")(x)
     y = layers.Mlp(self.hidden, name="mlp")(y)
     if self.seams.branch:
       y = self.seams.branch(name="branch")(y)
@@ -26,7 +45,7 @@ class Block(nn.Module):
 
 
 class Vit(nn.Module):
-  """A ViT whose feature is the mean of its normalised patch tokens.
+  """A ViT; its feature is the class token, or the mean of the patches' tokens.
 
   Attributes:
     patch: side of a patch in pixels; divides the image's sides.
@@ -34,7 +53,15 @@ class Vit(nn.Module):
     depth: number of blocks.
     num_heads: divides the width.
     hidden: width inside the MLPs.
+    pool: `token`: a class token is the feature. `mean`: there is none, and
+      the feature is the mean. Both after the last normalisation.
+    clip: as CLIP has it: patches without bias, a normalisation before the
+      blocks.
+    eps: of the normalisations.
     seams: where a method may enter.
+    attention: which of `layers.ATTENTIONS`.
+    scan: see `layers.repeat`.
+    remat: see `layers.repeat`.
   """
 
   patch: int
@@ -42,19 +69,49 @@ class Vit(nn.Module):
   depth: int
   num_heads: int
   hidden: int
+  pool: str = "token"
+  clip: bool = False
+  eps: float = 1e-6
   seams: Seams = Seams()
+  attention: str = "xla"
+  scan: bool = False
+  remat: bool = False
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b d"]:
     del train  # no dropout, no running statistics
-    x = layers.PatchEmbed(self.patch, self.width, name="embed")(x)
+    x = layers.PatchEmbed(
+      self.patch, self.width, use_bias=not self.clip, name="embed"
+    )(x)
+    start = 0
+    if self.pool == "token":
+      start = 1
+      cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
+      x = jnp.concatenate([jnp.repeat(cls, len(x), 0).astype(x.dtype), x], 1)
     x = x + self.param(
       "positions", nn.initializers.normal(0.02), (1, *x.shape[1:])
     )
-    for i in range(self.depth):
-      if self.seams.tokens:
-        x = self.seams.tokens(name=f"tokens{i}")(x)
-      x = Block(self.num_heads, self.hidden, self.seams, name=f"block{i}")(x)
-    return nn.LayerNorm(epsilon=1e-6, name="norm")(x).mean(1)
+    if self.clip:
+      x = nn.LayerNorm(epsilon=self.eps, name="pre_norm")(x)
+    prompts = self._prompts(x)
+    if prompts:
+      x = jnp.concatenate([x[:, :start], prompts[0], x[:, start:]], 1)
+    make = functools.partial(
+      Block, self.num_heads, self.hidden, self.seams, self.eps, start,
+      self.attention,
+    )  # fmt: skip
+    names = [f"block{i}" for i in range(self.depth)]
+    x = layers.repeat(
+      self, make, names, x, *[prompts] * bool(prompts), scan=self.scan,
+      remat=self.remat,
+    )  # fmt: skip
+    x = nn.LayerNorm(epsilon=self.eps, name="norm")(x)
+    return x[:, 0] if self.pool == "token" else x.mean(1)
+
+  def _prompts(self, x):
+    """Each block's, of a method that has any."""
+    if not self.seams.tokens:
+      return []
+    return [self.seams.tokens(name=f"tokens{i}")(x) for i in range(self.depth)]

@@ -1,0 +1,29 @@
+"""A file of weights, from elsewhere to roli_jax or back.
+
+  python -m roli_jax.main --mode=convert --config=configs/convert.py \
+      --config.source=FILE --config.output=DIR
+
+Reads safetensors and PyTorch checkpoints (nothing in them is executed), says
+what became of each tensor, and writes DIR/<model>.safetensors, which any config
+takes as --config.backbone.weights=DIR. Of a source that is ours (a bundle, or a
+run's checkpoint) --config.format says what to write: DIR/<model>.pth.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  return ConfigDict(
+    {
+      "source": "",  # a file, or a directory with a bundle or a checkpoint
+      "output": "",  # a directory
+      "model": "",  # its name; "": told from shapes
+      "format": "",  # timm, torchvision, ...; "": told from names
+      # Per channel; (): the file's own, or else the format's.
+      "mean": (),
+      "std": (),
+      "num_classes": 0,  # of a new zero head; 0: the file's classifier
+      "image_size": 0,  # that positions are resampled to; 0: the file's
+      "cpu_devices": 1,
+    }
+  )

@@ -1,0 +1,200 @@
+"""Weights from files of any kind, and into them."""
+
+import dataclasses
+import importlib.resources
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from roli_jax import checkpoint, models
+from roli_jax.convert import bundle as bundles
+from roli_jax.convert import foreign, resample, torch_file
+from roli_jax.convert.bundle import Bundle
+
+_TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+
+
+def shipped(model: str) -> dict[str, pathlib.Path]:
+  """The weights of this model that come with the package, by name."""
+  folder = pathlib.Path(str(importlib.resources.files("roli_jax"))) / "weights"
+  files = sorted(folder.glob(f"{model}_*.safetensors"))
+  return {file.stem.removeprefix(f"{model}_"): file for file in files}
+
+
+def find(model: str, weights: str, hint: str = "") -> pathlib.Path:
+  """The file that a config means by a model and its weights.
+
+  Args:
+    model: a name in `models.MODELS`.
+    weights: the name of shipped weights (`robust`), or a path.
+    hint: how to get them, for the message.
+
+  Raises:
+    ValueError: neither; the message says which there are.
+  """
+  names = shipped(model)
+  if weights in names:
+    return names[weights]
+  path = pathlib.Path(weights).expanduser()
+  if weights and path.exists():
+    return path
+  known = f"; {model} comes with {', '.join(names)}" if names else ""
+  how = f"; {hint}" if hint else ""
+  raise ValueError(f"no weights of {model} at {weights!r}{known}{how}")
+
+
+def load(
+  source: str | pathlib.Path | Mapping[str, Any],
+  model: str | None = None,
+  format: str | None = None,
+  mean: Sequence[float | int] | None = None,
+  std: Sequence[float | int] | None = None,
+  num_classes: int | None = None,
+  image_size: int | None = None,
+) -> Bundle:
+  """The bundle of a file, ours or another framework's.
+
+  Args:
+    source: a safetensors file, ours or not; a PyTorch checkpoint; a directory
+      that holds our bundle, or a checkpoint of one of our runs; or a state
+      dict: names to arrays.
+    model: a name in `models.MODELS`; None: told from shapes.
+    format: a name in `convert.FORMATS`; None: told from names.
+    mean: per channel; None: the file's own, or else the format's.
+    std: likewise.
+    num_classes: None keeps the file's classifier; a number drops it and puts a
+      zero head of that width.
+    image_size: the side that images are resized to inside the model; another
+      one than the weights' resamples their positions. None: the weights'.
+
+  Raises:
+    ValueError: the file can't be read, or is refused; its tensors are not the
+      model's (both sides are listed), or are not finite.
+  """
+  given = (model, format, mean, std, num_classes, image_size)
+  if isinstance(source, Mapping):
+    return foreign.to_bundle(source, *given)
+  path = pathlib.Path(source).expanduser()
+  return to_bundle(read(path), str(path), *given)
+
+
+def to_bundle(
+  found: Bundle | Mapping[str, Any],
+  what: str,
+  model: str | None = None,
+  format: str | None = None,
+  mean: Sequence[float | int] | None = None,
+  std: Sequence[float | int] | None = None,
+  num_classes: int | None = None,
+  image_size: int | None = None,
+) -> Bundle:
+  """The bundle of what `read` found, as `load` is asked for it.
+
+  Raises:
+    ValueError: as `load`.
+  """
+  if not isinstance(found, Bundle):
+    return foreign.to_bundle(
+      found, model, format, mean, std, num_classes, image_size, what
+    )
+  if model not in (None, found.model.name):
+    raise ValueError(f"{what} is a {found.model.name}, not a {model}")
+  about, params = found.model, found.params
+  about = dataclasses.replace(
+    about,
+    mean=foreign.each_channel(mean, about.mean, "mean"),
+    std=foreign.each_channel(std, about.std, "std"),
+  )
+  if image_size is not None:
+    about, params, _ = resample.to_size(about, params, image_size)
+  if num_classes is not None:
+    about = bundles.with_classes(about, num_classes)
+    params = dataclasses.replace(params, head=bundles.zero_head(about))
+  return dataclasses.replace(found, model=about, params=params)
+
+
+def read(path: pathlib.Path) -> Bundle | dict[str, Any]:
+  """What a file holds: our bundle, or another framework's state dict.
+
+  Raises:
+    ValueError: it can't be read, or is refused.
+  """
+  if not path.exists():
+    raise ValueError(f"there are no weights at {path}")
+  if path.is_dir():
+    return _from_directory(path)
+  if path.suffix in _TORCH:
+    state = torch_file.read(path)
+    if not isinstance(state, Mapping):
+      raise ValueError(f"{path} holds a {type(state).__name__}, no state dict")
+    return dict(state)
+  from safetensors import SafetensorError, safe_open
+
+  try:
+    with safe_open(path, "numpy") as file:
+      metadata = file.metadata() or {}
+      tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+  except (OSError, SafetensorError, TypeError) as error:
+    raise ValueError(f"{path} can't be read: {error}") from error
+  if metadata.get("format") == bundles.FORMAT:
+    return bundles.from_tensors(tensors, metadata, str(path))
+  return tensors
+
+
+def _from_directory(path: pathlib.Path) -> Bundle | dict[str, Any]:
+  """A bundle's file in it, or the best checkpoint of a stage of a run."""
+  files = sorted(path.glob("*.safetensors"))
+  if len(files) == 1:
+    return read(files[0])
+  stages = checkpoint.find(path)
+  if checkpoint.step_of(path) is not None:
+    stages = [path.parent]
+  if len(stages) != 1:
+    have = ", ".join(str(p) for p in (files or stages)[:4]) or "neither"
+    raise ValueError(
+      f"expected one .safetensors file in {path}, or the checkpoints of one"
+      f" stage; there is {have}"
+    )
+  with checkpoint.manager(stages[0], reading=True) as checkpoints:
+    step = checkpoint.step_of(path)
+    step = checkpoints.best_step() if step is None else step
+    about = checkpoint.restore_meta(checkpoints, step)["model"]
+    model = models.described(about)
+    like = jax.eval_shape(model.init, jax.random.key(0))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like
+    )
+    restored = checkpoint.restore(checkpoints, step, model=like)["model"]
+  params, stats = jax.tree.map(np.asarray, restored)
+  bundle = Bundle(model, params, stats)
+  bundles.check(bundle, str(path))
+  return bundle
+
+
+def save(
+  bundle: Bundle, path: str | pathlib.Path, format: str | None = None
+) -> None:
+  """Writes the bundle, or its state dict in another format.
+
+  Args:
+    bundle: what `load` gave, perhaps with other params.
+    path: of the file. With a format, `.safetensors`, or one of PyTorch's
+      (`.pth`, `.pt`, `.bin`), which `torch.load` reads.
+    format: a name in `convert.FORMATS`; None: ours.
+
+  Raises:
+    ValueError: the format has no names for the model.
+  """
+  path = pathlib.Path(path)
+  if format is None:
+    bundles.write(bundle, path)
+    return
+  state = foreign.to_state_dict(bundle, format)
+  if path.suffix in _TORCH:
+    torch_file.write(path, state)
+  else:
+    bundles.write_tensors(state, path, {"format": "pt"})

@@ -1,0 +1,364 @@
+"""What other formats call our leaves: one table a family, read both ways.
+
+A rule is a pair: a pattern that matches the beginning of a leaf's path, up to a
+slash or the end, and the foreign name of that. The first that matches counts;
+what follows keeps its name, with dots. A last part `kernel` or `scale` is
+PyTorch's `weight`, `mean` and `var` are `running_mean` and `running_var`.
+Leaves that get the same name (q, k and v) are stacked there.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from roli_jax import models
+from roli_jax.models import zoo
+
+Rules = tuple[tuple[str, str], ...]
+
+_TORCH = {
+  "kernel": "weight",
+  "scale": "weight",
+  "mean": "running_mean",
+  "var": "running_var",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How some formats name and shape the tensors of a family.
+
+  Attributes:
+    name: of the layout.
+    formats: that use it.
+    family: the class of the backbones.
+    mark: a pattern that a key of such a file matches. A file that bears the
+      marks of two layouts is of the later one.
+    rules: see the module.
+    dropped: patterns of keys that a file may hold beside; no pass needs them.
+    plain: keys of tensors that are as ours, neither transposed nor with
+      leading axes of length 1.
+    kind: the attribute that tells the family's backbones from those of other
+      layouts: "clip", "same" or none.
+  """
+
+  name: str
+  formats: tuple[str, ...]
+  family: type
+  mark: str
+  rules: Rules
+  dropped: tuple[str, ...] = ()
+  plain: tuple[str, ...] = ()
+  kind: str = ""
+
+  def holds(self, backbone: Any) -> bool:
+    """Whether the backbone is one of the layout's."""
+    kinds = (k for k in ("clip", "same") if getattr(backbone, k, False))
+    return isinstance(backbone, self.family) and self.kind == next(kinds, "")
+
+  def drops(self, key: str) -> bool:
+    """Whether no pass needs the tensor of that key."""
+    return any(re.fullmatch(pattern, key) for pattern in self.dropped)
+
+  def key(self, path: str) -> str:
+    """The foreign name of a leaf.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = re.sub("^stats/", "backbone/", path)
+    for pattern, name in self.rules:
+      match = re.match(f"(?:{pattern})(?=/|$)", path)
+      if match:
+        rest = path[match.end() :].split("/")[1:]
+        rest[-1:] = [_TORCH.get(leaf, leaf) for leaf in rest[-1:]]
+        # `in_proj_` and `weight` are one word.
+        return ".".join([match.expand(name), *rest]).replace("_.", "_")
+    raise ValueError(f"the layout {self.name} has no name for {path}")
+
+  def keys(self, paths: Iterable[str]) -> dict[str, list[str]]:
+    """The leaves of each foreign key, as they are stacked: q, k, v."""
+    leaves: dict[str, list[str]] = {}
+    for path in paths:
+      leaves.setdefault(self.key(path), []).append(path)
+    for stacked in leaves.values():
+      stacked.sort(key=lambda path: ("/q/" not in path, path))
+    return leaves
+
+  def outward(self, key: str, paths: list[str], leaves: list[Any]) -> Any:
+    """The foreign tensor of these leaves, which `inward` takes apart again."""
+    if key in self.plain:
+      shape = leaves[0].shape
+      return leaves[0].reshape(shape[sum(np.cumprod(shape) == 1) :])
+    kernel = paths[0].endswith("/kernel")
+    turned = [leaf.transpose(_TURNED[leaf.ndim]) if kernel else leaf
+              for leaf in leaves]  # fmt: skip
+    return np.concatenate(turned) if len(turned) > 1 else turned[0]
+
+  def inward(
+    self, key: str, paths: list[str], tensor: Any, shapes: list[tuple]
+  ) -> list[Any]:
+    """The leaves, of these shapes, that a foreign tensor holds."""
+    if key in self.plain:
+      return [tensor.reshape(shapes[0])]
+    kernel = paths[0].endswith("/kernel")
+    parts = np.split(tensor, len(paths)) if len(paths) > 1 else [tensor]
+    back = {n: np.argsort(axes) for n, axes in _TURNED.items()}
+    return [part.transpose(back[part.ndim]) if kernel else part
+            for part in parts]  # fmt: skip
+
+
+# A kernel's axes as PyTorch has them: outputs, inputs, rows, columns.
+_TURNED = {2: (1, 0), 4: (3, 2, 0, 1)}
+
+_BLOCK = r"backbone/block(\d+)"
+_HEAD = ("head", "head")
+
+_TIMM_VIT: Rules = (
+  ("backbone/embed", "patch_embed.proj"),
+  ("backbone/cls", "cls_token"),
+  ("backbone/positions", "pos_embed"),
+  (f"{_BLOCK}/attn/[qkv]", r"blocks.\1.attn.qkv"),
+  (f"{_BLOCK}/attn/out", r"blocks.\1.attn.proj"),
+  (_BLOCK, r"blocks.\1"),
+  ("backbone/norm", "norm"),
+  _HEAD,
+)
+
+
+def _torchvision_vit(fc1: str, fc2: str) -> Rules:
+  block = r"encoder.layers.encoder_layer_\1"
+  return (
+    ("backbone/embed", "conv_proj"),
+    ("backbone/cls", "class_token"),
+    ("backbone/positions", "encoder.pos_embedding"),
+    (rf"{_BLOCK}/norm(\d)", rf"{block}.ln_\2"),
+    (f"{_BLOCK}/attn/[qkv]", f"{block}.self_attention.in_proj_"),
+    (f"{_BLOCK}/attn/out", f"{block}.self_attention.out_proj"),
+    (f"{_BLOCK}/mlp/fc1", f"{block}.mlp.{fc1}"),
+    (f"{_BLOCK}/mlp/fc2", f"{block}.mlp.{fc2}"),
+    ("backbone/norm", "encoder.ln"),
+    ("head", "heads.head"),
+  )
+
+
+_CLIP_BLOCK = r"visual.transformer.resblocks.\1"
+_OPEN_CLIP: Rules = (
+  ("backbone/embed", "visual.conv1"),
+  ("backbone/cls", "visual.class_embedding"),
+  ("backbone/positions", "visual.positional_embedding"),
+  ("backbone/pre_norm", "visual.ln_pre"),
+  (rf"{_BLOCK}/norm(\d)", rf"{_CLIP_BLOCK}.ln_\2"),
+  (f"{_BLOCK}/attn/[qkv]", f"{_CLIP_BLOCK}.attn.in_proj_"),
+  (f"{_BLOCK}/attn/out", f"{_CLIP_BLOCK}.attn.out_proj"),
+  (f"{_BLOCK}/mlp/fc1", f"{_CLIP_BLOCK}.mlp.c_fc"),
+  (f"{_BLOCK}/mlp/fc2", f"{_CLIP_BLOCK}.mlp.c_proj"),
+  ("backbone/norm", "visual.ln_post"),
+  ("head/kernel", "visual.proj"),
+)
+
+_ROLI_BLOCK = r"enc.transformer.encoder.layer.\1"
+_ROLI_HEAD = ("head", "head.last_layer")
+_ROLI_VIT: Rules = (
+  ("backbone/embed", "enc.transformer.embeddings.patch_embeddings"),
+  ("backbone/cls", "enc.transformer.embeddings.cls_token"),
+  ("backbone/positions", "enc.transformer.embeddings.position_embeddings"),
+  (f"{_BLOCK}/norm1", f"{_ROLI_BLOCK}.attention_norm"),
+  (f"{_BLOCK}/norm2", f"{_ROLI_BLOCK}.ffn_norm"),
+  (f"{_BLOCK}/attn/q", f"{_ROLI_BLOCK}.attn.query"),
+  (f"{_BLOCK}/attn/k", f"{_ROLI_BLOCK}.attn.key"),
+  (f"{_BLOCK}/attn/v", f"{_ROLI_BLOCK}.attn.value"),
+  (f"{_BLOCK}/mlp", f"{_ROLI_BLOCK}.ffn"),
+  (_BLOCK, _ROLI_BLOCK),
+  ("backbone/norm", "enc.transformer.encoder.encoder_norm"),
+  _ROLI_HEAD,
+)
+
+_STAGE = r"backbone/stage(\d+)"
+
+
+def _swin(head: str, prefix: str = "", late: bool = False) -> Rules:
+  """Swin's names; `late`: a merge belongs to the end of the stage before."""
+  block = rf"{prefix}layers.\1.blocks.\2"
+  merges = tuple(
+    (f"backbone/stage{i}/merge", f"{prefix}layers.{i - late}.downsample")
+    for i in range(1, 10)
+  )
+  return (
+    ("backbone/embed", f"{prefix}patch_embed.proj"),
+    ("backbone/embed_norm", f"{prefix}patch_embed.norm"),
+    *merges,
+    (rf"{_STAGE}/block(\d+)/attn/[qkv]", f"{block}.attn.qkv"),
+    (rf"{_STAGE}/block(\d+)/attn/out", f"{block}.attn.proj"),
+    (
+      rf"{_STAGE}/block(\d+)/attn/relative_bias",
+      f"{block}.attn.relative_position_bias_table",
+    ),
+    (rf"{_STAGE}/block(\d+)", block),
+    ("backbone/norm", f"{prefix}norm"),
+    ("head", head),
+  )
+
+
+# Of the original Swin: what it can make again from its sizes.
+_SWIN_BUFFERS = (r".*\.relative_position_index", r".*\.attn_mask")
+
+_CONVNEXT: Rules = (
+  ("backbone/stage0/embed", "stem.0"),
+  ("backbone/stage0/patch_norm", "stem.1"),
+  (f"{_STAGE}/patch_norm", r"stages.\1.downsample.0"),
+  (f"{_STAGE}/embed", r"stages.\1.downsample.1"),
+  (rf"{_STAGE}/block(\d+)/conv", r"stages.\1.blocks.\2.conv_dw"),
+  (rf"{_STAGE}/block(\d+)", r"stages.\1.blocks.\2"),
+  ("backbone/norm", "head.norm"),
+  ("head", "head.fc"),
+)
+_CONVNEXT_META: Rules = (
+  ("backbone/stage0/embed", "downsample_layers.0.0"),
+  ("backbone/stage0/patch_norm", "downsample_layers.0.1"),
+  (f"{_STAGE}/patch_norm", r"downsample_layers.\1.0"),
+  (f"{_STAGE}/embed", r"downsample_layers.\1.1"),
+  (rf"{_STAGE}/block(\d+)/conv", r"stages.\1.\2.dwconv"),
+  (rf"{_STAGE}/block(\d+)/mlp/fc(\d)", r"stages.\1.\2.pwconv\3"),
+  (rf"{_STAGE}/block(\d+)", r"stages.\1.\2"),
+  ("backbone/norm", "norm"),
+  _HEAD,
+)
+
+
+def _resnet() -> Rules:
+  of_stage = tuple(
+    (rf"backbone/stage{i}/block(\d+)/{ours}", rf"layer{i + 1}.\1.{theirs}")
+    for i in range(4)
+    for ours, theirs in (
+      (r"norm(\d)", r"bn\2"),
+      (r"conv(\d)", r"conv\2"),
+      ("shortcut", "downsample.0"),
+      ("shortcut_norm", "downsample.1"),
+    )
+  )
+  return (
+    ("backbone/stem", "conv1"),
+    ("backbone/stem_norm", "bn1"),
+    *of_stage,
+    ("head", "fc"),
+  )
+
+
+def _wide_resnet(
+  stem: str, block: str, conv: str, norm: str, shortcut: str, last: str,
+  head: str, first: int,
+) -> Rules:  # fmt: skip
+  """`block` has the stage, counted from `first`, in its braces."""
+  of_stage = tuple(
+    (rf"backbone/stage{i}/block(\d+)/{ours}{k}",
+     rf"{block.format(i + first)}.\1.{theirs}")
+    for i in range(3)
+    for ours, k, theirs in (
+      ("norm", 1, norm.format(first)),
+      ("norm", 2, norm.format(first + 1)),
+      ("conv", 1, conv.format(first)),
+      ("conv", 2, conv.format(first + 1)),
+      ("shortcut", "", shortcut),
+    )
+  )  # fmt: skip
+  return (
+    ("backbone/stem", stem),
+    *of_stage,
+    ("backbone/norm", last),
+    ("head", head),
+  )
+
+
+# Of two that a format has for a family the first is the one it writes.
+LAYOUTS = (
+  Layout(
+    "vit", ("timm", "ares"), models.Vit,
+    r"blocks\.\d+\.attn\.qkv\.weight", _TIMM_VIT,
+  ),
+  Layout(
+    "torchvision_vit", ("torchvision",), models.Vit,
+    r"encoder\.layers\.encoder_layer_\d+\.mlp\.0\.weight",
+    _torchvision_vit("0", "3"),
+  ),
+  Layout(
+    "torchvision_vit_old", ("torchvision",), models.Vit,
+    r"encoder\.layers\.encoder_layer_\d+\.mlp\.linear_1\.weight",
+    _torchvision_vit("linear_1", "linear_2"),
+  ),
+  Layout(
+    "roli_vit", ("roli",), models.Vit, r"enc\.transformer\..*", _ROLI_VIT
+  ),
+  Layout(
+    "open_clip", ("open_clip",), models.Vit,
+    r"visual\.transformer\.resblocks\..*", _OPEN_CLIP,
+    dropped=(
+      "positional_embedding", "text_projection", "logit_scale", "attn_mask",
+      r"token_embedding\..*", r"ln_final\..*", r"transformer\..*",
+    ),
+    plain=(
+      "visual.class_embedding", "visual.positional_embedding", "visual.proj",
+    ),
+    kind="clip",
+  ),
+  Layout(
+    "swin", ("timm", "ares"), models.Swin,
+    r"layers\.\d+\.blocks\.\d+\.attn\.qkv\.weight",
+    _swin("head.fc"), _SWIN_BUFFERS,
+  ),
+  Layout(
+    "swin_old", ("microsoft", "timm", "ares"), models.Swin,
+    r"layers\.0\.downsample\..*", _swin("head", late=True), _SWIN_BUFFERS,
+  ),
+  Layout(
+    "roli_swin", ("roli",), models.Swin, r"enc\.layers\..*",
+    _swin("head.last_layer", "enc.", late=True), _SWIN_BUFFERS,
+  ),
+  Layout(
+    "convnext", ("timm", "ares"), models.ConvNext,
+    r"stages\.\d+\.blocks\.\d+\.conv_dw\.weight", _CONVNEXT,
+  ),
+  Layout(
+    "convnext_meta", ("meta",), models.ConvNext,
+    r"stages\.\d+\.\d+\.dwconv\.weight", _CONVNEXT_META,
+  ),
+  Layout(
+    "resnet", ("timm", "torchvision", "ares"), models.ResNet,
+    r"layer1\.0\.conv1\.weight", _resnet(),
+  ),
+  Layout(
+    "dm_wide_resnet", ("robustbench",), models.WideResNet,
+    r"init_conv\.weight",
+    _wide_resnet(
+      "init_conv", "layer.{}.block", "conv_{}", "batchnorm_{}", "shortcut",
+      "batchnorm", "logits", 0,
+    ),
+    kind="same",
+  ),
+  Layout(
+    "wide_resnet", ("robustbench",), models.WideResNet,
+    r"block1\.layer\.0\.conv1\.weight",
+    _wide_resnet(
+      "conv1", "block{}.layer", "conv{}", "bn{}", "convShortcut", "bn1", "fc",
+      1,
+    ),
+    # Some files hold a second first block that no pass goes through.
+    dropped=(r"sub_block1\..*",),
+  ),
+)  # fmt: skip
+
+# Mean and standard deviation of formats that have their own; of the others
+# they are the model's.
+FORMATS = {
+  "timm": None,
+  "torchvision": zoo.IMAGENET,
+  "ares": zoo.IMAGENET,
+  "microsoft": zoo.IMAGENET,
+  "meta": zoo.IMAGENET,  # ConvNeXt's own
+  "open_clip": zoo.CLIP,
+  "robustbench": zoo.CIFAR,
+  "roli": zoo.IMAGENET,
+}

@@ -1,0 +1,72 @@
+"""Positions for images of another size than the weights were trained on.
+
+Class tokens stay; a grid of positions, or a table of biases by relative
+position, is resized bicubically with antialiasing, as timm does it for ViTs.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from roli_jax import models, trees
+from roli_jax.types import Params
+
+_RESIZED = ("positions", "relative_bias")
+
+
+def can(path: str) -> bool:
+  """Whether a leaf's shape depends on the size of the images."""
+  return path.endswith(_RESIZED)
+
+
+def native_size(backbone: Any, shapes: dict[str, tuple[int, ...]]) -> int:
+  """The side of the images that leaves of these shapes are for; 0: any."""
+  for path, shape in shapes.items():
+    if path.endswith("positions"):
+      return math.isqrt(shape[-2]) * backbone.patch
+    if path.endswith("relative_bias"):
+      window = (math.isqrt(shape[0]) + 1) // 2
+      return window * backbone.patch * 2 ** (len(backbone.depths) - 1)
+  return 0
+
+
+def to_size(
+  model: models.Model, params: Params, image_size: int
+) -> tuple[models.Model, Params, list[str]]:
+  """The model for images resized to another side, and which leaves changed.
+
+  Raises:
+    ValueError: the backbone can't take images of that side.
+  """
+  model = dataclasses.replace(model, image_size=image_size)
+  like, _ = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = {k: v.shape for k, v in trees.paths(like.backbone).items()}
+  changed = [
+    path for path, leaf in trees.paths(params.backbone).items()
+    if leaf.shape != shapes[path]
+  ]  # fmt: skip
+  backbone = trees.map_named(
+    lambda path, leaf: _fit(leaf, shapes[path]) if path in changed else leaf,
+    params.backbone,
+  )
+  params = dataclasses.replace(params, backbone=backbone)
+  return model, params, [f"backbone/{path}" for path in changed]
+
+
+def _fit(leaf: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """The last places but one of a leaf, a square after some class tokens."""
+  old, new = math.isqrt(leaf.shape[-2]), math.isqrt(shape[-2])
+  grid = leaf[..., leaf.shape[-2] - old * old :, :]
+  resized = jax.image.resize(
+    jnp.asarray(grid.reshape(old, old, -1)),
+    (new, new, leaf.shape[-1]),
+    "cubic",
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  before = leaf[..., : leaf.shape[-2] - old * old, :]
+  after = np.asarray(resized).reshape(*leaf.shape[:-2], new * new, -1)
+  return np.concatenate([before, after], -2)

@@ -1,0 +1,96 @@
+"""ConvNeXt (Liu et al. 2022): a convolutional net built like a transformer."""
+
+import functools
+
+from flax import linen as nn
+
+from roli_jax.models import layers
+from roli_jax.models.seams import Seams
+from roli_jax.types import Array, Float
+
+_norm = functools.partial(nn.LayerNorm, epsilon=1e-6)
+
+
+class Block(nn.Module):
+  """x + gamma * mlp(norm(depthwise 7 x 7 (x)))."""
+
+  seams: Seams
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    width = x.shape[-1]
+    y = layers.Conv(width, 7, groups=width, use_bias=True, name="conv")(x)
+    y = _norm(name="norm")(y)
+    y = layers.Mlp(4 * width, self.seams.dense, name="mlp")(y)
+    if self.seams.branch:
+      y = self.seams.branch(name="branch")(y)
+    gamma = self.param("gamma", nn.initializers.constant(1e-6), (width,))
+    return x + gamma.reshape(1, 1, 1, -1) * y
+
+
+class Stage(nn.Module):
+  """Patches of the stage's stride, normalised; then blocks.
+
+  Attributes:
+    width: of the stage.
+    depth: number of blocks.
+    patch: its stride.
+    first: whether it is the stem, which normalises after the patches, where
+      the others do before.
+    seams: where a method may enter.
+    scan: see `layers.repeat`.
+    remat: see `layers.repeat`.
+  """
+
+  width: int
+  depth: int
+  patch: int
+  first: bool
+  seams: Seams
+  scan: bool
+  remat: bool
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+    norm = _norm(name="patch_norm")
+    embed = layers.PatchEmbed(self.patch, self.width, name="embed")
+    rows, columns = (side // self.patch for side in x.shape[1:3])
+    x = norm(embed(x)) if self.first else embed(norm(x))
+    x = x.reshape(-1, rows, columns, self.width)
+    names = [f"block{i}" for i in range(self.depth)]
+    make = functools.partial(Block, self.seams)
+    return layers.repeat(self, make, names, x, scan=self.scan, remat=self.remat)
+
+
+class ConvNext(nn.Module):
+  """A ConvNeXt whose feature is the normalised mean of its last map.
+
+  Attributes:
+    widths: of each stage.
+    depths: blocks of each stage.
+    patch: side of the stem's patches in pixels.
+    seams: where a method may enter.
+    scan: see `layers.repeat`.
+    remat: see `layers.repeat`.
+  """
+
+  widths: tuple[int, ...]
+  depths: tuple[int, ...]
+  patch: int = 4
+  seams: Seams = Seams()
+  scan: bool = False
+  remat: bool = False
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b h w c"], *, train: bool = False
+  ) -> Float[Array, "b d"]:
+    del train  # no dropout, no running statistics
+    for i, (width, depth) in enumerate(
+      zip(self.widths, self.depths, strict=True)
+    ):
+      x = Stage(
+        width, depth, 2 if i else self.patch, i == 0, self.seams, self.scan,
+        self.remat, name=f"stage{i}",
+      )(x)  # fmt: skip
+    return _norm(name="norm")(x.mean((1, 2)))

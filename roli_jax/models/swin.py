@@ -1,0 +1,262 @@
+"""Swin transformer (Liu et al. 2021): attention in windows that shift."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from roli_jax.models import layers
+from roli_jax.models.seams import Seams
+from roli_jax.types import Array, Float
+
+_norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
+
+
+def _offsets(window: int) -> np.ndarray:
+  """For each pair of a window's places, its row in the table of biases."""
+  places = np.indices((window, window)).reshape(2, -1)
+  dy, dx = places[:, :, None] - places[:, None] + window - 1
+  return dy * (2 * window - 1) + dx
+
+
+def _mask(side: int, window: int, shift: int) -> np.ndarray:
+  """-100 between places that only the roll has brought into one window.
+
+  Returns:
+    [windows, places, places], 0 or -100 (not -inf), as Swin was trained.
+  """
+  edges = (0, side - window, side - shift, side)
+  region = np.repeat(np.arange(3), np.diff(edges))
+  regions = _windows(3 * region[None, :, None, None] + region[:, None], window)
+  regions = regions[0, :, :, 0]
+  same = regions[:, :, None] == regions[:, None]
+  return np.where(same, 0, -100).astype(np.float32)
+
+
+def _windows(x, window):
+  """[b, h, w, c] -> [b, windows, places, c]."""
+  b, h, w, c = x.shape
+  x = x.reshape(b, h // window, window, w // window, window, c)
+  return x.swapaxes(2, 3).reshape(b, -1, window * window, c)
+
+
+def _whole(x, side):
+  """Undoes `_windows`."""
+  b, _, places, c = x.shape
+  window = round(places**0.5)
+  x = x.reshape(b, side // window, side // window, window, window, c)
+  return x.swapaxes(2, 3).reshape(b, side, side, c)
+
+
+class WindowAttention(nn.Module):
+  """Attention within each window, with a bias by relative position.
+
+  Attributes:
+    num_heads: divides the width.
+    window: its side.
+    seams: where a method may enter.
+  """
+
+  num_heads: int
+  window: int
+  seams: Seams
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b w n d"], mask: Any = None
+  ) -> Float[Array, "b w n d"]:
+    """The last `window`^2 places of a window are its map, any others prompts.
+
+    Args:
+      x: tokens by window.
+      mask: [w, places, places], added to the scores.
+    """
+    heads = (*x.shape[:3], self.num_heads, -1)
+    q, k, v = (
+      self.seams.dense(x.shape[-1], name=name)(x).reshape(heads)
+      for name in ("q", "k", "v")
+    )
+    table = self.param(
+      "relative_bias",
+      nn.initializers.truncated_normal(0.02),
+      ((2 * self.window - 1) ** 2, self.num_heads),
+    )
+    bias = table[_offsets(self.window)].transpose(2, 0, 1)[None]
+    if mask is not None:
+      bias = bias + mask[:, None].astype(bias.dtype)
+    before = x.shape[2] - self.window**2
+    bias = jnp.pad(bias, ((0, 0), (0, 0), (before, 0), (before, 0)))
+    mixed = layers.plain_attention(q, k, v, bias[None])
+    return nn.Dense(x.shape[-1], name="out")(mixed.reshape(x.shape))
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x)); prompts first.
+
+  Attributes:
+    num_heads: of the attention.
+    window: its side.
+    side: of the map.
+    seams: where a method may enter.
+  """
+
+  num_heads: int
+  window: int
+  side: int
+  seams: Seams
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    shift: Any,
+    prompts: Float[Array, "b p d"] | None = None,
+  ) -> Float[Array, "b n d"]:
+    before = x.shape[1] - self.side**2
+    if prompts is not None:
+      x = jnp.concatenate([prompts, x[:, before:]], 1)
+    y = _norm(name="norm1")(x)
+    x = x + self._attend(y[:, :before], y[:, before:], shift)
+    y = layers.Mlp(4 * x.shape[-1], name="mlp")(_norm(name="norm2")(x))
+    if self.seams.branch:
+      y = self.seams.branch(name="branch")(y)
+    return x + y
+
+  def _attend(self, prompts, x, shift):
+    b, _, d = x.shape
+    # Of a loop over blocks only the loop knows which of them shift.
+    shifts = not isinstance(shift, int) or shift > 0
+    x = x.reshape(b, self.side, self.side, d)
+    mask = None
+    if shifts:
+      x = jnp.roll(x, (-shift, -shift), (1, 2))
+      mask = _mask(self.side, self.window, self.window // 2)
+      mask = jnp.where(shift > 0, mask, 0)
+    x = _windows(x, self.window)
+    in_front = jnp.broadcast_to(
+      prompts[:, None], (b, x.shape[1], *prompts.shape[1:])
+    )
+    attention = WindowAttention(
+      self.num_heads, self.window, self.seams, name="attn"
+    )
+    y = attention(jnp.concatenate([in_front, x], 2), mask)
+    num_prompts = prompts.shape[1]
+    x = _whole(y[:, :, num_prompts:], self.side)
+    if shifts:
+      x = jnp.roll(x, (shift, shift), (1, 2))
+    x = x.reshape(b, -1, d)
+    if not num_prompts:
+      return x
+    return jnp.concatenate([y[:, :, :num_prompts].mean(1), x], 1)
+
+
+class Merge(nn.Module):
+  """Each 2 x 2 tokens become one of twice the width."""
+
+  side: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b m e"]:
+    b, _, d = x.shape
+    half = self.side // 2
+    # Column before row, the order that the weights were trained in.
+    x = x.reshape(b, half, 2, half, 2, d).transpose(0, 1, 3, 4, 2, 5)
+    x = _norm(name="norm")(x.reshape(b, half * half, 4 * d))
+    return nn.Dense(2 * d, use_bias=False, name="reduction")(x)
+
+
+class Stage(nn.Module):
+  """A merge, but for the first stage, then blocks; every other one shifts.
+
+  Attributes:
+    depth: number of blocks.
+    num_heads: of them.
+    window: its side.
+    side: of the map.
+    merge: whether tokens are merged first.
+    seams: where a method may enter.
+    scan: see `layers.repeat`.
+    remat: see `layers.repeat`.
+  """
+
+  depth: int
+  num_heads: int
+  window: int
+  side: int
+  merge: bool
+  seams: Seams
+  scan: bool
+  remat: bool
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b m e"]:
+    if self.merge:
+      side = 2 * self.side
+      # The prompts of the stage before end here.
+      x = Merge(side, name="merge")(x[:, -(side**2) :])
+    # With a single window there is nowhere to shift to.
+    shift = self.window // 2 if self.side > self.window else 0
+    each: list[Any] = [[i % 2 * shift for i in range(self.depth)]]
+    if self.seams.tokens:
+      each.append(
+        [self.seams.tokens(name=f"tokens{i}")(x) for i in range(self.depth)]
+      )
+      x = jnp.concatenate([each[1][0], x], 1)
+    make = functools.partial(
+      Block, self.num_heads, self.window, self.side, self.seams
+    )
+    names = [f"block{i}" for i in range(self.depth)]
+    return layers.repeat(
+      self, make, names, x, *each, scan=self.scan, remat=self.remat
+    )
+
+
+class Swin(nn.Module):
+  """A Swin whose feature is the mean of its normalised last tokens.
+
+  The last stage is one window, so that a window's side is the image's divided
+  by all strides: 7 at 224.
+
+  Attributes:
+    width: of the first stage; each next one's is twice as large.
+    depths: blocks of each stage.
+    num_heads: of each stage.
+    patch: side of a patch in pixels.
+    seams: where a method may enter.
+    scan: see `layers.repeat`.
+    remat: see `layers.repeat`.
+  """
+
+  width: int
+  depths: tuple[int, ...]
+  num_heads: tuple[int, ...]
+  patch: int = 4
+  seams: Seams = Seams()
+  scan: bool = False
+  remat: bool = False
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b h w c"], *, train: bool = False
+  ) -> Float[Array, "b d"]:
+    del train  # no dropout, no running statistics
+    last = len(self.depths) - 1
+    stride = self.patch * 2**last
+    if x.shape[1] != x.shape[2] or x.shape[1] % stride:
+      raise ValueError(
+        f"a Swin takes square images whose side is a multiple of {stride},"
+        f" got {x.shape[1]} x {x.shape[2]}"
+      )
+    window = x.shape[1] // stride
+    x = layers.PatchEmbed(self.patch, self.width, name="embed")(x)
+    x = _norm(name="embed_norm")(x)
+    for i, (depth, num_heads) in enumerate(
+      zip(self.depths, self.num_heads, strict=True)
+    ):
+      x = Stage(
+        depth, num_heads, window, window * 2 ** (last - i), i > 0, self.seams,
+        self.scan, self.remat, name=f"stage{i}",
+      )(x)  # fmt: skip
+    return _norm(name="norm")(x).mean(1)

@@ -1,0 +1,220 @@
+"""Backbones compute what the originals compute, from the originals' files."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from roli_jax import convert, keys, models, peft, trees
+from tests import golden
+
+# The model of each reference checkpoint, and the format of its names.
+GOLDEN = {
+  "timm_vit_tiny_patch16_224": ("vit_ti16", "timm"),
+  "timm_vit_base_patch16_224": ("vit_b16", "ares"),
+  "torchvision_vit_b_16_new": ("vit_b16", "torchvision"),
+  "torchvision_vit_b_16_old": ("vit_b16", "torchvision"),
+  "swin_tiny_patch4_window7_224_timm": ("swin_t", "timm"),
+  "swin_base_patch4_window7_224_timm": ("swin_b", "timm"),
+  "swin_base_patch4_window7_224_old": ("swin_b", "microsoft"),
+  "timm_convnext_tiny": ("convnext_t", "timm"),
+  "timm_convnext_base": ("convnext_b", "timm"),
+  "facebook_convnext_tiny": ("convnext_t", "meta"),
+  "resnet50": ("resnet50", "torchvision"),
+  "wide_resnet50_2": ("wide_resnet50_2", "timm"),
+  "cifar_wide_resnet_28_10": ("wrn_28_10", "robustbench"),
+  "cifar_dm_wide_resnet_28_10_swish": ("dm_wrn_28_10", "robustbench"),
+  "open_clip_vit_b_16_visual": ("clip_vit_b16", "open_clip"),
+}
+RELU = ("resnet50", "wide_resnet50_2", "cifar_wide_resnet_28_10")
+
+# Parameters with a head of 1,000 classes (10 for the WRNs) and without, as
+# timm, torchvision and open_clip count them; running statistics apart.
+SIZES = {
+  "vit_ti16": (5_717_416, 5_524_416, 0),
+  "vit_ti32": (6_131_560, 5_938_560, 0),
+  "vit_s16": (22_050_664, 21_665_664, 0),
+  "vit_s32": (22_878_952, 22_493_952, 0),
+  "vit_b16": (86_567_656, 85_798_656, 0),
+  "vit_b32": (88_224_232, 87_455_232, 0),
+  "vit_l16": (304_326_632, 303_301_632, 0),
+  "vit_l32": (306_535_400, 305_510_400, 0),
+  "deit_ti16": (5_717_416, 5_524_416, 0),
+  "deit_s16": (22_050_664, 21_665_664, 0),
+  "deit_b16": (86_567_656, 85_798_656, 0),
+  "swin_t": (28_288_354, 27_519_354, 0),
+  "swin_s": (49_606_258, 48_837_258, 0),
+  "swin_b": (87_768_224, 86_743_224, 0),
+  "convnext_t": (28_589_128, 27_820_128, 0),
+  "convnext_s": (50_223_688, 49_454_688, 0),
+  "convnext_b": (88_591_464, 87_566_464, 0),
+  "convnext_l": (197_767_336, 196_230_336, 0),
+  "resnet18": (11_689_512, 11_176_512, 9_600),
+  "resnet34": (21_797_672, 21_284_672, 17_024),
+  "resnet50": (25_557_032, 23_508_032, 53_120),
+  "resnet101": (44_549_160, 42_500_160, 105_344),
+  "wide_resnet50_2": (68_883_240, 66_834_240, 68_224),
+  "wide_resnet50_2_gelu": (68_883_240, 66_834_240, 68_224),
+  "wrn_28_10": (36_479_194, 36_472_784, 17_952),
+  "wrn_34_10": (46_160_474, 46_154_064, 22_432),
+  "wrn_70_16": (266_796_506, 266_786_256, 78_880),
+  "dm_wrn_28_10": (36_479_194, 36_472_784, 17_952),
+  "dm_wrn_34_10": (46_160_474, 46_154_064, 22_432),
+  "dm_wrn_70_16": (266_796_506, 266_786_256, 78_880),
+  "clip_vit_b16": (86_568_424, 85_799_424, 0),
+}
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_parameter_counts_are_the_originals(name):
+  if name.startswith("glyph"):
+    return  # ours; the shipped one is counted in test_models
+  model = models.create(name, 10 if "wrn" in name else 1000)
+  params, stats = jax.eval_shape(model.init, keys.root(0))
+  whole, backbone, running = SIZES[name]
+  assert trees.size(params) == whole
+  assert trees.size(params.backbone) == backbone
+  assert trees.size(stats) == running
+
+
+def loaded(name):
+  """What is known of a checkpoint, and its bundle."""
+  spec = golden.specs()[name]
+  state = golden.state_dict(spec, dropped=True)
+  told = {"mean": spec["mean"], "std": spec["std"]}
+  return spec, convert.load(state, *GOLDEN[name], **told)
+
+
+def wide(tree):
+  """In float64, of the same values."""
+  return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def ours(tap):
+  """The module of ours that a tap of timm's, torchvision's or others is of."""
+  for pattern, name in (
+    (r"(?:visual\.transformer\.res)?blocks\.(\d+)", r"block\1"),
+    (r"encoder\.layers\.encoder_layer_(\d+)", r"block\1"),
+    (r"visual\.ln_pre", "pre_norm"),
+    (r"(?:layers|stages)\.(\d)", r"stage\1"),
+  ):
+    match = re.fullmatch(f"tap/{pattern}", tap)
+    if match:
+      return match.expand(name)
+  # Stages of residual networks are counted from 1 there.
+  match = re.fullmatch(r"tap/(?:layer|block)(\d)", tap)
+  return match and f"stage{int(match[1]) - 1}"
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_features_and_logits_are_the_originals(name):
+  spec, bundle = loaded(name)
+  model, gold = bundle.model, golden.arrays(name)
+  logits = gold.get("logits_f64", gold.get("projection_f64"))
+
+  @jax.jit
+  def see(params, stats, images):
+    seen = model.outputs(params, stats, images)
+    means = {
+      tap: seen[ours(tap)].reshape(2, -1, seen[ours(tap)].shape[-1]).mean(1)
+      for tap in gold
+      if ours(tap) in seen
+    }
+    return seen[""], model.logits(params, stats, images), means
+
+  images = golden.images(spec)
+  features, said, _ = see(bundle.params, bundle.stats, images)
+  np.testing.assert_allclose(features, gold["features_f64"], 0, 2e-5)
+  np.testing.assert_allclose(said, logits, 0, 2e-5)
+  with jax.enable_x64(True):
+    variables = wide((bundle.params, bundle.stats))
+    features, said, taps = see(*variables, images.astype(np.float64))
+    assert features.dtype == np.float64
+    np.testing.assert_allclose(features, gold["features_f64"], 0, 1e-9)
+    np.testing.assert_allclose(said, logits, 0, 1e-9)
+    assert len(taps) >= 3 or not any(key.startswith("tap/") for key in gold)
+    for tap, mean in taps.items():
+      few = gold[tap].shape[1]
+      np.testing.assert_allclose(mean[:, :few], gold[tap], 0, 1e-9, err_msg=tap)
+
+
+@pytest.mark.parametrize(
+  "name", [name for name in GOLDEN if "grad_sub_f64" in golden.arrays(name)]
+)
+def test_input_gradients_are_the_originals(name):
+  spec, bundle = loaded(name)
+  model, gold = bundle.model, golden.arrays(name)
+
+  @jax.jit
+  @jax.grad
+  def gradient(images, params, stats):
+    features = model.features(params, stats, images)
+    return (features * golden.probe(spec)[None]).sum()
+
+  def check(grads, atol):
+    size = grads.shape[1]
+    if size == 224:
+      blocks = np.asarray(grads).reshape(2, 14, 16, 14, 16, 3).sum((2, 4))
+      np.testing.assert_allclose(blocks, gold["grad_block_f64"], 0, 5 * atol)
+    every = 15 if size == 224 else 3
+    at = grads[:, 1::every, 1::every]
+    np.testing.assert_allclose(at, gold["grad_sub_f64"], 0, atol)
+
+  images = golden.images(spec)
+  if name not in RELU:  # in float32 single units of a ReLU network flip
+    check(gradient(images, bundle.params, bundle.stats), 1e-5)
+  with jax.enable_x64(True):
+    variables = wide((bundle.params, bundle.stats))
+    check(gradient(images.astype(np.float64), *variables), 1e-9)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_state_dict_comes_back_bit_for_bit(name):
+  spec = golden.specs()[name]
+  state = golden.state_dict(spec)
+  assert golden.digest(state) == spec["fingerprint"]["weights"]
+  bundle = convert.load(state)  # model and format told from the file
+  assert bundle.model.name == GOLDEN[name][0]
+  back = convert.to_state_dict(bundle, GOLDEN[name][1])
+  assert back.keys() == state.keys()
+  for key, tensor in state.items():
+    assert back[key].dtype == tensor.dtype and back[key].shape == tensor.shape
+    np.testing.assert_array_equal(back[key], tensor, err_msg=key)
+
+
+@pytest.mark.parametrize("name", golden.specs("peft"))
+def test_what_a_method_adds_is_the_originals(name):
+  base = golden.specs()["timm_vit_base_patch16_224"]
+  spec = golden.specs("peft")[name]
+  method = {"prompt": "vpt"}.get(spec["transfer"], spec["transfer"])
+  bundle = convert.load(
+    golden.state_dict(base), "vit_b16", mean=spec["mean"], std=spec["std"]
+  )
+  added = golden.state_dict(spec)
+  bundle = peft.load(bundle, added, method, **spec["options"])
+  gold = list(golden.arrays(name, "peft").values())
+
+  @jax.jit
+  def see(params, images):
+    model = bundle.model
+    return model.features(params, {}, images), model.logits(params, {}, images)
+
+  images = golden.images(spec)
+  for got, expected in zip(see(bundle.params, images), gold, strict=True):
+    np.testing.assert_allclose(got, expected, 0, 3e-5)
+  with jax.enable_x64(True):
+    both = see(wide(bundle.params), images.astype(np.float64))
+    for got, expected in zip(both, gold, strict=True):
+      np.testing.assert_allclose(got, expected, 0, 1e-9)
+
+
+def test_what_a_method_adds_must_fit():
+  model = models.create("glyph_vit_token", 3)
+  bundle = convert.Bundle(model, *jax.jit(model.init)(keys.root(0)))
+  added = {"classifier.weight": np.ones((5, 32)), "classifier.bias": np.ones(5)}
+  with pytest.raises(ValueError, match=r"missing: blocks.0.attn.query_lora.A"):
+    peft.load(bundle, added, "lora")
+  with pytest.raises(ValueError, match="did you mean 'lora'"):
+    peft.load(bundle, added, "lra")
+  assert peft.load(bundle, added, "linear").model.num_classes == 5
