@@ -209,7 +209,7 @@ def _run(argv: list[str]) -> None:
       from roli_jax import convert, report
 
       file, facts = convert.run(config)
-      report.show([report.Table(str(file), ("", "", ""), facts)])
+      report.show([report.Table(str(file), ("", "how much", "which"), facts)])
     else:
       from roli_jax import bench
 

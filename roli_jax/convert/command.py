@@ -20,7 +20,7 @@ _OF_LOAD = ("model", "format", "mean", "std", "num_classes", "image_size")
 def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, Facts]:
   """Converts as `configs/convert.py` says.
 
-  Beside the weights, `check.npz` holds two images of noise with the features
+  Beside the weights, `<model>.check.npz` holds two images of noise with the features
   and logits that the model gives them, for whoever has the original.
 
   Returns:
@@ -45,7 +45,7 @@ def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, Facts]:
   again = files.load(path, bundle.model.name)
   facts = [*_facts(bundle), _same(bundle, again, found)]
   seen: Any = _seen(again)
-  np.savez_compressed(output / "check.npz", **seen)
+  np.savez_compressed(output / f"{bundle.model.name}.check.npz", **seen)
   return path, facts
 
 

@@ -40,7 +40,8 @@ def find(model: str, weights: str, hint: str = "") -> pathlib.Path:
     return names[weights]
   path = pathlib.Path(weights).expanduser()
   if weights and path.exists():
-    return path
+    inside = path / f"{model}.safetensors"  # as --mode=convert writes it
+    return inside if inside.exists() else path
   known = f"; {model} comes with {', '.join(names)}" if names else ""
   how = f"; {hint}" if hint else ""
   raise ValueError(f"no weights of {model} at {weights!r}{known}{how}")

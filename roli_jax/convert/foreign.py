@@ -397,6 +397,6 @@ def each_channel(
   values = otherwise if given is None else tuple(float(x) for x in given)
   if len(values) != len(otherwise) or not np.isfinite(values).all():
     raise ValueError(
-      f"expected {len(otherwise)} numbers as {what}, got {given}"
+      f"expected {len(otherwise)} finite numbers as {what}, got {given}"
     )
   return values
