@@ -111,7 +111,7 @@ def test_the_demo_starts_from_any_family(name, moves, tmp_path):
   file = tmp_path / "weights.safetensors"
   bundle = bundle_of(name)
   convert.save(bundle, file)
-  config = glyphs_roli.get_config(f"backbone={name},method=full,init=roli")
+  config = glyphs_roli.get_config(f"backbone={name},method=full,init=ranli")
   config.backbone.weights = str(file)
   config.backbone.updates_stats = moves
   config.backbone.dtype = "bfloat16" if name == "glyph_clip" else "float32"

@@ -12,9 +12,10 @@ from roli_jax.bench import suites
 
 _COLUMNS = {
   "seconds": "{:.4f}",
-  "images_per_s": "{:.0f}",
+  "images_per_s": "{:.3g}",
   "gflops": "{:.1f}",
   "share_of_floor": "{:.0%}",
+  "mib": "{:.0f}",
   "passes_per_s": "{:.0f}",
   "passes": "{:d}",
   "programs": "{:d}",

@@ -243,11 +243,66 @@ def _passes(predict, variables, images, labels):
   return tuple(seconds[name] / len(rows) for name in calls)
 
 
+def backbones(config: Mapping[str, Any]) -> Iterator[Row]:
+  """A forward pass, and an attack's gradient by the pixels, at 224.
+
+  The gradient is one step of a loop of two: XLA computes otherwise in loops.
+
+  The floor is the counted FLOPs at the rate of the square matmul. Memory is
+  what the compiled program holds beside its arguments.
+  """
+  row, _ = matmul(config["runs"])
+  yield row
+  side, size = 2048, config["backbone_batch"]
+  a = jnp.ones((side, side))
+  product = functools.partial(jax.jit(jnp.matmul), a, a)
+  for name in config["backbones"]:
+    model = models.create(name, 1000)
+    variables = jax.jit(model.init)(keys.root(0))
+    batch = _batch(model, size)
+    images = batch["image"] / np.float32(255)
+
+    def forward(variables, x, model=model):
+      return model.logits(*variables, x)
+
+    def gradient(variables, x, forward=forward, labels=batch["label"]):
+      return jax.grad(
+        lambda x: losses.cross_entropy(forward(variables, x), labels).sum()
+      )(x)
+
+    def attack(variables, x, gradient=gradient):
+      def step(_, x):
+        return x + 0.01 * jnp.sign(gradient(variables, x))
+
+      return jax.lax.fori_loop(0, 2, step, x)
+
+    for fn, times in ((forward, 1), (attack, 2)):
+      compiled = jax.jit(fn).lower(variables, images).compile()
+      call = functools.partial(compiled, variables, images)
+      both: dict[str, Any] = {"": call, "matmul": product}
+      seconds = timing.medians(both, config["backbone_runs"])
+      # Of one gradient: XLA counts a loop's body once.
+      counted = timing.flops(gradient if times == 2 else fn, variables, images)
+      rate = 2 * side**3 / seconds["matmul"]
+      memory: Any = compiled.memory_analysis()
+      each = seconds[""] / times
+      yield _row(
+        "backbone",
+        f"{name} {'gradient' if times == 2 else 'forward'}, batch {size}",
+        each,
+        images_per_s=size / each,
+        gflops=counted / each / 1e9,
+        share_of_floor=counted / rate / each,
+        mib=memory.temp_size_in_bytes / 2**20,
+      )
+
+
 SUITES = {
   "import": imports,
   "compile": compiling,
   "step": steps,
   "seeds": seeds,
+  "backbone": backbones,
   "autoattack": searches,
 }
 

@@ -20,8 +20,8 @@ _OF_LOAD = ("model", "format", "mean", "std", "num_classes", "image_size")
 def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, Facts]:
   """Converts as `configs/convert.py` says.
 
-  Beside the weights, `<model>.check.npz` holds two images of noise with the features
-  and logits that the model gives them, for whoever has the original.
+  Beside the weights, `<model>.check.npz` holds two images of noise with the
+  features and logits that the model gives them, for whoever has the original.
 
   Returns:
     The file that was written, and facts about it: what, how much, which.

@@ -69,8 +69,8 @@ def with_options(
     dtype: `bfloat16`, ...: of the backbone's computation; see `Model`.
     interpolation: `bilinear` or `bicubic`, of the resizing inside.
     updates_stats: see `Model`.
-    attention: of a ViT: `xla`, differentiable any number of times, or `fused`
-      (on an NVIDIA GPU, in half precision), once.
+    attention: of a ViT: `plain`, differentiable any number of times; `xla`,
+      JAX's; `fused`, on an NVIDIA GPU and in half precision, once.
     scan: whether equal blocks are one loop: compiles faster.
     remat: whether activations are computed again for gradients: less memory.
 

@@ -88,7 +88,7 @@ class WindowAttention(nn.Module):
       bias = bias + mask[:, None].astype(bias.dtype)
     before = x.shape[2] - self.window**2
     bias = jnp.pad(bias, ((0, 0), (0, 0), (before, 0), (before, 0)))
-    mixed = layers.plain_attention(q, k, v, bias[None])
+    mixed = layers.attention(q, k, v, bias[None])
     return nn.Dense(x.shape[-1], name="out")(mixed.reshape(x.shape))
 
 

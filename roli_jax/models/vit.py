@@ -1,6 +1,8 @@
 """Vision transformer (Dosovitskiy et al. 2021)."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -22,6 +24,7 @@ class Block(nn.Module):
   eps: float
   start: int
   attention: str
+  act: Callable[..., Any]
 
   @nn.compact
   def __call__(
@@ -38,7 +41,7 @@ class Block(nn.Module):
     )
     x = x + attention(y)
     y = nn.LayerNorm(epsilon=self.eps, name="norm2")(x)
-    y = layers.Mlp(self.hidden, name="mlp")(y)
+    y = layers.Mlp(self.hidden, act=self.act, name="mlp")(y)
     if self.seams.branch:
       y = self.seams.branch(name="branch")(y)
     return x + y
@@ -58,6 +61,7 @@ class Vit(nn.Module):
     clip: as CLIP has it: patches without bias, a normalisation before the
       blocks.
     eps: of the normalisations.
+    act: the GELU.
     seams: where a method may enter.
     attention: which of `layers.ATTENTIONS`.
     scan: see `layers.repeat`.
@@ -72,8 +76,9 @@ class Vit(nn.Module):
   pool: str = "token"
   clip: bool = False
   eps: float = 1e-6
+  act: Callable[..., Any] = layers.gelu
   seams: Seams = Seams()
-  attention: str = "xla"
+  attention: str = "plain"
   scan: bool = False
   remat: bool = False
 
@@ -100,7 +105,7 @@ class Vit(nn.Module):
       x = jnp.concatenate([x[:, :start], prompts[0], x[:, start:]], 1)
     make = functools.partial(
       Block, self.num_heads, self.hidden, self.seams, self.eps, start,
-      self.attention,
+      self.attention, self.act,
     )  # fmt: skip
     names = [f"block{i}" for i in range(self.depth)]
     x = layers.repeat(

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
+from roli_jax.models import layers
 from roli_jax.models.convnext import ConvNext
-from roli_jax.models.layers import exact_gelu
 from roli_jax.models.resnet import ResNet, WideResNet
 from roli_jax.models.swin import Swin
 from roli_jax.models.vit import Vit
@@ -75,7 +75,9 @@ _RESNETS = {
 # Of 8 x 8 grey images. The first has weights that come with the package; the
 # others are toys of each family, to try a whole run with.
 _GLYPHS = {
-  "glyph_vit": _vit(64, 4, 4, patch=2, pool="mean"),
+  "glyph_vit": _vit(
+    64, 4, 4, patch=2, pool="mean", attention="xla", act=layers.erfc_gelu
+  ),
   "glyph_vit_token": _vit(32, 2, 2, patch=2),
   "glyph_clip": _vit(32, 2, 2, patch=2, clip=True, eps=1e-5),
   "glyph_swin": functools.partial(Swin, 16, (2, 2), (2, 4), patch=1),
@@ -125,7 +127,7 @@ MODELS: dict[str, Entry] = {
   },
   # As ARES trained it; a file does not tell it from the one with ReLU.
   "wide_resnet50_2_gelu": Entry(
-    functools.partial(ResNet, *_RESNETS["wide_resnet50_2"], act=exact_gelu)
+    functools.partial(ResNet, *_RESNETS["wide_resnet50_2"], act=layers.gelu)
   ),
   "clip_vit_b16": Entry(_vit(768, 12, 12, 16, clip=True, eps=1e-5), CLIP),
   **{

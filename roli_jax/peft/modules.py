@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from roli_jax.models import Seams
-from roli_jax.models.layers import exact_gelu
+from roli_jax.models.layers import gelu
 from roli_jax.types import Array, Float
 
 _zeros = nn.initializers.zeros
@@ -77,7 +77,7 @@ class Adapter(nn.Module):
     inner = width // self.reduction
     down = _Dense(inner, _uniform, name="down")
     up = _Dense(width, _zeros, name="up")
-    return y + up(exact_gelu(down(y)))
+    return y + up(gelu(down(y)))
 
 
 class _Dense(nn.Module):
