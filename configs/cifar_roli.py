@@ -35,7 +35,8 @@ ORIGIN = """\
 the robust Swin-B of ARES 2.0 is
   ml.cs.tsinghua.edu.cn/~xiaoyang/aresbench/ckpt-imagenet/\
 ARES_Swin_base_patch4_window7_224_AT.pth
-Give what it becomes as --config.backbone.weights=PATH."""
+Convert it, --mode=convert --config=configs/convert.py --config.source=THAT.pth
+--config.output=weights, and give --config.backbone.weights=weights."""
 
 
 def _stage(**changes) -> ConfigDict:

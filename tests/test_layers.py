@@ -143,7 +143,7 @@ def test_a_depthwise_convolution_is_one():
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
 
-  same_with_gradients(layers._depthwise, expected, x, kernel)
+  same_with_gradients(layers._depthwise_conv, expected, x, kernel)
 
 
 def same_with_gradients(ours, theirs, *arrays):

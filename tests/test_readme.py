@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from configs import cifar_roli, glyphs_roli
-from roli_jax import main
+from roli_jax import convert, main, models
+
+CONFIGS = ("glyphs_roli", "glyphs_pretrain", "bench", "cifar_roli", "convert")
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +38,36 @@ def test_the_attack_example_runs_and_goes_on(
   assert list((tmp_path / "runs" / "aa").glob("apgd_ce-*.npz"))
 
 
+def test_the_example_of_weights_runs(root, capsys, tmp_path, monkeypatch):
+  text = (root / "docs" / "backbones.md").read_text()
+  monkeypatch.chdir(tmp_path)
+  (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  names = {}
+  exec(code, names)
+  said = capsys.readouterr().out
+  assert "('head.bias', 'head.weight') ('pos_embed',)" in said
+  assert "(2, 192) (2, 101, 192)" in said
+  assert names["logits"].shape == (2, 100)
+
+
+def test_the_table_of_models_names_all(root):
+  text = (root / "docs" / "backbones.md").read_text()
+  table = text.split("## Models and formats")[1].split("Wrappers")[0]
+  patterns = [
+    re.sub(r"{(.*?)}", lambda m: f"({m[1].replace(',', '|')})", cell)
+    for cell in re.findall(r"`([^`]+)`", table)
+  ]
+  for name in models.MODELS:
+    known = any(re.fullmatch(pattern, name) for pattern in patterns)
+    assert known or name.startswith("glyph"), name
+  for format in convert.FORMATS:
+    assert re.search(rf"\b{format}\b", table), format
+
+
 def test_what_it_says_of_the_example_holds(readme):
-  assert len(re.findall(r"^python -m roli_jax\.main", readme, re.M)) == 9
+  assert len(re.findall(r"^python -m roli_jax\.main", readme, re.M)) == 12
   for config in re.findall(r"--config=configs/(\w+)\.py", readme):
-    assert config in ("glyphs_roli", "glyphs_pretrain", "bench", "cifar_roli")
+    assert config in CONFIGS
   for table in re.findall(r":table=(\w+)", readme):
     assert table in glyphs_roli.TABLES
   for mode in re.findall(r"--mode=(\w+)", readme):

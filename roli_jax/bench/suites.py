@@ -251,11 +251,9 @@ def backbones(config: Mapping[str, Any]) -> Iterator[Row]:
   The floor is the counted FLOPs at the rate of the square matmul. Memory is
   what the compiled program holds beside its arguments.
   """
-  row, _ = matmul(config["runs"])
+  row, rate = matmul(config["runs"])
   yield row
-  side, size = 2048, config["backbone_batch"]
-  a = jnp.ones((side, side))
-  product = functools.partial(jax.jit(jnp.matmul), a, a)
+  size = config["backbone_batch"]
   for name in config["backbones"]:
     model = models.create(name, 1000)
     variables = jax.jit(model.init)(keys.root(0))
@@ -279,13 +277,11 @@ def backbones(config: Mapping[str, Any]) -> Iterator[Row]:
     for fn, times in ((forward, 1), (attack, 2)):
       compiled = jax.jit(fn).lower(variables, images).compile()
       call = functools.partial(compiled, variables, images)
-      both: dict[str, Any] = {"": call, "matmul": product}
-      seconds = timing.medians(both, config["backbone_runs"])
+      seconds = timing.medians({"": call}, config["backbone_runs"])[""]
       # Of one gradient: XLA counts a loop's body once.
       counted = timing.flops(gradient if times == 2 else fn, variables, images)
-      rate = 2 * side**3 / seconds["matmul"]
       memory: Any = compiled.memory_analysis()
-      each = seconds[""] / times
+      each = seconds / times
       yield _row(
         "backbone",
         f"{name} {'gradient' if times == 2 else 'forward'}, batch {size}",

@@ -35,25 +35,25 @@ def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, Facts]:
       raise ValueError(f"--config.{field}= is missing; see --help")
   source = pathlib.Path(config["source"]).expanduser()
   given = {k: config[k] for k in _OF_LOAD if config[k]}
-  found = files.read(source)
-  outward = given.pop("format", None) if isinstance(found, Bundle) else None
-  bundle = files.to_bundle(found, str(source), **given)
+  bundle = files.load(source, **given)
+  # The foreign side of a conversion is the one that the format is of.
+  outward = config["format"] if bundle.coverage is None else ""
   output = pathlib.Path(config["output"]).expanduser()
   suffix = ".pth" if outward else ".safetensors"
   path = output / f"{bundle.model.name}{suffix}"
   _write(bundle, path, outward)
   again = files.load(path, bundle.model.name)
-  facts = [*_facts(bundle), _same(bundle, again, found)]
+  facts = [*_facts(bundle), _same(bundle, again, source)]
   seen: Any = _seen(again)
   np.savez_compressed(output / f"{bundle.model.name}.check.npz", **seen)
   return path, facts
 
 
-def _write(bundle: Bundle, path: pathlib.Path, format: str | None) -> None:
+def _write(bundle: Bundle, path: pathlib.Path, format: str) -> None:
   """The file, unless it is there and another; then it stays."""
   path.parent.mkdir(parents=True, exist_ok=True)
   new = path.with_stem(path.stem + ".new")
-  files.save(bundle, new, format)
+  files.save(bundle, new, format or None)
   if path.exists() and not filecmp.cmp(path, new, shallow=False):
     new.unlink()
     raise ValueError(
@@ -90,7 +90,9 @@ def _facts(bundle: Bundle) -> Facts:
   return facts
 
 
-def _same(bundle: Bundle, again: Bundle, found: Any) -> tuple[str, str, str]:
+def _same(
+  bundle: Bundle, again: Bundle, source: pathlib.Path
+) -> tuple[str, str, str]:
   """That what was written reads back bit for bit, and as it was found."""
   before, after = trees.paths(bundle.params), trees.paths(again.params)
   same = before.keys() == after.keys() and all(
@@ -100,7 +102,8 @@ def _same(bundle: Bundle, again: Bundle, found: Any) -> tuple[str, str, str]:
     raise RuntimeError("the file that was written reads back otherwise")
   if bundle.coverage is None:
     return ("read back", "bit for bit", f"{len(before)} leaves")
-  theirs = foreign.bare(found, "the source").tensors
+  found: Any = files.read(source)
+  theirs = foreign.bare(found, str(source)).tensors
   back = foreign.to_state_dict(again, foreign.format_of(again))
   kept = set(bundle.coverage.used) - set(bundle.coverage.resampled)
   wrong = [

@@ -63,7 +63,8 @@ def load(
       that holds our bundle, or a checkpoint of one of our runs; or a state
       dict: names to arrays.
     model: a name in `models.MODELS`; None: told from shapes.
-    format: a name in `convert.FORMATS`; None: told from names.
+    format: a name in `convert.FORMATS`; None: told from names. Of ours it says
+      nothing.
     mean: per channel; None: the file's own, or else the format's.
     std: likewise.
     num_classes: None keeps the file's classifier; a number drops it and puts a
@@ -75,28 +76,11 @@ def load(
     ValueError: the file can't be read, or is refused; its tensors are not the
       model's (both sides are listed), or are not finite.
   """
-  given = (model, format, mean, std, num_classes, image_size)
-  if isinstance(source, Mapping):
-    return foreign.to_bundle(source, *given)
-  path = pathlib.Path(source).expanduser()
-  return to_bundle(read(path), str(path), *given)
-
-
-def to_bundle(
-  found: Bundle | Mapping[str, Any],
-  what: str,
-  model: str | None = None,
-  format: str | None = None,
-  mean: Sequence[float | int] | None = None,
-  std: Sequence[float | int] | None = None,
-  num_classes: int | None = None,
-  image_size: int | None = None,
-) -> Bundle:
-  """The bundle of what `read` found, as `load` is asked for it.
-
-  Raises:
-    ValueError: as `load`.
-  """
+  found: Any = source
+  what = "the state dict"
+  if not isinstance(source, Mapping):
+    path = pathlib.Path(source).expanduser()
+    found, what = read(path), str(path)
   if not isinstance(found, Bundle):
     return foreign.to_bundle(
       found, model, format, mean, std, num_classes, image_size, what
