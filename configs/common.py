@@ -42,7 +42,7 @@ def backbone(name: str, weights: str, origin: str = "") -> dict:
     # bfloat16: of training and attacks; parameters, pixels and the judge of
     # attacks keep float32.
     "dtype": "float32",
-    "attention": "",  # of a ViT: fused, by cuDNN; "": by XLA
+    "attention": "",  # of a ViT: fused, by cuDNN; "": the model's own
     "scan": False,  # whether equal blocks are one loop: compiles faster
     "remat": False,  # whether activations are computed twice: less memory
     # Whether full fine-tuning moves batch normalisation's running statistics.

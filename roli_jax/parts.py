@@ -161,8 +161,9 @@ class Parts:
   @property
   def half(self) -> str | None:
     """The precision of training and of attacks, if not the arrays' own."""
+    known = {"float32": None, "bfloat16": "bfloat16"}
     dtype = self.config["backbone"].get("dtype", "float32")
-    return None if dtype == "float32" else dtype
+    return specs.choose(known, dtype, "backbone.dtype")
 
   def like(self, stage: Stage) -> state.TrainState:
     """The shapes of the stage's state, on every device."""

@@ -205,6 +205,12 @@ def test_rolis_own_checkpoints_come_back_with_and_without_resize(state):
     assert back.keys() == source.keys()
 
 
+def test_a_file_that_normalises_otherwise_can_become_rolis(state):
+  bundle = load(WRAPPED["normalised"](state))
+  back = convert.to_state_dict(bundle, "roli")
+  assert back["0.mean"] == 0.25 and "1.head.last_layer.bias" in back
+
+
 # Of timm 1.0.31: positions of vit_tiny at 224 fitted to images of 160.
 def test_positions_are_resampled_as_timm_does():
   spec = golden.specs()["timm_vit_tiny_patch16_224"]

@@ -31,6 +31,8 @@ MISTAKES = {
   "data": ([GLYPHS, "--config.data.name=digit"], "digits"),
   "too few images": ([GLYPHS, "--config.data.train_size=7"], "train_size"),
   "weights": ([GLYPHS, "--config.backbone.weights=x.pth"], "robust, standard"),
+  "precision": ([GLYPHS, "--config.backbone.dtype=bf16"], "'bfloat16'"),
+  "attention": ([GLYPHS, "--config.backbone.attention=flash"], "fused, plain"),
   "unwritable": ([GLYPHS, "--workdir=/proc/nothing/run"], "workdir"),
   "evaluate what": (["--mode=evaluate"], "--workdir"),
   "no run": (["--mode=report", "--workdir=/tmp"], "config.json"),

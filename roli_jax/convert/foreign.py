@@ -106,18 +106,18 @@ def to_bundle(
     resampled=tuple(k for k, p in keys.items() if set(p) & set(resampled)),
     dropped=tuple(sorted(dropped)),
     ignored=tuple(sorted({*ignored, *file.extras})),
-    normalised_by=next(
-      said
-      for said, there in (
-        ("as given", mean is not None),
-        ("of the file", file.mean is not None),
-        (f"of the format {named}: check that they are the file's", True),
-      )
-      if there
-    ),
+    normalised_by=_normalised_by(mean, file, named),
   )
   stats = tree.get("stats", {})
   return Bundle(whole, params, stats, layout.name, file.extras, coverage)
+
+
+def _normalised_by(mean: Any, file: _File, format: str) -> str:
+  if mean is not None:
+    return "as given"
+  if file.mean is not None:
+    return "of the file"
+  return f"of the format {format}: check that they are the file's"
 
 
 def _tree(
@@ -175,7 +175,8 @@ def to_state_dict(bundle: Bundle, format: str) -> dict[str, np.ndarray]:
   if format != "roli":
     return state
   # A Sequential of resizing (or not), normalisation and the network.
-  first = next((k.split(".")[0] for k in bundle.extras), "0")
+  numbers = re.findall(r"\b(\d+)\.mean\b", " ".join(bundle.extras))
+  first = numbers[0] if numbers else "0"
   return {
     f"{first}.mean": np.array(bundle.model.mean, np.float32),
     f"{first}.std": np.array(bundle.model.std, np.float32),
