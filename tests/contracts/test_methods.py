@@ -32,7 +32,6 @@ def model():
     head=heads.linear(10),
     num_classes=10,
     image_size=8,
-    channels=1,
     mean=(0.5,),
     std=(0.5,),
   )
