@@ -6,6 +6,7 @@ resolved config, the position in the data, the results so far).
 """
 
 import math
+import os
 import pathlib
 import re
 from typing import Any
@@ -126,11 +127,12 @@ def _first_line(error: Exception) -> str:
 
 def find(root: pathlib.Path) -> list[pathlib.Path]:
   """The directories of stages at or below a directory, sorted."""
-  if not root.is_dir():
-    return []
-  steps = (p for p in root.rglob("*") if _STEP.fullmatch(p.name))
-  stages = {p.parent for p in steps if p.is_dir()}
-  return sorted(stages)
+  # Not rglob: it raises where a run that is writing has renamed a directory.
+  return sorted(
+    pathlib.Path(stage)
+    for stage, names, _ in os.walk(root)
+    if any(_STEP.fullmatch(name) for name in names)
+  )
 
 
 def step_of(path: pathlib.Path) -> int | None:

@@ -1,6 +1,8 @@
 """Checkpoints of a stage."""
 
 import pathlib
+import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -86,3 +88,22 @@ def test_stages_are_found_below_a_directory(tmp_path):
   assert checkpoint.find(tmp_path / "none") == []
   assert checkpoint.step_of(pathlib.Path("x/00000020")) == 20
   assert checkpoint.step_of(pathlib.Path("x/probe")) is None
+
+
+def test_stages_are_found_while_a_run_is_writing(tmp_path):
+  done = threading.Event()
+
+  def write_on():
+    while not done.is_set():
+      started = tmp_path / "a.tmp"
+      (started / "item" / "more").mkdir(parents=True)
+      shutil.rmtree(started.rename(tmp_path / "a"))
+
+  writer = threading.Thread(target=write_on)
+  writer.start()
+  try:
+    for _ in range(1000):
+      assert checkpoint.find(tmp_path) == []
+  finally:
+    done.set()
+    writer.join()
