@@ -66,6 +66,16 @@ def test_weights_that_are_not_finite_are_refused(bundle, tmp_path):
     convert.load(path)
 
 
+def test_statistics_that_are_not_finite_are_refused(tmp_path):
+  model = models.create("glyph_resnet", num_classes=3)
+  params, stats = model.init(keys.root(0))
+  stats["stem_norm"]["var"] = jnp.full(16, jnp.inf)
+  path = tmp_path / "x.safetensors"
+  convert.save(convert.Bundle(model, params, stats), path)
+  with pytest.raises(ValueError, match="stem_norm/var"):
+    convert.load(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a file of tensors"])
 def test_other_files_are_refused(content, tmp_path):
   path = tmp_path / "x.safetensors"

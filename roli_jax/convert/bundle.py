@@ -122,7 +122,8 @@ def check(bundle: Bundle, what: str) -> None:
   """Raises a ValueError unless the leaves are the model's, and finite."""
   expected = jax.eval_shape(bundle.model.init, jax.random.key(0))
   trees.check_same((bundle.params, bundle.stats), expected, what)
-  for name, leaf in trees.paths(bundle.params).items():
+  leaves = {**trees.paths(bundle.params), **trees.paths(bundle.stats)}
+  for name, leaf in leaves.items():
     if not np.isfinite(leaf).all():
       raise ValueError(f"{what}: {name} holds values that are not finite")
 

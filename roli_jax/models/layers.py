@@ -24,8 +24,8 @@ def attention(
 ) -> Float[Array, "*b n h c"]:
   """softmax(q k^T / sqrt(c) + bias) v, the softmax in float32 or wider.
 
-  Its gradient is written out: a third to a half less time than what JAX makes
-  of it on a CPU. It can be differentiated again.
+  Its gradient is written out, which takes less time than what JAX makes of it
+  on a CPU (docs/backbones.md). It can be differentiated again.
   """
   return _attend(q, k, v, bias)[0]
 
@@ -285,7 +285,7 @@ def _convolve_by_products(settings, x, kernel):
   """A product for each place of the kernel, or one for all of them.
 
   XLA's convolutions for CPUs are single-threaded inside loops, where attacks
-  are: this is 2 to 5 times as fast there (docs/backbones.md).
+  are: this is 2.5 to 5.5 times as fast there (docs/backbones.md).
   """
   seen_from = _seen(x, len(kernel), *settings)
   places = list(itertools.product(range(len(kernel)), repeat=2))
@@ -312,7 +312,7 @@ def _seen(x, size, stride=1, same=False):
 def _depthwise(x, kernel):
   """Each channel by itself, of stride 1.
 
-  XLA's for CPUs takes 13 to 30 times as long as the sum of shifted maps
+  XLA's for CPUs takes 10 to 30 times as long as the sum of shifted maps
   (docs/backbones.md), whose own gradient compiles for long.
   """
   whole = functools.partial(_convolve, (1, False))
