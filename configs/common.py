@@ -24,6 +24,68 @@ def parse_arg(text: str, **defaults: str) -> ConfigDict:
   return given
 
 
+def data(name: str, train_size: int, **changes) -> dict:
+  """A data set and how its images come to the model; see docs/data.md.
+
+  Args:
+    name: of the data set.
+    train_size: images to train on; 0: all there are.
+    **changes: to the fields below.
+  """
+  return {
+    "name": name,
+    "train_size": train_size,
+    "root": "",  # where it lies; "": data/NAME, or TFDS's own directory
+    "policy": "error",  # of bad files; skip: they are left out and counted
+    "num_workers": 0,  # processes that decode; 0: threads of this one
+    # Names with arguments, as resize:256. None: the data set's own.
+    "train_transforms": config_dict.placeholder(tuple),
+    "eval_transforms": config_dict.placeholder(tuple),
+    **changes,
+  }
+
+
+def methods() -> dict:
+  """How methods enter a backbone, those of RoLI's reference."""
+  return {
+    "lora": {"rank": 16, "alpha": 16.0, "dropout": 0.1},
+    "adapter": {"reduction": 8},
+    # deep: whether every block has prompts, or only the first.
+    "vpt": {"tokens": 10, "deep": True, "dropout": 0.1},
+  }
+
+
+# What roli_jax does, and what RoLI's reference code does: roli_jax/compat.py.
+COMPAT = {
+  "adapter_init": ("near_identity", "all_zero"),
+  "lora_init": ("standard", "both_zero"),
+  "lora_dropout_active": (False, False),
+  "frozen_encoder_eval": (True, True),
+  "pgd_best": ("sample", "batch"),
+  "adamw_eps_style": ("standard", "reference"),
+  "adamw_decay": ("config", "fixed_0.01"),
+  "zero_decay_means_sgd": (False, True),
+  "lr_granularity": ("step", "epoch"),
+  "warmup_starts_at_zero": (False, True),
+  "swin_prompt_order": ("fixed", "as_is"),
+  "droppath_rate": (0.0, 0.0),
+  "head_init": ("kaiming_fan_out", "kaiming_fan_out"),
+  "nan_policy": ("raise", "return"),
+}
+
+
+def compat(text: str, **changes) -> dict:
+  """The switches, all of them the reference's where the text is `true`.
+
+  Raises:
+    ValueError: it is neither `true` nor `false`.
+  """
+  values = {"false": 0, "true": 1}
+  which = choose(values, text, "value of compat")
+  chosen = {name: both[which] for name, both in COMPAT.items()}
+  return {**chosen, **changes}
+
+
 def backbone(name: str, weights: str, origin: str = "") -> dict:
   """A pretrained backbone and how it is computed.
 
@@ -55,11 +117,13 @@ def stage(num_steps: int, **changes) -> ConfigDict:
   """A stage of training, as `probe`, `adapt` or `pretrain`."""
   section = ConfigDict(
     {
-      "num_steps": num_steps,
+      "num_steps": num_steps,  # 0: `epochs` says
+      "epochs": 0,
       "batch_size": 64,
       # None: the rate chosen for the cell, in config.rates.
       "lr": config_dict.placeholder(float),
-      # Validated, and saved, every so many steps, at the start and the end.
+      # Validated, and saved, every so many steps (0: an epoch's), at the start
+      # and the end.
       "val_every": 20,
       "log_every": 5,
       "loss": {"name": "at", "beta": 6.0},  # beta: of trades

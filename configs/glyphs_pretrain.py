@@ -22,7 +22,7 @@ def get_config(text: str = "") -> ConfigDict:
     {
       "seed": 0,
       "cpu_devices": common.CPU_DEVICES,
-      "data": {"name": "letters", "train_size": 74_000},
+      "data": common.data("letters", 74_000),
       "backbone": common.backbone(arg.backbone, ""),
       "head_init": "small",
       "threat": {"norm": "linf", "eps": "0.1"},

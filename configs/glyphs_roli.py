@@ -6,8 +6,10 @@ Robust and standard backbones, pretrained on rendered letters, are fine-tuned
 adversarially on 200 of scikit-learn's handwritten digits (linf, eps 0.1).
 
 Arguments, after a colon:
-  table=default|controls|sizes|grid|full
-  method=linear|full|bias, init=roli|ranli|std: one cell, with config.seed
+  table=default|controls|sizes|methods|grid|methods_grid|full
+  method=linear|full|bias|lora|adapter|vpt, init=roli|ranli|std: one cell, with
+      config.seed
+  compat=true: as RoLI's reference code does it, defects included
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +17,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+PEFT_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of what trains few weights
 PROBE_RATES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 # (pattern, rate): a stage's rate is that of the first pattern that matches
@@ -39,6 +42,11 @@ LINEAR = {"method": "linear", "init": "roli"}
 RANLI = {"method": "full", "init": "ranli"}
 ROLI = {"method": "full", "init": "roli"}
 STD = {"method": "full", "init": "std"}
+PEFT = tuple(
+  {"method": method, "init": init}
+  for method in ("bias", "lora", "adapter", "vpt")
+  for init in ("ranli", "roli")
+)
 LONGER = {**RANLI, "probe_steps_added": True}
 CURVE = {"curve": True}
 # More tests of a cell's first seed: attack, norm, eps, and how many images.
@@ -76,13 +84,14 @@ SIZES = tuple(
   for head in ({}, {"head_init": "small"})
   for cell in _each(5, LINEAR, RANLI, ROLI, train_size=size, **head)
 )
-FULL = (*_default(**STANDARD), *CONTROLS, *SIZES)
+METHODS = _each(5, LINEAR, RANLI, ROLI, *PEFT)
+FULL = (*_default(**STANDARD), *CONTROLS, *SIZES, *METHODS)
 
 
-def _grid() -> tuple[dict, ...]:
-  """Every cell of the tables at every rate; probes have a grid of their own."""
+def _grid(table: tuple[dict, ...]) -> tuple[dict, ...]:
+  """Every cell of a table at every rate; probes have a grid of their own."""
   cells = []
-  for cell in FULL:
+  for cell in table:
     cell = {k: v for k, v in cell.items() if k not in ("curve", "tests")}
     if cell.get("train_size", 200) != 200:
       cell["seeds"] = 3  # it takes an hour as it is
@@ -90,7 +99,9 @@ def _grid() -> tuple[dict, ...]:
     edge = cell.get("weights") == "standard" or cell.get("train_size") == 1000
     if cell["init"] != "ranli":
       cells.append({**cell, "method": "linear", "rates": PROBE_RATES})
-    if cell["method"] != "linear":
+    if cell in _each(5, *PEFT):
+      cells.append({**cell, "rates": PEFT_RATES, "seeds": 3})
+    elif cell["method"] != "linear":
       cells.append({**cell, "rates": (*RATES, 3e-2) if edge else RATES})
   # Probes first: adaptations start from theirs, at its chosen rate.
   return tuple(sorted(cells, key=lambda cell: cell["method"] != "linear"))
@@ -100,24 +111,29 @@ TABLES = {
   "default": DEFAULT,
   "controls": CONTROLS,
   "sizes": SIZES,
-  "grid": _grid(),
+  "methods": METHODS,
+  "grid": _grid(FULL),
+  "methods_grid": _grid(METHODS),
   "full": FULL,
 }
 
 
 def get_config(text: str = "") -> ConfigDict:
   arg = common.parse_arg(
-    text, dataset="digits", backbone="glyph_vit", method="", init="", table=""
-  )
+    text, dataset="digits", backbone="glyph_vit", method="", init="", table="",
+    compat="false",
+  )  # fmt: skip
   config = ConfigDict(
     {
       # Of the subset, the head, the order and the noise. Seed k of a cell is
       # this one plus k.
       "seed": 0,
       "cpu_devices": common.CPU_DEVICES,
-      "data": {"name": arg.dataset, "train_size": 200},
+      "data": common.data(arg.dataset, 200),
       "backbone": common.backbone(arg.backbone, "robust"),
       "head_init": "kaiming_fan_out",
+      "peft": common.methods(),
+      "compat": common.compat(arg.compat),
       "threat": {"norm": "linf", "eps": "0.1"},
       "attack": common.pgd(7),
       "val_attack": common.pgd(10),
@@ -140,5 +156,5 @@ def get_config(text: str = "") -> ConfigDict:
     config.cells = ({**cell, **CURVE},)
   else:
     config.cells = common.choose(TABLES, arg.table or "default", "table")
-  config.test = arg.table != "grid"
+  config.test = arg.table not in ("grid", "methods_grid")
   return config

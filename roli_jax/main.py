@@ -8,6 +8,7 @@ Modes:
   evaluate  restores a checkpoint of the run in --workdir and adds the rows
             that are missing; needs no --config
   report    draws tables and figures from the rows of the run in --workdir
+  plan      what a run will do and cost, without data or weights: plan.json
   convert   reads weights from elsewhere, or writes ours for elsewhere, with
             --config=configs/convert.py --config.source= --config.output=
   bench     measures speed, with --config=configs/bench.py
@@ -32,7 +33,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-MODES = ("train", "evaluate", "report", "convert", "bench")
+MODES = ("train", "evaluate", "report", "plan", "convert", "bench")
 
 _MOST_LINES = 6
 _SHORT = re.compile(r"(--?config\.)(attack|val_attack|eval_attack)=(.*)")
@@ -205,10 +206,15 @@ def _run(argv: list[str]) -> None:
       from roli_jax import report
 
       report.show(report.write(path))
-    elif mode == "convert":
-      from roli_jax import convert, report
+    elif mode == "plan":
+      from roli_jax import plan, report
 
-      file, facts = convert.run(config)
+      report.show(plan.tables(plan.run(config, path)))
+      print(f"Written to {path / 'plan.json'}.")
+    elif mode == "convert":
+      from roli_jax import exchange, report
+
+      file, facts = exchange.run(config)
       report.show([report.Table(str(file), ("", "how much", "which"), facts)])
     else:
       from roli_jax import bench

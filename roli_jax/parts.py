@@ -14,6 +14,7 @@ import optax
 
 from roli_jax import (
   attacks,
+  compat,
   convert,
   data,
   keys,
@@ -59,7 +60,8 @@ class Parts:
     config: any nested mapping with the fields of `configs/glyphs_roli.py`.
     mesh: of all devices.
     threat: of training and, unless another radius is asked for, of tests.
-    data: the three splits of the data set.
+    data: the three splits of the data set, each read when first asked for.
+    compat: the switches of `compat.SWITCHES`.
     diagnoses: whether an ensemble of attacks comes with a diagnosis.
   """
 
@@ -70,9 +72,8 @@ class Parts:
     self.threat = ThreatModel(
       config["threat"]["norm"], eps=specs.number(config["threat"]["eps"])
     )
-    self.data = {
-      split: data.build(config["data"]["name"], split) for split in data.SPLITS
-    }
+    self.data = _Splits(config["data"])
+    self.compat = compat.switches(config)
     self._bundle = functools.cache(self._load)
     self._init = functools.cache(lambda model: jax.jit(model.init))
     self._program = functools.cache(self._make_program)
@@ -81,7 +82,7 @@ class Parts:
     """Raises the ValueError that a run of these stages would end in."""
     for kind in ("attack", "val_attack", "eval_attack"):
       self.attack(kind)
-    have = self.data["train"].images.shape[-1]
+    have = self.shape[-1]
     for stage in stages:
       want = self.model(stage).channels
       if have != want:
@@ -91,6 +92,16 @@ class Parts:
         )
       self.program(stage)
       self.train_data(stage)
+
+  @property
+  def num_classes(self) -> int:
+    """Of the data set."""
+    return self.data["train"].num_classes
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """(h, w, c) of an image as it is attacked."""
+    return self.data["train"].shape
 
   def attack(
     self,
@@ -115,6 +126,9 @@ class Parts:
       return attacks.build(name, threat)
     fields = specs.taken(attacks.ATTACKS, self.config[kind], "attack")
     given = {k: v for k, v in fields.items() if v is not None}
+    keep = self.compat["pgd_best"]
+    if given["name"] == "pgd" and keep != compat.SWITCHES["pgd_best"][0]:
+      given["keep"] = keep
     return attacks.build(given.pop("name"), threat, **given)
 
   def train_data(self, stage: Stage) -> data.Source:
@@ -127,17 +141,47 @@ class Parts:
     It computes in full precision; see `half`.
     """
     backbone = self.config["backbone"]
-    classes = self.data["train"].num_classes
+    classes = self.num_classes
     if stage.name == "pretrain":
       model = models.create(backbone["name"], classes)
     else:
-      model = convert.with_classes(self._bundle(stage.weights).model, classes)
+      model = convert.with_classes(self.pretrained(stage.weights), classes)
     options = ("attention", "scan", "remat", "updates_stats")
     # The defaults are those of every backbone.
     chosen = {
       k: v for k in options if (v := backbone.get(k)) not in ("", False)
     }
-    return models.with_options(model, **chosen)
+    model = models.with_options(model, **chosen)
+    method = self.method(stage)
+    if method.train_mode and self.compat["droppath_rate"]:
+      rate = self.compat["droppath_rate"]
+      model = models.with_options(model, drop_path=rate)
+    return method.enter(model)
+
+  def pretrained(self, weights: str) -> models.Model:
+    """The model that weights are of."""
+    return self._bundle(weights).model
+
+  def method(self, stage: Stage) -> peft.Method:
+    """The stage's method."""
+    method = specs.build(peft.METHODS, self.method_spec(stage), "method")
+    if not self.compat["frozen_encoder_eval"] and stage.method != "vpt":
+      method = dataclasses.replace(method, train_mode=True)
+    return method
+
+  def method_spec(self, stage: Stage) -> dict[str, Any]:
+    """What makes it, as `config.peft` and the switches say."""
+    switches = self.compat
+    spec = dict(self.config.get("peft", {}).get(stage.method, {}))
+    if stage.method == "lora":
+      spec["init"] = switches["lora_init"]
+      if not switches["lora_dropout_active"]:
+        spec["dropout"] = 0.0
+    elif stage.method == "adapter":
+      spec["init"] = switches["adapter_init"]
+    elif stage.method == "vpt":
+      spec["order"] = switches["swin_prompt_order"]
+    return {"name": stage.method, **spec}
 
   def initial(self, stage: Stage) -> Variables:
     """The pretrained backbone under a random head, or all of it random."""
@@ -155,8 +199,9 @@ class Parts:
   def program(self, stage: Stage) -> Program:
     """The compiled step of the stage's kind, with what belongs to it."""
     return self._program(
-      stage.name, stage.method, stage.loss, stage.num_steps, self.model(stage)
-    )
+      stage.name, self.method(stage), stage.loss, stage.num_steps,
+      stage.epoch_steps, self.model(stage),
+    )  # fmt: skip
 
   @property
   def half(self) -> str | None:
@@ -183,25 +228,49 @@ class Parts:
     return convert.load(
       file,
       model=backbone["name"],
-      num_classes=self.data["train"].num_classes,
+      num_classes=self.num_classes,
       image_size=backbone.get("image_size") or None,
     )
 
-  def _make_program(self, name, method_name, loss, num_steps, model):
+  def schedule(self, stage: Stage) -> schedules.Schedule:
+    """The learning rate by step, as a share of its peak."""
+    return self._schedule(stage.name, stage.num_steps, stage.epoch_steps)
+
+  def _schedule(self, name, num_steps, epoch_steps):
+    by_epoch = self.compat["lr_granularity"] == "epoch"
+    return schedules.warmup(
+      num_steps,
+      **self.config[name]["schedule"],
+      every=epoch_steps if by_epoch else 1,
+      starts_at_zero=self.compat["warmup_starts_at_zero"],
+    )
+
+  def optimizer(self, name: str) -> dict[str, Any]:
+    """What `optim.build` takes, of the section of that name."""
+    spec = dict(self.config[name]["optim"])
+    if not spec["weight_decay"] and self.compat["zero_decay_means_sgd"]:
+      return {**spec, "name": "sgd", "momentum": 0.9}
+    if spec["name"] == "adamw":
+      if self.compat["adamw_decay"] == "fixed_0.01":
+        spec["weight_decay"] = 0.01
+      if self.compat["adamw_eps_style"] == "reference":
+        spec |= {"eps_style": "reference", "eps": 1e-6}
+    return spec
+
+  def _make_program(self, name, method, loss, num_steps, epoch_steps, model):
     section = self.config[name]
-    method = specs.choose(peft.METHODS, method_name, "method")
     spec = {**section["loss"], "name": loss}
     spec = specs.taken(losses.OBJECTIVES, spec, "loss")
     objective = specs.build(losses.OBJECTIVES, spec, "loss")
     attack: Any = self.attack("attack")
     if objective.surrogate == "kl":
       attack = dataclasses.replace(attack, loss="kl")
-    _check_section(name, section, objective, self.mesh)
+    _check_section(name, section, num_steps, objective, self.mesh)
     params, _ = jax.eval_shape(model.init, keys.root(0))
     tx = optim.build(
-      section["optim"],
+      self.optimizer(name),
       method.labels(params),
-      schedules.warmup(num_steps, **section["schedule"]),
+      self._schedule(name, num_steps, epoch_steps),
     )
     train_step = step.make_train_step(
       models.with_options(model, dtype=self.half),
@@ -222,10 +291,26 @@ class Parts:
     return Program(method, objective, tx, jitted)
 
 
-def _check_section(name, section, objective, mesh):
-  for field in ("num_steps", "val_every", "log_every"):
-    if section[field] < 1:
-      raise ValueError(f"{name}.{field} must be >= 1, got {section[field]}")
+class _Splits(dict[str, data.Source]):
+  """The splits of a data set, each read when first asked for."""
+
+  def __init__(self, spec: Mapping[str, Any]):
+    super().__init__()
+    self._spec = spec
+
+  def __missing__(self, split: str) -> data.Source:
+    self[split] = data.build(self._spec, split)
+    return self[split]
+
+
+def _check_section(name, section, num_steps, objective, mesh):
+  if num_steps < 1:
+    raise ValueError(f"{name} needs num_steps or epochs of at least 1")
+  if section["val_every"] < 0 or section["log_every"] < 1:
+    raise ValueError(
+      f"{name}.val_every must be >= 0 and {name}.log_every >= 1, got"
+      f" {section['val_every']} and {section['log_every']}"
+    )
   sharding.check_batch(section["batch_size"], mesh)
   if objective.adversarial == 0.5 and section["batch_size"] % (2 * mesh.size):
     raise ValueError(

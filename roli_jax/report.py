@@ -317,6 +317,43 @@ def kept(path: pathlib.Path) -> list[Row]:
   return [json.loads(file.read_text()) for file in files]
 
 
+def facts(path: pathlib.Path) -> list[Table]:
+  """What a run trains, and on what: of `facts.json`, where it is."""
+  file = path / "facts.json"
+  if not file.is_file():
+    return []
+  known = json.loads(file.read_text())
+  sizes = [
+    (method, f"{trained:,}", f"{total - trained:,}",
+     f"{100 * trained / total:.3g}")
+    for method, (trained, total) in known["parameters"].items()
+  ]  # fmt: skip
+  title = f"Parameters of {known['backbone']} and its head"
+  header = ("method", "trained", "frozen", "percent trained")
+  return [Table(title, header, sizes), *_manifest(known)]
+
+
+def _manifest(known: Row) -> list[Table]:
+  """Images by class and split, of data sets of files."""
+  if not known["in_files"]:
+    return []
+  counts: dict[str, dict[str, int]] = {}
+  for split, name, count in known["manifest"]:
+    counts.setdefault(name, {})[split] = count
+  splits = list(known["skipped"])
+  lines = [
+    (name, *(str(of.get(split, 0)) for split in splits))
+    for name, of in counts.items()
+  ]
+  for what, of in (
+    ("all", {s: sum(c.get(s, 0) for c in counts.values()) for s in splits}),
+    ("skipped", known["skipped"]),
+  ):
+    lines.append((what, *(str(of[split]) for split in splits)))
+  note = " ".join(known["notes"])
+  return [Table("Images by class", ("class", *splits), lines, note)]
+
+
 def grid(rows: Sequence[Row]) -> Table:
   """Validation accuracy at each learning rate, where there are several."""
   vals = record.where(rows, split="val")
@@ -442,7 +479,7 @@ def write(path: pathlib.Path) -> list[Table]:
   if not rows:
     raise ValueError(f"there are no rows in {path / 'results.jsonl'}")
   evaluated = kept(path)
-  made = [*tables(rows), *evaluations(evaluated)]
+  made = [*tables(rows), *evaluations(evaluated), *facts(path)]
   figures = plots.write(
     rows,
     record.read(path / "training.jsonl"),

@@ -20,6 +20,7 @@ from roli_jax import (
   record,
   specs,
   step,
+  trees,
   workdir,
 )
 from roli_jax.parts import Parts, Variables
@@ -63,7 +64,7 @@ def measure(
   few = slice(0, test.num_images or None)
   return evaluate.run(
     step.make_predict(model),
-    source.pixels()[few],
+    source.pixels(few),
     source.labels[few],
     test.attack,
     params=variables,
@@ -275,6 +276,27 @@ def _add(results, about, values, n, seconds):
   for row, value in zip(about, values, strict=True):
     said = {"run": results.path.parent.name, "n": n, "seconds": seconds}
     results.add({**row, **said, "value": value})
+
+
+def write_facts(
+  parts: Parts, stages: Iterable[Stage], path: pathlib.Path
+) -> None:
+  """What a report says of methods and data, to `facts.json`."""
+  sizes = {}
+  for stage in stages:
+    like = parts.like(stage).params
+    trained, _ = trees.split(like, parts.method(stage).trains(like))
+    sizes[stage.method] = (trees.size(trained), trees.size(like))
+  splits = {split: parts.data[split] for split in data.SPLITS}
+  facts = {
+    "backbone": parts.config["backbone"]["name"],
+    "in_files": parts.config["data"]["name"] in data.IN_FILES,
+    "parameters": sizes,
+    "skipped": {split: source.skipped for split, source in splits.items()},
+    "notes": [note for s in splits.values() for note in s.notes],
+    "manifest": [line for s in splits.values() for line in s.manifest()],
+  }
+  workdir.write_json(path / "facts.json", facts)
 
 
 def selected_by(stage: Stage) -> str:

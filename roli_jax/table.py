@@ -1,9 +1,12 @@
 """From a config to the training stages of its table, each of them once."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from roli_jax import compat
 
 INITS = ("ranli", "roli", "std")
 
@@ -30,6 +33,7 @@ class Stage:
     train_size: number of training images.
     seed: of the subset, the head, the order and the attacks' noise.
     num_steps: of this stage.
+    epoch_steps: those that see every training image once.
     lr: peak learning rate.
     loss: the objective, a name in `losses.OBJECTIVES`.
     start: the stage whose best parameters this one starts from; None starts
@@ -46,6 +50,7 @@ class Stage:
   train_size: int
   seed: int
   num_steps: int
+  epoch_steps: int
   lr: float
   loss: str
   start: "Stage | None" = None
@@ -77,14 +82,21 @@ def _cell(about: Mapping[str, Any]) -> str:
   return "-".join(parts)
 
 
-def expand(config: Mapping[str, Any]) -> list[Stage]:
+def expand(config: Mapping[str, Any], num_train: int = 0) -> list[Stage]:
   """All stages of the config's cells, each after the one it starts from.
+
+  Args:
+    config: with `cells`, the stages' sections, and what cells don't say.
+    num_train: what a `train_size` of 0 stands for, all training images.
 
   Raises:
     ValueError: a cell with unknown words, or a learning rate that nothing
       says.
   """
   stages: dict[Stage, None] = {}  # an ordered set
+  data = config["data"]
+  size = data["train_size"] or num_train
+  config = {**config, "data": {**data, "train_size": size}}
   for cell in config["cells"]:
     unknown = sorted(cell.keys() - set(_CELL_KEYS))
     if unknown:
@@ -128,10 +140,17 @@ def _tests(given) -> tuple[tuple[str, str, str, int], ...]:
   return tuple((attack, norm, eps, count) for attack, norm, eps, count in given)
 
 
+def head_init(config: Mapping[str, Any]) -> str:
+  """The random head's start; a compat switch that is set goes before."""
+  switch = compat.switches(config)["head_init"]
+  is_default = switch == compat.SWITCHES["head_init"][0]
+  return config["head_init"] if is_default else switch
+
+
 def _about(config, cell, seed, **fields):
   return {
     "weights": cell.get("weights", config["backbone"]["weights"]),
-    "head_init": cell.get("head_init", config["head_init"]),
+    "head_init": cell.get("head_init", head_init(config)),
     "train_size": cell.get("train_size", config["data"]["train_size"]),
     "seed": seed,
     **fields,
@@ -141,9 +160,9 @@ def _about(config, cell, seed, **fields):
 def _at_rates(config, name, about, cell) -> Iterator[Stage]:
   """The stage at the cell's own rates, or at the one that the config chose."""
   section = config[name]
-  num_steps = section["num_steps"]
+  epoch_steps, num_steps = _lengths(section, about["train_size"])
   if cell.get("probe_steps_added"):
-    num_steps += config["probe"]["num_steps"]
+    num_steps += _lengths(config["probe"], about["train_size"])[1]
   loss = cell.get("loss", section["loss"]["name"])
   rates = cell.get("rates") or (
     section["lr"] or _chosen(config["rates"], name, about, num_steps),
@@ -152,8 +171,20 @@ def _at_rates(config, name, about, cell) -> Iterator[Stage]:
     if not lr > 0:
       raise ValueError(f"learning rates must be > 0, got {lr}")
     yield Stage(
-      name=name, num_steps=num_steps, lr=lr, **{"loss": loss, **about}
+      name=name,
+      num_steps=num_steps,
+      epoch_steps=epoch_steps,
+      lr=lr,
+      **{"loss": loss, **about},
     )
+
+
+def _lengths(section, train_size) -> tuple[int, int]:
+  """Steps of an epoch, the last batch a whole one, and of the stage."""
+  if section["batch_size"] < 1:
+    raise ValueError(f"batch_size must be >= 1, got {section['batch_size']}")
+  epoch = math.ceil(train_size / section["batch_size"])
+  return epoch, section["num_steps"] or section.get("epochs", 0) * epoch
 
 
 def _chosen(rates, name, about, num_steps) -> float:

@@ -8,7 +8,9 @@ same command goes on where a killed one stopped, to the same numbers.
 """
 
 import dataclasses
+import json
 import pathlib
+import shutil
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -24,10 +26,13 @@ from roli_jax import (
   keys,
   models,
   optim,
+  peft,
   progress,
   record,
+  report,
   score,
   sharding,
+  specs,
   state,
   table,
   workdir,
@@ -42,6 +47,15 @@ LOG_FIELDS = (
 )  # fmt: skip
 
 LOG_SAID = frozenset({"value", "n"})
+
+# Of a config, what a linear probe doesn't depend on.
+_BESIDE_A_PROBE = frozenset({
+    "cells", "adapt", "rates", "seed", "peft", "eval_attack", "curve", "test",
+    "checkpoint", "radii", "num_images", "save_adv", "checks",
+})  # fmt: skip
+_SWITCHES_BESIDE_A_PROBE = frozenset({
+    "adapter_init", "lora_init", "lora_dropout_active", "swin_prompt_order",
+})  # fmt: skip
 
 
 def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
@@ -58,17 +72,24 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
     ValueError: a user's mistake, found before anything is computed or
       written; or a loss that is not finite.
   """
-  stages = table.expand(config)
   parts = Parts(config)
+  stages = table.expand(config, len(parts.data["train"]))
   parts.check(stages)
   for warning in workdir.claim(path, config):
     logging.warning("%s", warning)
   results = record.Record(path / "results.jsonl")
   log = record.Record(path / "training.jsonl", LOG_FIELDS, LOG_SAID)
+  score.write_facts(parts, stages, path)
+  if parts.config["data"]["name"] in data.IN_FILES:
+    report.show(report.facts(path))
   with progress.bar("stages", len(stages)) as update:
     for stage in stages:
       if not score.is_done(parts, stage, results):
+        if stage.name == "probe":
+          _adopt_probe(parts, stage, path)
         meta = Trainer(parts, stage, path, log).train()
+        if meta is None:
+          return results.rows
         score.add_validation(parts, stage, results, meta)
         score.add_tests(
           parts,
@@ -103,8 +124,8 @@ def evaluate(
   Raises:
     ValueError: no such checkpoint, or more than one; data of other classes.
   """
-  directory, step = _chosen(config, path)
   parts = Parts(config, diagnoses=config["checks"])
+  directory, step = _chosen(parts, path)
   parts.check(())
   with checkpoint.manager(directory, reading=True) as checkpoints:
     best_step = checkpoints.best_step()
@@ -115,7 +136,8 @@ def evaluate(
       )
     meta = checkpoint.restore_meta(checkpoints, best_step)
     stage = Stage(**{**meta["stage"], "start": None, "tests": ()})
-    model = models.described(meta["model"])
+    method = specs.build(peft.METHODS, meta["method"], "method")
+    model = method.enter(models.described(meta["model"]))
     classes = parts.data["test"].num_classes
     if model.num_classes != classes:
       raise ValueError(
@@ -133,8 +155,9 @@ def evaluate(
   )  # fmt: skip
 
 
-def _chosen(config, path):
+def _chosen(parts, path):
   """The directory of the stage that config.checkpoint means, and the step."""
+  config = parts.config
   root = path.absolute() / "checkpoints"
   if config["checkpoint"]:
     asked = root / config["checkpoint"]
@@ -144,7 +167,7 @@ def _chosen(config, path):
       found = []
   else:
     asked, step = root, None
-    stages = table.expand(config)
+    stages = table.expand(config, len(parts.data["train"]))
     starts = {stage.start for stage in stages}
     last = [_directory(path, stage) for stage in stages if stage not in starts]
     found = last if len(last) == 1 else checkpoint.find(root)
@@ -173,6 +196,40 @@ def best(parts: Parts, stage: Stage, path: pathlib.Path) -> Variables:
 
 def _directory(path, stage):
   return path / "checkpoints" / stage.directory
+
+
+def _adopt_probe(parts, stage, path):
+  """Copies the probe from a run beside this one that has trained the same."""
+  directory = _directory(path, stage)
+  if directory.exists():
+    return
+  mine = json.loads(json.dumps(dataclasses.asdict(stage)))
+  for other in sorted(path.absolute().parent.glob("*/config.json")):
+    theirs = _directory(other.parent, stage)
+    if other.parent.name == path.name or not theirs.is_dir():
+      continue
+    with checkpoint.manager(theirs, reading=True) as checkpoints:
+      if checkpoints.latest_step() != stage.num_steps:
+        continue
+      meta = checkpoint.restore_meta(checkpoints, stage.num_steps)
+    same = _of_a_probe(meta["config"]) == _of_a_probe(parts.config)
+    if same and meta["stage"] == mine:
+      logging.info("the probe of %s is taken from %s", stage.cell, other.parent)
+      partial = directory.with_name(directory.name + ".partial")
+      shutil.rmtree(partial, ignore_errors=True)
+      shutil.copytree(theirs, partial)
+      partial.rename(directory)
+      return
+
+
+def _of_a_probe(config):
+  """What a probe depends on."""
+  config = json.loads(json.dumps(config))
+  switches = config.get("compat", {})
+  config["compat"] = {
+    k: v for k, v in switches.items() if k not in _SWITCHES_BESIDE_A_PROBE
+  }
+  return {k: v for k, v in config.items() if k not in _BESIDE_A_PROBE}
 
 
 def _keep_weights(parts, stage, path):
@@ -210,11 +267,12 @@ class Trainer:
     self.program = parts.program(stage)
     self.directory = _directory(path, stage)
 
-  def train(self) -> dict[str, Any]:
+  def train(self) -> dict[str, Any] | None:
     """Trains from where the stage stopped, if it did, to its end.
 
     Returns:
-      What the last checkpoint says: the validations so far, the seconds.
+      What the last checkpoint says: the validations so far, the seconds. None
+      if the loss was not finite and the config says that this ends the run.
     """
     with checkpoint.manager(self.directory) as checkpoints:
       now, key, meta = self._begin(checkpoints)
@@ -224,6 +282,7 @@ class Trainer:
         self.section["batch_size"],
         self.stage.seed,
         start=done,
+        num_workers=self.parts.config["data"].get("num_workers", 0),
       )
       started = time.perf_counter() - meta["seconds"]
       counts: list[Counts] = []  # of the steps since the last row of the log
@@ -247,13 +306,18 @@ class Trainer:
           # Waits for the step: simulated devices starve if steps queue up.
           count = jax.device_get(count)
           if not np.isfinite(count.loss):
-            raise ValueError(self._not_finite(done, batch, checkpoints))
+            said = self._not_finite(done, batch, checkpoints)
+            if self.parts.compat["nan_policy"] == "raise":
+              raise ValueError(said)
+            logging.warning("%s\nand so the run ends (nan_policy)", said)
+            return None
           counts.append(count)
           done += 1
           update(1, _said(count, time.perf_counter() - before))
 
   def _is_due(self, done, every):
-    return done % self.section[every] == 0 or done == self.stage.num_steps
+    steps = self.section[every] or self.stage.epoch_steps
+    return done % steps == 0 or done == self.stage.num_steps
 
   def _begin(self, checkpoints):
     """The state to go on from, its key, and what was known at its saving."""
@@ -272,11 +336,7 @@ class Trainer:
         step=step, params=params, stats=stats, opt_state=opt_state
       )
       return now, key, checkpoint.restore_meta(checkpoints, last)
-    if self.stage.start:
-      variables = best(self.parts, self.stage.start, self.path)
-    else:
-      variables = self.parts.initial(self.stage)
-    params, stats = variables
+    params, stats = self._start()
     trains = self.program.method.trains(params)
     now = state.create(params, stats, trains, self.program.tx)
     now = dataclasses.replace(
@@ -284,6 +344,16 @@ class Trainer:
     )
     now, key = sharding.replicate((now, key), self.parts.mesh)
     return now, key, {"step": None, "history": [], "seconds": 0.0}
+
+  def _start(self) -> Variables:
+    """What the stage starts from: the probe's best, under a new method."""
+    if not self.stage.start:
+      return self.parts.initial(self.stage)
+    params, stats = best(self.parts, self.stage.start, self.path)
+    if self.parts.like(self.stage).params.peft:
+      added = self.parts.initial(self.stage)[0].peft
+      params = dataclasses.replace(params, peft=added)
+    return params, stats
 
   def _validate(self, now, meta, started):
     """What is known at this step: its validation joins the history."""
@@ -316,6 +386,8 @@ class Trainer:
       "stage": dataclasses.asdict(self.stage),
       "config": self.parts.config,
       "model": models.describe(model),
+      "method": self.parts.method_spec(self.stage),
+      "adds": bool(jax.tree.leaves(now.params.peft)),
       "images_seen": meta["step"] * self.section["batch_size"],
     }
     checkpoint.save(

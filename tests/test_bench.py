@@ -36,9 +36,9 @@ def test_a_steps_count_is_of_its_passes():
   """About: 7 x (2 forwards) + 1 + the update, which a probe's is little of."""
   model = models.create("glyph_vit", 10)
   batch = suites._batch(model, 8)
-  _, now = suites._training(model, peft.LINEAR)
-  linear = suites._counted(model, peft.LINEAR, now, batch)
-  full = suites._counted(model, peft.FULL, now, batch)
+  _, now = suites._training(model, peft.linear())
+  linear = suites._counted(model, peft.linear(), now, batch)
+  full = suites._counted(model, peft.full(), now, batch)
   forward = 8 * 2 * 16 * 200_000  # images x 2 FLOPs x tokens x weights
   assert 15 * forward < linear < full < 22 * forward
 

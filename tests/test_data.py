@@ -1,12 +1,17 @@
 """The embedded data, and batches of any data."""
 
 import itertools
+import multiprocessing
+import os
+import signal
 
+import jax
 import numpy as np
 import pytest
 
 from roli_jax import data
 from roli_jax.data import glyphs
+from tests import pictures
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,11 @@ def test_a_seed_draws_a_stratified_subset(digits, size):
     assert set(a.indices) != set(b.indices)
 
 
-@pytest.mark.parametrize("size", [0, 9, 1001])
+def test_size_zero_is_all(digits):
+  assert digits["train"].subset(0, 0) is digits["train"]
+
+
+@pytest.mark.parametrize("size", [-1, 9, 995, 1001])
 def test_subsets_that_can_not_be_are_refused(digits, size):
   with pytest.raises(ValueError, match="train_size"):
     digits["train"].subset(size, 0)
@@ -85,8 +94,8 @@ def test_letters_look_like_digits_to_a_histogram(digits):
   assert ink.min() > 0.02 and ink.max() < 0.95
 
 
-def batches(source, seed=0, start=0, count=8, batch_size=64):
-  stream = data.train_batches(source, batch_size, seed, start)
+def batches(source, seed=0, start=0, count=8, batch_size=64, workers=0):
+  stream = data.train_batches(source, batch_size, seed, start, workers)
   return list(itertools.islice(stream, count))
 
 
@@ -94,9 +103,7 @@ def test_batches_go_on_from_any_step(digits):
   source = digits["train"].subset(200, 0)
   whole = batches(source)
   rest = batches(source, start=5, count=3)
-  for a, b in zip(whole[5:], rest, strict=True):
-    for key in ("image", "label", "index"):
-      np.testing.assert_array_equal(a[key], b[key])
+  equal(whole[5:], rest)
 
 
 def test_every_epoch_is_a_permutation_of_its_own(digits):
@@ -116,20 +123,175 @@ def test_a_set_smaller_than_a_batch_fills_it(digits):
   assert batch["image"].dtype == np.uint8
 
 
-def test_processes_share_a_batch(digits, monkeypatch):
-  import jax
+def by_element(source, batch_size, seed, start):
+  """The pipeline as it first was, an element at a time: its order stands."""
+  import grain
 
+  elements = [
+    {"image": source.images[i], "label": source.labels[i],
+     "index": source.indices[i]} for i in range(len(source))
+  ]  # fmt: skip
+  dataset = grain.MapDataset.source(elements).shuffle(seed=seed).repeat(None)
+  return iter(dataset.batch(batch_size)[start:].to_iter_dataset())
+
+
+def equal(batches, others):
+  for a, b in zip(batches, others, strict=True):
+    for key in ("image", "label", "index"):
+      assert a[key].dtype == b[key].dtype
+      np.testing.assert_array_equal(a[key], b[key])
+
+
+@pytest.mark.parametrize("start, seed", [(0, 0), (37, 3)])
+def test_the_order_of_digits_is_as_it_always_was(digits, start, seed):
   source = digits["train"].subset(200, 0)
-  whole = batches(source)
+  before = itertools.islice(by_element(source, 64, seed, start), 8)
+  equal(batches(source, seed, start), before)
+
+
+def split_in_two(monkeypatch, *args, **kwargs):
+  """The batches that each of two processes gets."""
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  parts = []
   for process in range(2):
     monkeypatch.setattr(jax, "process_index", lambda p=process: p)
-    parts.append(batches(source))
-  for batch, a, b in zip(whole, *parts, strict=True):
-    both = np.concatenate([a["index"], b["index"]])
-    assert len(a["index"]) == 32
-    np.testing.assert_array_equal(np.sort(both), np.sort(batch["index"]))
+    yield batches(*args, **kwargs)
+
+
+def interleaved(parts):
+  """Global batches, from those of two processes."""
+  for a, b in zip(*parts, strict=True):
+    yield {k: np.stack([a[k], b[k]], 1).reshape(-1, *a[k].shape[1:]) for k in a}
+
+
+def test_processes_share_a_batch(digits, monkeypatch):
+  source = digits["train"].subset(200, 0)
+  whole = batches(source)
+  equal(whole, interleaved(split_in_two(monkeypatch, source)))
+
+
+AUGMENTED = {
+  "train_transforms": ("resize:16", "random_crop:12", "flip"),
+  "eval_transforms": ("resize:16", "center_crop:12"),
+}
+
+
+@pytest.fixture(scope="module", params=["files", "memory"])
+def augmented(request, tmp_path_factory):
+  """Ten images in files, or digits, cropped and flipped by chance."""
+  if request.param == "memory":
+    return data.build({"name": "digits", **AUGMENTED}, "train").take(
+      np.arange(10)
+    )
+  root = pictures.tree(tmp_path_factory.mktemp("tree"), train=5, val=1, test=1)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XDG_CACHE_HOME", str(root / ".cache"))
+    return data.build({"name": "folder", "root": str(root), **AUGMENTED},
+                      "train")  # fmt: skip
+
+
+def test_the_same_step_is_the_same_augmented_batch(augmented):
+  whole = batches(augmented, batch_size=4)
+  equal(whole, batches(augmented, batch_size=4))
+  equal(whole[5:], batches(augmented, batch_size=4, start=5, count=3))
+
+
+def test_each_epoch_augments_anew(augmented):
+  epochs = batches(augmented, batch_size=10, count=6)
+  views = {
+    batch["image"][batch["index"] == augmented.indices[0]].tobytes()
+    for batch in epochs
+  }
+  assert len(views) >= 4
+
+
+def test_another_seed_augments_otherwise(augmented):
+  a, b = (
+    batches(augmented, seed=seed, batch_size=10, count=1)[0] for seed in (0, 1)
+  )
+  rows = [np.argsort(batch["index"]) for batch in (a, b)]
+  assert (a["image"][rows[0]] != b["image"][rows[1]]).any()
+
+
+def test_processes_share_an_augmented_batch(augmented, monkeypatch):
+  whole = batches(augmented, batch_size=4)
+  parts = split_in_two(monkeypatch, augmented, batch_size=4)
+  equal(whole, interleaved(parts))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(augmented, workers):
+  whole = batches(augmented, batch_size=4)
+  equal(whole, batches(augmented, batch_size=4, workers=workers))
+  late = batches(augmented, batch_size=4, start=5, count=3, workers=workers)
+  equal(whole[5:], late)
+
+
+def children():
+  return {child.pid for child in multiprocessing.active_children()}
+
+
+def test_workers_end_with_their_iterator(augmented):
+  before = children()
+  stream = data.train_batches(augmented, 4, 0, num_workers=1)
+  next(stream)
+  assert len(children() - before) == 1
+  stream.close()
+  assert children() == before
+
+
+def test_a_worker_that_dies_is_an_error(augmented):
+  before = children()
+  stream = data.train_batches(augmented, 4, 0, num_workers=1)
+  next(stream)
+  (worker,) = children() - before
+  os.kill(worker, signal.SIGKILL)
+  with pytest.raises(RuntimeError, match="terminated unexpectedly"):
+    list(itertools.islice(stream, 100))
+  assert children() == before
+
+
+def test_what_a_worker_can_not_read_is_named(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
+  pictures.tree(tmp_path, train=2, val=1, test=1)
+  spec = {"name": "folder", "root": str(tmp_path), **AUGMENTED}
+  source = data.build(spec, "train")
+  os.unlink(source.images[0])
+  with pytest.raises(ValueError, match=r"0\.jpg was a sound image"):
+    batches(source, batch_size=4, workers=1)
+
+
+def test_nothing_can_not_be_batched(digits):
+  with pytest.raises(ValueError, match="no training images"):
+    data.train_batches(digits["train"].take(np.arange(0)), 4, 0)
+
+
+@pytest.mark.parametrize("name", ["digits", "letters"])
+def test_the_facts_of_embedded_data_are_true(name):
+  facts = data.FACTS[name]
+  for split in ("val", "test"):
+    source = data.build(name, split)
+    assert len(source) == getattr(facts, split)
+    assert source.num_classes == facts.num_classes
+    assert source.shape == facts.shape
+  sizes = glyphs.DIGIT_SIZES if name == "digits" else glyphs.LETTER_SIZES
+  assert facts.train == sizes["train"]
+
+
+def test_every_data_set_but_a_folder_is_known_before_it_is_read():
+  assert {*data.FACTS, "folder"} == {*data.IN_MEMORY, *data.IN_FILES}
+
+
+def test_the_manifest_of_digits_counts_them(digits):
+  rows = digits["val"].manifest()
+  assert [row[:2] for row in rows] == [("val", str(i)) for i in range(10)]
+  assert sum(count for _, _, count in rows) == 297
+
+
+def test_a_class_with_one_image_has_no_share(digits):
+  rows = np.append(np.arange(50), np.flatnonzero(digits["test"].labels == 3))
+  some = digits["test"].take(rows[digits["test"].labels[rows] != 3])
+  with pytest.raises(ValueError, match="single image"):
+    some.subset(20, 0)
 
 
 def test_unknown_names_list_the_known():
@@ -137,33 +299,5 @@ def test_unknown_names_list_the_known():
     data.build("digit", "train")
   with pytest.raises(ValueError, match="val"):
     data.build("digits", "valid")
-
-
-def test_cifar_is_read_through_tfds(monkeypatch):
-  import tensorflow_datasets as tfds
-
-  from roli_jax.data import tfds as ours
-
-  monkeypatch.setattr(ours, "_TRAIN", 8)
-  with tfds.testing.mock_data(num_examples=12):
-    splits = {name: data.build("cifar10", name) for name in data.SPLITS}
-  assert [len(splits[name]) for name in data.SPLITS] == [8, 4, 12]
-  train = splits["train"]
-  assert train.images.shape == (8, 32, 32, 3) and train.images.dtype == np.uint8
-  assert train.num_classes == 10 and train.white == 255
-  indices = np.concatenate([s.indices for s in splits.values()])
-  assert len(set(indices)) == 24
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_that_is_not_there_says_how_to_prepare_it(
-  name, monkeypatch, tmp_path
-):
-  import tensorflow_datasets as tfds
-
-  builder = tfds.builder
-  monkeypatch.setattr(
-    tfds, "builder", lambda name: builder(name, data_dir=str(tmp_path))
-  )
-  with pytest.raises(ValueError, match="download_and_prepare"):
-    data.build(name, "train")
+  with pytest.raises(ValueError, match="did you mean 'stanforddogs'"):
+    data.build({"name": "stanforddog"}, "train")

@@ -12,10 +12,10 @@ FLOORS = (
   (
     "models", "losses", "projections", "threat", "optim", "data",
     "corruptions", "metrics", "sharding", "record", "checkpoint", "progress",
-    "table", "workdir", "journal",
+    "table", "workdir", "journal", "compat",
   ),
   ("state", "attacks", "peft", "convert"),
-  ("classifier",),
+  ("classifier", "cost", "exchange"),
   ("pool", "checks"),
   ("ledger",),
   ("evaluate", "step"),
@@ -23,7 +23,7 @@ FLOORS = (
   ("parts",),
   ("score",),
   ("report",),
-  ("train", "plots", "bench"),
+  ("train", "plots", "bench", "plan"),
   ("main",),
 )  # fmt: skip
 
@@ -35,6 +35,8 @@ WITHIN = {
   ("keys", "types"),
   ("threat", "projections"),
   ("journal", "workdir"),
+  ("data", "progress"),
+  ("table", "compat"),
   ("peft", "convert"),
 }
 

@@ -99,8 +99,8 @@ def steps(config: Mapping[str, Any]) -> Iterator[Row]:
   for size in config["batch_sizes"]:
     batch = _batch(model, size)
     for name in config["methods"]:
-      train_step, now = _training(model, peft.METHODS[name])
-      counted = _counted(model, peft.METHODS[name], now, batch)
+      train_step, now = _training(model, peft.METHODS[name]())
+      counted = _counted(model, peft.METHODS[name](), now, batch)
       call = functools.partial(
         jax.jit(train_step),
         sharding.replicate(now, everywhere),
@@ -122,7 +122,7 @@ def seeds(config: Mapping[str, Any]) -> Iterator[Row]:
   """Five seeds by vmap against one after another, the same total work."""
   model = models.create(config["model"], 10)
   batch = _batch(model, 64)
-  train_step, now = _training(model, peft.FULL)
+  train_step, now = _training(model, peft.full())
   many = jax.tree.map(lambda x: jnp.stack([x] * 5), now)
   one = jax.jit(train_step)
   all_of_them = jax.jit(jax.vmap(train_step, (0, None, None)))
@@ -141,7 +141,7 @@ def compiling(config: Mapping[str, Any]) -> Iterator[Row]:
   batch = _batch(model, 64)
   jax.config.update("jax_enable_compilation_cache", False)
   for name in config["methods"]:
-    train_step, now = _training(model, peft.METHODS[name])
+    train_step, now = _training(model, peft.METHODS[name]())
     started = time.perf_counter()
     traced = jax.jit(train_step).trace(now, batch, keys.root(0))
     tracing = time.perf_counter() - started

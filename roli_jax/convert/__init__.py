@@ -1,8 +1,7 @@
 """Pretrained weights: from files to models, and back."""
 
 from roli_jax.convert.bundle import Bundle, Coverage, with_classes
-from roli_jax.convert.command import run
-from roli_jax.convert.files import find, load, save
+from roli_jax.convert.files import adjusted, find, from_stage, load, save
 from roli_jax.convert.foreign import to_state_dict
 from roli_jax.convert.layouts import FORMATS
 
@@ -10,9 +9,10 @@ __all__ = [
   "FORMATS",
   "Bundle",
   "Coverage",
+  "adjusted",
   "find",
+  "from_stage",
   "load",
-  "run",
   "save",
   "to_state_dict",
   "with_classes",

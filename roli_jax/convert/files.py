@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.resources
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,6 +87,17 @@ def load(
     )
   if model not in (None, found.model.name):
     raise ValueError(f"{what} is a {found.model.name}, not a {model}")
+  return adjusted(found, mean, std, num_classes, image_size)
+
+
+def adjusted(
+  found: Bundle,
+  mean: Sequence[float | int] | None = None,
+  std: Sequence[float | int] | None = None,
+  num_classes: int | None = None,
+  image_size: int | None = None,
+) -> Bundle:
+  """A bundle of ours with what `load` is asked for."""
   about, params = found.model, found.params
   about = dataclasses.replace(
     about,
@@ -134,6 +145,32 @@ def _from_directory(path: pathlib.Path) -> Bundle | dict[str, Any]:
   files = sorted(path.glob("*.safetensors"))
   if len(files) == 1:
     return read(files[0])
+  return from_stage(path, _plain, files)
+
+
+def _plain(model: models.Model, meta: Mapping[str, Any]) -> models.Model:
+  """The model of a checkpoint to which no method has added anything."""
+  if not meta["adds"]:
+    return model
+  raise ValueError(
+    f"the checkpoint is of {meta['method']['name']}, which has added to its"
+    " backbone; --mode=convert with it as --config.source makes weights of it"
+  )
+
+
+def from_stage(
+  path: pathlib.Path,
+  enter: Callable[[models.Model, Mapping[str, Any]], models.Model],
+  files: Sequence[pathlib.Path] = (),
+) -> Bundle:
+  """The checkpoint that a directory means: of a step, or a stage's best.
+
+  Args:
+    path: of a step or a stage of a run, or above a single stage.
+    enter: the model with what its method adds, from the plain one and what the
+      checkpoint says.
+    files: what is there instead, for the message.
+  """
   stages = checkpoint.find(path)
   if checkpoint.step_of(path) is not None:
     stages = [path.parent]
@@ -146,8 +183,8 @@ def _from_directory(path: pathlib.Path) -> Bundle | dict[str, Any]:
   with checkpoint.manager(stages[0], reading=True) as checkpoints:
     step = checkpoint.step_of(path)
     step = checkpoints.best_step() if step is None else step
-    about = checkpoint.restore_meta(checkpoints, step)["model"]
-    model = models.described(about)
+    meta = checkpoint.restore_meta(checkpoints, step)
+    model = enter(models.described(meta["model"]), meta)
     like = jax.eval_shape(model.init, jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(

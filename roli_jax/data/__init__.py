@@ -1,31 +1,107 @@
 """Data sets by name."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from roli_jax import specs
-from roli_jax.data import glyphs, tfds
+from roli_jax.data import folder, glyphs, tfds, transforms
+from roli_jax.data.facts import FACTS, Facts
 from roli_jax.data.pipeline import train_batches
 from roli_jax.data.source import SPLITS, Source
 
-SOURCES: dict[str, Callable[[str], Source]] = {
+IN_MEMORY: dict[str, Callable[[str, str], Source]] = {  # of split and root
   "cifar10": functools.partial(tfds.cifar, "cifar10"),
   "cifar100": functools.partial(tfds.cifar, "cifar100"),
-  "digits": glyphs.digits,
-  "letters": glyphs.letters,
+  "digits": lambda split, root: glyphs.digits(split),
+  "letters": lambda split, root: glyphs.letters(split),
+}
+IN_FILES = ("folder", *folder.NAMED)
+
+_FIELDS: dict[str, Any] = {
+  "train_size": 0,  # read by whoever draws subsets
+  "root": "",
+  "policy": "error",
+  "num_workers": 0,  # read by whoever makes batches
+  "train_transforms": None,
+  "eval_transforms": None,
 }
 
 
-def build(name: str, split: str) -> Source:
-  """A split (`train`, `val` or `test`) of the data set of that name.
+def build(spec: Mapping[str, Any] | str, split: str) -> Source:
+  """A split (`train`, `val` or `test`) of the data set that a config means.
+
+  Args:
+    spec: `name`, and what else docs/data.md lists, or a name alone.
+      Transforms that are None are the data set's own: none in memory, RoLI's
+      of 224 pixels for files.
+    split: which.
 
   Raises:
-    ValueError: an unknown name, or data that is not there, with the command
-      that prepares it.
+    ValueError: unknown names, transforms that do not fit, data that is not
+      there, with what must lie where; bad files, if `policy` is "error".
   """
   if split not in SPLITS:
     raise ValueError(f"unknown split {split!r}; there are {SPLITS}")
-  return specs.choose(SOURCES, name, "data set")(split)
+  fields = _checked({"name": spec} if isinstance(spec, str) else spec)
+  name = fields["name"]
+  train, held = (transforms.build(texts) for texts in _texts(fields))
+  if name in IN_FILES:
+    transforms.check(train, held, None, channels=3)
+    return folder.build(
+      name,
+      split,
+      root=fields["root"],
+      policy=fields["policy"],
+      train_transforms=train,
+      eval_transforms=held,
+    )
+  height, width, channels = FACTS[name].shape
+  transforms.check(train, held, (height, width), channels)
+  return dataclasses.replace(
+    IN_MEMORY[name](split, fields["root"]),
+    split=split,
+    train_transforms=train,
+    eval_transforms=held,
+  )
 
 
-__all__ = ["SOURCES", "SPLITS", "Source", "build", "train_batches"]
+def _checked(spec):
+  """All fields; a ValueError for one that is unknown, or can't be."""
+  for field in spec:
+    if field != "name":
+      specs.choose(_FIELDS, field, "field of data")
+  fields = {**_FIELDS, **spec}
+  known = dict.fromkeys((*IN_MEMORY, *IN_FILES))
+  specs.choose(known, fields["name"], "data set")
+  policies = dict.fromkeys(folder.POLICIES)
+  specs.choose(policies, fields["policy"], "data.policy")
+  if fields["num_workers"] < 0:
+    raise ValueError(
+      f"data.num_workers must be >= 0, got {fields['num_workers']}"
+    )
+  return fields
+
+
+def _texts(fields):
+  """What is asked for as train and eval transforms, or the set's own."""
+  own = {
+    "train_transforms": transforms.PHOTO_TRAIN,
+    "eval_transforms": transforms.PHOTO_EVAL,
+  }
+  for field, photo in own.items():
+    asked = fields[field]
+    if asked is None:
+      asked = photo if fields["name"] in IN_FILES else ()
+    yield asked
+
+
+__all__ = [
+  "FACTS",
+  "SPLITS",
+  "Facts",
+  "Source",
+  "build",
+  "train_batches",
+]

@@ -1,40 +1,131 @@
 """From a source to batches: shuffled, sharded by process, resumable by step."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from absl import flags
 
-from roli_jax.data.source import Source
+from roli_jax.data.source import Source, num_cores
+
+Batch = dict[str, Any]
 
 
 def train_batches(
-  source: Source, batch_size: int, seed: int, start: int = 0
-) -> Iterator[dict[str, Any]]:
+  source: Source,
+  batch_size: int,
+  seed: int,
+  start: int = 0,
+  num_workers: int = 0,
+  *,
+  num_threads: int = 0,
+) -> Iterator[Batch]:
   """Endless batches of this process's images, from a step on.
 
   Every epoch is a permutation of its own; a batch may span two epochs, so none
-  is short and no image is left out. Batch k is a function of (source,
-  batch_size, seed, k): the step is all that a checkpoint has to know, and the
-  processes' batches k together are the batch k of a single process.
+  is short and no image is left out. Batch k, augmentations included, is a
+  function of (source, batch_size, seed, k): the step is all that a checkpoint
+  has to know, workers change nothing, and the processes' batches k together
+  are the batch k of a single process.
 
   Args:
     source: the training images.
     batch_size: over all processes, which must divide it.
-    seed: of the order.
+    seed: of the order and the augmentations.
     start: the first batch's number.
+    num_workers: processes that decode and augment; 0: threads of this one.
+    num_threads: of each of them; 0: as many as cores.
 
-  Yields:
-    `{"image": uint8 [b, h, w, c], "label": int32 [b], "index": uint32 [b]}`.
+  Returns:
+    An iterator of `{"image": uint8 [b, h, w, c], "label": int32 [b], "index":
+    uint32 [b]}`; `close()` ends its workers, as does letting go of it.
+
+  Raises:
+    ValueError: no images, or a number of workers that can't be; later, a file
+      that can't be read any more.
+    RuntimeError: later, if a worker dies.
   """
+  if not len(source):
+    raise ValueError("there are no training images")
+  if num_workers < 0:
+    raise ValueError(f"data.num_workers must be >= 0, got {num_workers}")
   import grain
 
   process, processes = jax.process_index(), jax.process_count()
-  batches = (
-    grain.MapDataset.source(source)  # type: ignore[arg-type]
-    .shuffle(seed=seed)
-    .repeat(None)[process::processes]
-    .batch(batch_size // processes)[start:]
+  rows = (
+    grain.MapDataset.source(range(len(source))).shuffle(seed=seed).repeat(None)
   )
-  options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-  return iter(batches.to_iter_dataset(options))
+  if not source.is_plain:
+    # Before the slice by process, so that an image's chance is its place in
+    # the stream, whoever decodes it.
+    rows = rows.random_map(_with_chance, seed=seed + 1)
+  # Positions make a batch, not images: a batch is looked up, or written, once.
+  rows = rows[process::processes].batch(batch_size // processes)[start:]
+  if source.is_plain:  # there is nothing for workers to do
+    return _read(rows.map(_Plain(source)), 0, num_threads or 2)
+  # A copy, since the source may keep pixels, which workers don't need.
+  augmented = rows.map(_Augmented(dataclasses.replace(source)))
+  return _read(augmented, num_workers, num_threads)
+
+
+def _with_chance(row, rng):
+  """A position, and the seed of what happens to its image."""
+  return np.array([row, rng.integers(2**62)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plain:
+  """Positions [b] -> a batch."""
+
+  source: Source
+
+  def __call__(self, rows: np.ndarray) -> Batch:
+    return {
+      "image": self.source.images[rows],
+      "label": self.source.labels[rows],
+      "index": self.source.indices[rows],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Augmented:
+  """Positions and seeds [b, 2] -> a batch."""
+
+  source: Source
+
+  def __call__(self, pairs: np.ndarray) -> Batch:
+    rows = pairs[:, 0]
+    images = np.empty((len(rows), *self.source.shape), np.uint8)
+    for image, (row, chance) in zip(images, pairs.tolist(), strict=True):
+      rng = np.random.default_rng(chance)
+      image[:] = self.source.train_image(row, rng)
+    return {
+      "image": images,
+      "label": self.source.labels[rows],
+      "index": self.source.indices[rows],
+    }
+
+
+def _read(batches, num_workers, num_threads) -> Iterator[Batch]:
+  import grain
+
+  threads = num_threads or (1 if num_workers else num_cores())
+  options = grain.ReadOptions(
+    num_threads=threads, prefetch_buffer_size=max(4, threads)
+  )
+  stream = batches.to_iter_dataset(options)
+  if num_workers:
+    if not flags.FLAGS.is_parsed():  # in a notebook; grain reads its flags
+      flags.FLAGS.mark_as_parsed()
+    stream = stream.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
+    )
+  iterator = iter(stream)
+  try:
+    yield from iterator
+  except ValueError as error:  # of ours, from a thread or a worker
+    raise ValueError(str(error)) from error
+  finally:
+    iterator.close()

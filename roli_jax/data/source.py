@@ -1,11 +1,20 @@
 """What a data set is to the rest: numbered images with labels."""
 
+import concurrent.futures
 import dataclasses
+import math
+import os
 from typing import Any
 
 import numpy as np
 
+from roli_jax.data import picture, transforms
+
 SPLITS = ("train", "val", "test")
+
+# Bytes of transformed images that a source keeps for the next time; a larger
+# split is decoded again.
+KEEP = 4 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +28,12 @@ class Source:
       are folded from it, so it must not depend on the split's order.
     num_classes: of the data set.
     white: the value of a white pixel, 255 for photographs.
+    split: its name.
+    classes: their names, in the order of labels; () if they have none.
+    train_transforms: applied to images for training.
+    eval_transforms: applied to images for everything else.
+    skipped: how many files were left out because they are bad.
+    notes: what a user should know of the data, a line each.
   """
 
   images: np.ndarray
@@ -26,33 +41,106 @@ class Source:
   indices: np.ndarray
   num_classes: int
   white: int = 255
+  split: str = ""
+  classes: tuple[str, ...] = ()
+  train_transforms: transforms.Chain = ()
+  eval_transforms: transforms.Chain = ()
+  skipped: int = 0
+  notes: tuple[str, ...] = ()
+  _kept: dict[int, np.ndarray] = dataclasses.field(
+    default_factory=dict, init=False, repr=False, compare=False
+  )
 
   def __len__(self) -> int:
     return len(self.images)
 
-  def __getitem__(self, i: int) -> dict[str, Any]:
-    return {
-      "image": self.images[i],
-      "label": self.labels[i],
-      "index": self.indices[i],
-    }
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """Height, width and channels of an image as it is attacked."""
+    height, width, channels = self.images.shape[1:]
+    return (*_known(self.eval_transforms, (height, width)), channels)
 
-  def pixels(self) -> np.ndarray:
-    """All images as float32 in [0, 1]."""
-    return self.images.astype(np.float32) / np.float32(self.white)
+  @property
+  def is_plain(self) -> bool:
+    """Whether the arrays are already what training takes."""
+    return not self.train_transforms
+
+  def picture(self, row: int) -> Any:
+    """The image of PIL at this position, before any transform."""
+    return picture.from_array(self.images[row])
+
+  def train_image(self, row: int, rng: np.random.Generator) -> np.ndarray:
+    """One augmented image, uint8 [h, w, c]."""
+    return transforms.apply(self.train_transforms, rng, self.picture(row))
+
+  def pixels(self, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+    """Images as float32 in [0, 1], [n, h, w, c], for evaluation.
+
+    What had to be decoded or transformed is kept as uint8, so that the next
+    time is quick, unless all of the split would take more than KEEP bytes.
+
+    Args:
+      rows: which; all of them take 4 h w c bytes each.
+    """
+    return np.divide(
+      self._views(rows), np.float32(self.white), dtype=np.float32
+    )
+
+  def _views(self, rows):
+    """Images after the eval transforms, uint8."""
+    if not self.eval_transforms:
+      return self.images[rows]
+    wanted = np.arange(len(self))[rows].tolist()
+    views = np.empty((len(wanted), *self.shape), np.uint8)
+
+    def fill(view, row):
+      kept = self._kept.get(row)
+      view[:] = self._view(row) if kept is None else kept
+
+    with concurrent.futures.ThreadPoolExecutor(num_cores()) as pool:
+      for _ in pool.map(fill, views, wanted):
+        pass  # but raise what was raised
+    if len(self) * math.prod(self.shape) <= KEEP:
+      for row, view in zip(wanted, views, strict=True):
+        self._kept.setdefault(row, view)
+    return views
+
+  def _view(self, row):
+    # The transforms of evaluation may be random: then by the image alone.
+    rng = np.random.default_rng(self.indices[row])
+    return transforms.apply(self.eval_transforms, rng, self.picture(row))
+
+  def manifest(self) -> list[tuple[str, str, int]]:
+    """Rows of (split, class, number of images), one per class."""
+    counts = np.bincount(self.labels, minlength=self.num_classes)
+    names = self.classes or [str(i) for i in range(self.num_classes)]
+    return [
+      (self.split, name, int(count))
+      for name, count in zip(names, counts, strict=True)
+    ]
 
   def subset(self, size: int, seed: int) -> "Source":
     """That many images, drawn by the seed, with the classes' shares kept.
 
+    Args:
+      size: how many; 0 for all.
+      seed: of the draw.
+
     Raises:
-      ValueError: if there are not as many, or fewer than one of each class.
+      ValueError: if there are not as many, or too few for the shares.
     """
-    if size == len(self):
+    if size in (0, len(self)):
       return self
-    if not self.num_classes <= size < len(self):
+    most = len(self) - self.num_classes
+    if not self.num_classes <= size <= most:
       raise ValueError(
         f"train_size must be between {self.num_classes} (one image of each"
-        f" class) and {len(self)}, got {size}"
+        f" class) and {most}, or {len(self)} or 0 for all; got {size}"
+      )
+    if np.bincount(self.labels).min() < 2:
+      raise ValueError(
+        f"train_size={size} draws from each class, and one has a single image;"
+        " take them all: train_size=0"
       )
     rows, _ = stratified(self.labels, size, len(self) - size, seed)
     return self.take(rows)
@@ -65,6 +153,19 @@ class Source:
       labels=self.labels[rows],
       indices=self.indices[rows],
     )
+
+
+def _known(chain, before):
+  size = transforms.size(chain, before)
+  assert size is not None, "checked when the source was built"
+  return size
+
+
+def num_cores() -> int:
+  """That this process may run on."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def stratified(

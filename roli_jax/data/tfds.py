@@ -1,49 +1,130 @@
 """CIFAR through TensorFlow Datasets, read without TensorFlow."""
 
+import concurrent.futures
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+
 import numpy as np
 
 from roli_jax.data import source
 
-_TRAIN = 45_000  # of the 50,000; the rest, in record order, is validation
+_TRAINING = 50_000  # images in CIFAR's training split; test images count on
 
 _PREPARE = """\
 {reason}
   pip install tensorflow-datasets tensorflow-cpu   # TensorFlow prepares only
   python -c "import tensorflow_datasets as t; \
-t.builder('{name}', file_format='array_record').download_and_prepare()"
-prepares {name}, in ~/tensorflow_datasets or in TFDS_DATA_DIR."""
+t.builder('{name}', data_dir='{where}', file_format='array_record')\
+.download_and_prepare()"
+prepares {name}; --config.data.root=DIR or TFDS_DATA_DIR, if it is elsewhere."""
 
 
-def cifar(name: str, split: str) -> source.Source:
+def cifar(name: str, split: str, root: str = "") -> source.Source:
   """CIFAR-10 or CIFAR-100: 45,000 train, 5,000 val, 10,000 test images.
 
-  Train and val are the first and the last records of TFDS's training split, in
-  its order, as in the RoLI reference. The whole set is held in memory, uint8.
+  Train and val are the first nine tenths and the last of the training split in
+  the order of TFDS, as in the RoLI reference; see `order`. An image's index is
+  its number in the original files. The split is held in memory, uint8.
+
+  Args:
+    name: "cifar10" or "cifar100".
+    split: `train`, `val` or `test`.
+    root: TFDS's directory of data; "" for $TFDS_DATA_DIR, or TFDS's own.
 
   Raises:
-    ValueError: where it is not prepared, with the command that prepares it.
+    ValueError: where it is not prepared, with the command that prepares it;
+      records that are not the whole of a CIFAR.
   """
+  part = "test" if split == "test" else "train"
+  records, label = _records(name, part, root)
+  numbers = _numbers([record["id"] for record in records], part, name)
+  positions = dict(zip(numbers, range(len(records)), strict=True))
+  ordered = order(len(records), part)
+  most = len(ordered) * 9 // 10
+  numbers = {"train": ordered[:most], "val": ordered[most:]}.get(split, ordered)
+  chosen = [records[positions[number]] for number in numbers]
+  with concurrent.futures.ThreadPoolExecutor(source.num_cores()) as pool:
+    images = np.stack(list(pool.map(_decode, chosen)))
+  offset = _TRAINING if split == "test" else 0
+  return source.Source(
+    images=images,
+    labels=np.array([record["label"] for record in chosen], np.int32),
+    indices=np.array(numbers, np.uint32) + np.uint32(offset),
+    num_classes=label.num_classes,
+    split=split,
+    classes=tuple(label.names),
+  )
+
+
+@functools.cache
+def order(count: int, salt: str) -> list[int]:
+  """The numbers below `count` in the order in which TFDS has their records.
+
+  By the MD5 of the salt, which is the name of the split, and the number in
+  decimals, as a whole number of 128 bits.
+  """
+
+  def place(number):
+    return hashlib.md5(f"{salt}{number}".encode()).digest()
+
+  return sorted(range(count), key=place)
+
+
+def _records(name, part, root):
+  """A list of features, images still encoded; and the feature of labels."""
+  where = root or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+  say = functools.partial(_PREPARE.format, name=name, where=where)
   try:
     import tensorflow_datasets as tfds
   except ModuleNotFoundError as error:
     reason = "tensorflow_datasets is not installed."
-    raise ValueError(_PREPARE.format(name=name, reason=reason)) from error
+    raise ValueError(say(reason=reason)) from error
+  directory = os.path.expanduser(where)
+  decoders = {"image": tfds.decode.SkipDecoding()}
   try:
-    builder = tfds.builder(name)
-    records = builder.as_data_source("test" if split == "test" else "train")
+    builder = tfds.builder(name, data_dir=directory)
+    data = builder.as_data_source(part, decoders=decoders)
   except (AssertionError, NotImplementedError, ValueError) as error:
-    reason = f"{name} is not prepared as array_record."
-    raise ValueError(_PREPARE.format(name=name, reason=reason)) from error
-  rows = {
-    "train": range(min(_TRAIN, len(records))),
-    "val": range(_TRAIN, len(records)),
-    "test": range(len(records)),
-  }[split]
-  chosen = [records[i] for i in rows]
-  return source.Source(
-    images=np.stack([record["image"] for record in chosen]),
-    labels=np.array([record["label"] for record in chosen], np.int32),
-    # Test images count on from the training split's.
-    indices=np.array(rows, np.uint32) + (50_000 if split == "test" else 0),
-    num_classes=builder.info.features["label"].num_classes,
-  )
+    found = _format(pathlib.Path(directory, name))
+    reason = f"{name} is not prepared as array_record in {where}" + (
+      f", but as {found}, which TensorFlow alone can read: move it away."
+      if found not in ("", "array_record")
+      else "."
+    )
+    raise ValueError(say(reason=reason)) from error
+  records = [data[i] for i in range(len(data))]
+  return records, builder.info.features["label"]
+
+
+def _format(directory):
+  """Of the files that TFDS prepared, "" if it prepared none."""
+  for file in sorted(directory.glob("*/dataset_info.json")):
+    return json.loads(file.read_text()).get("fileFormat", "tfrecord")
+  return ""
+
+
+def _numbers(ids, part, name):
+  """The numbers in ids such as b"train_16399", each below their count once."""
+  texts = [bytes(x).decode() for x in ids]
+  numbers = [
+    int(text.removeprefix(f"{part}_"))
+    for text in texts
+    if text.removeprefix(f"{part}_").isdecimal()
+  ]
+  if sorted(numbers) != list(range(len(texts))):
+    raise ValueError(
+      f"the {len(texts)} records of {name}'s {part} split are not those of"
+      f" {part}_0 to {part}_{len(texts) - 1}; prepare it again"
+    )
+  return numbers
+
+
+def _decode(record):
+  from PIL import Image
+
+  with Image.open(io.BytesIO(record["image"])) as image:
+    return np.asarray(image.convert("RGB"))

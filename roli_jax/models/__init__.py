@@ -59,6 +59,7 @@ def with_options(
   interpolation: str | None = None,
   updates_stats: bool | None = None,
   attention: str | None = None,
+  drop_path: float | int | None = None,
   scan: bool | None = None,
   remat: bool | None = None,
 ) -> Model:
@@ -71,6 +72,8 @@ def with_options(
     updates_stats: see `Model`.
     attention: of a ViT: `plain`, differentiable any number of times; `xla`,
       JAX's; `fused`, on an NVIDIA GPU and in half precision, once.
+    drop_path: of a ViT, Swin or ConvNeXt, the last block's rate of stochastic
+      depth in training, in [0, 1).
     scan: whether equal blocks are one loop: compiles faster.
     remat: whether activations are computed again for gradients: less memory.
 
@@ -84,6 +87,8 @@ def with_options(
   ):
     if word is not None:
       specs.choose({key: key for key in known}, word, what)
+  if drop_path is not None and not 0 <= drop_path < 1:
+    raise ValueError(f"drop_path is a share in [0, 1), got {drop_path}")
   of_model: dict[str, Any] = {
     "dtype": dtype,
     "interpolation": interpolation,
@@ -91,6 +96,7 @@ def with_options(
   }
   of_backbone: dict[str, Any] = {
     "attention": attention,
+    "drop_path": drop_path,
     "scan": scan,
     "remat": remat,
   }

@@ -1,6 +1,7 @@
 """ConvNeXt (Liu et al. 2022): a convolutional net built like a transformer."""
 
 import functools
+from typing import Any
 
 from flax import linen as nn
 
@@ -17,7 +18,10 @@ class Block(nn.Module):
   seams: Seams
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+  def __call__(
+    self, x: Float[Array, "b h w c"], rate: Any
+  ) -> Float[Array, "b h w c"]:
+    """The map after it; `rate` is that of `layers.drop_path`."""
     width = x.shape[-1]
     y = layers.Conv(width, 7, groups=width, use_bias=True, name="conv")(x)
     y = _norm(name="norm")(y)
@@ -25,7 +29,7 @@ class Block(nn.Module):
     if self.seams.branch:
       y = self.seams.branch(name="branch")(y)
     gamma = self.param("gamma", nn.initializers.constant(1e-6), (width,))
-    return x + gamma.reshape(1, 1, 1, -1) * y
+    return x + layers.drop_path(self, gamma.reshape(1, 1, 1, -1) * y, rate)
 
 
 class Stage(nn.Module):
@@ -37,6 +41,7 @@ class Stage(nn.Module):
     patch: its stride.
     first: whether it is the stem, which normalises after the patches, where
       the others do before.
+    rates: of each block, see `layers.drop_path`.
     seams: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
@@ -46,6 +51,7 @@ class Stage(nn.Module):
   depth: int
   patch: int
   first: bool
+  rates: tuple[float, ...]
   seams: Seams
   scan: bool
   remat: bool
@@ -59,7 +65,9 @@ class Stage(nn.Module):
     x = x.reshape(-1, rows, columns, self.width)
     names = [f"block{i}" for i in range(self.depth)]
     make = functools.partial(Block, self.seams)
-    return layers.repeat(self, make, names, x, scan=self.scan, remat=self.remat)
+    return layers.repeat(
+      self, make, names, x, self.rates, scan=self.scan, remat=self.remat
+    )
 
 
 class ConvNext(nn.Module):
@@ -69,6 +77,7 @@ class ConvNext(nn.Module):
     widths: of each stage.
     depths: blocks of each stage.
     patch: side of the stem's patches in pixels.
+    drop_path: the last block's rate of `layers.drop_path`, in training.
     seams: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
@@ -77,6 +86,7 @@ class ConvNext(nn.Module):
   widths: tuple[int, ...]
   depths: tuple[int, ...]
   patch: int = 4
+  drop_path: float = 0.0
   seams: Seams = Seams()
   scan: bool = False
   remat: bool = False
@@ -85,12 +95,13 @@ class ConvNext(nn.Module):
   def __call__(
     self, x: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b d"]:
-    del train  # no dropout, no running statistics
+    del train  # no running statistics
+    rates = layers.drop_rates(self.drop_path, self.depths)
     for i, (width, depth) in enumerate(
       zip(self.widths, self.depths, strict=True)
     ):
       x = Stage(
-        width, depth, 2 if i else self.patch, i == 0, self.seams, self.scan,
-        self.remat, name=f"stage{i}",
+        width, depth, 2 if i else self.patch, i == 0, tuple(rates[i]),
+        self.seams, self.scan, self.remat, name=f"stage{i}",
       )(x)  # fmt: skip
     return _norm(name="norm")(x.mean((1, 2)))

@@ -216,6 +216,55 @@ class PatchEmbed(nn.Module):
     return x + bias.reshape(1, 1, -1)
 
 
+def drop_path(module: nn.Module, x: Any, rate: Any) -> Any:
+  """x, or in training for a share of the images zero (Huang et al. 2016).
+
+  What stays is scaled to keep the mean. Training is where the module has keys
+  for dropout.
+
+  Args:
+    module: whose `__call__` this stands in.
+    x: of a residual branch, [b, ...].
+    rate: the share, in [0, 1).
+  """
+  never = isinstance(rate, float | int) and not rate
+  if never or not module.has_rng("dropout"):
+    return x
+  stays = 1 - jnp.asarray(rate, x.dtype)
+  shape = (len(x), *(1,) * (x.ndim - 1))
+  kept = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, shape)
+  return jnp.where(kept, x / stays, 0)
+
+
+def drop_rates(most: float, depths: Sequence[int]) -> list[list[float]]:
+  """Each stage's blocks' rates: linear from 0 to the last block's, `most`."""
+  rates = iter(np.linspace(0, most, sum(depths)).tolist())
+  return [list(itertools.islice(rates, depth)) for depth in depths]
+
+
+def prompts(
+  seams: Seams, x: Any, num_own: int, depth: int, fan: int
+) -> tuple[Any, list[Any]]:
+  """What a method puts before the first block, and into each of the blocks.
+
+  Args:
+    seams: of the method.
+    x: the tokens, [b, n, d].
+    num_own: how many blocks, from the first, have prompts of their own; if
+      not all, the others keep what the one before has made of its own.
+    depth: number of blocks.
+    fan: see `Seams.tokens`.
+
+  Returns:
+    The first block's prompts, [b, p, d] or None; for each block those that
+    replace what comes to it, or None.
+  """
+  if not (seams.tokens and num_own):
+    return None, [None] * depth
+  own = [seams.tokens(fan=fan, name=f"tokens{i}")(x) for i in range(num_own)]
+  return own[0], own if num_own == depth else [None] * depth
+
+
 class Conv(nn.Module):
   """A convolution; one of 1 x 1 is a matrix product.
 
@@ -227,6 +276,7 @@ class Conv(nn.Module):
     use_bias: whether a bias is added.
     same: whether a stride's odd padding stands after, as in TensorFlow and
       Haiku; otherwise it is half the kernel on each side, as in PyTorch.
+    seams: where a method may enter.
   """
 
   width: int
@@ -235,6 +285,7 @@ class Conv(nn.Module):
   groups: int = 1
   use_bias: bool = False
   same: bool = False
+  seams: Seams = Seams()
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
@@ -242,6 +293,8 @@ class Conv(nn.Module):
     # He et al. 2015, by fan-out, as ResNets begin.
     start = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     kernel = self.param("kernel", start, shape)
+    if self.seams.kernel:
+      kernel = self.seams.kernel(self, kernel)
     x, kernel = nn.dtypes.promote_dtype(x, kernel)
     if self.size == 1:
       x = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
@@ -368,7 +421,8 @@ def repeat(
     *each: further arguments of the blocks, one for each name.
     scan: whether the blocks, which must be alike, are one loop: compiled once
       whatever their number. Their arrays keep their names and shapes, and are
-      stacked on the way, which costs a copy of them.
+      stacked on the way, which costs a copy of them. Dropout draws other
+      numbers.
     remat: whether a block's activations are computed again for its gradient.
   """
   if not scan or len(names) < 2 or parent.is_initializing():
@@ -388,13 +442,17 @@ def repeat(
   }
   moving = [c for c in alike if parent.is_mutable_collection(c)]
   unbound = make(parent=None)
+  keys = {}
+  if parent.has_rng("dropout"):
+    key = parent.make_rng("dropout")
+    keys = {"dropout": jax.random.split(key, len(names))}
 
   def body(x, these):
-    variables, more = these
-    return unbound.apply(variables, x, *more, mutable=moving)
+    variables, more, keys = these
+    return unbound.apply(variables, x, *more, mutable=moving, rngs=keys)
 
   body = jax.checkpoint(body) if remat else body
-  x, moved = jax.lax.scan(body, x, (alike, [stacked(e) for e in each]))
+  x, moved = jax.lax.scan(body, x, (alike, [stacked(e) for e in each], keys))
   for collection, tree in moved.items():
     for i, name in enumerate(names):
       one = jax.tree.map(lambda leaf, i=i: leaf[i], tree)

@@ -83,8 +83,8 @@ class Model:
       params: the three trees.
       stats: running statistics, used as they are unless `train`.
       images: of any size, in [0, 1].
-      train: whether dropout acts and, with `updates_stats`, statistics move.
-      key: what dropout draws from.
+      train: whether, with `updates_stats`, running statistics move.
+      key: what dropout draws from; None: there is none.
     """
     features, stats = self._features(params, stats, images, train, key)
     logits: Any = self.head.apply({"params": params.head}, features)

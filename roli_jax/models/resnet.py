@@ -47,9 +47,10 @@ class BasicBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Map) -> Map:
-    y = layers.Conv(self.inner, 3, self.stride, name="conv1")(x)
+    conv = functools.partial(layers.Conv, seams=self.seams)
+    y = conv(self.inner, 3, self.stride, name="conv1")(x)
     y = self.act(_norm(y, self.train, "norm1"))
-    y = layers.Conv(self.width, 3, name="conv2")(y)
+    y = conv(self.width, 3, name="conv2")(y)
     y = _norm(y, self.train, "norm2")
     return _join(self, x, y)
 
@@ -66,11 +67,12 @@ class Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, x: Map) -> Map:
-    y = layers.Conv(self.inner, 1, name="conv1")(x)
+    conv = functools.partial(layers.Conv, seams=self.seams)
+    y = conv(self.inner, 1, name="conv1")(x)
     y = self.act(_norm(y, self.train, "norm1"))
-    y = layers.Conv(self.inner, 3, self.stride, name="conv2")(y)
+    y = conv(self.inner, 3, self.stride, name="conv2")(y)
     y = self.act(_norm(y, self.train, "norm2"))
-    y = layers.Conv(self.width, 1, name="conv3")(y)
+    y = conv(self.width, 1, name="conv3")(y)
     y = _norm(y, self.train, "norm3")
     return _join(self, x, y)
 
@@ -172,13 +174,14 @@ class PreactBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Map) -> Map:
+    conv = functools.partial(layers.Conv, seams=self.seams)
     y = self.act(_norm(x, self.train, "norm1"))
     if x.shape[-1] != self.width:
       shortcut = layers.Conv(self.width, 1, self.stride, name="shortcut")
       x = shortcut(y)
-    y = layers.Conv(self.width, 3, self.stride, same=self.same, name="conv1")(y)
+    y = conv(self.width, 3, self.stride, same=self.same, name="conv1")(y)
     y = self.act(_norm(y, self.train, "norm2"))
-    y = layers.Conv(self.width, 3, name="conv2")(y)
+    y = conv(self.width, 3, name="conv2")(y)
     if self.seams.branch:
       y = self.seams.branch(name="branch")(y)
     return x + y

@@ -112,14 +112,25 @@ class Block(nn.Module):
     self,
     x: Float[Array, "b n d"],
     shift: Any,
-    prompts: Float[Array, "b p d"] | None = None,
+    prompts: Float[Array, "b p d"] | None,
+    rate: Any,
   ) -> Float[Array, "b n d"]:
+    """The tokens after it.
+
+    Args:
+      x: prompts, if any, and the map's tokens before it.
+      shift: of the windows, in tokens.
+      prompts: what a method puts in place of those in x.
+      rate: of `layers.drop_path`.
+    """
     before = x.shape[1] - self.side**2
     if prompts is not None:
       x = jnp.concatenate([prompts, x[:, before:]], 1)
     y = _norm(name="norm1")(x)
-    x = x + self._attend(y[:, :before], y[:, before:], shift)
+    y = self._attend(y[:, :before], y[:, before:], shift)
+    x = x + layers.drop_path(self, y, rate)
     y = layers.Mlp(4 * x.shape[-1], name="mlp")(_norm(name="norm2")(x))
+    y = layers.drop_path(self, y, rate)
     if self.seams.branch:
       y = self.seams.branch(name="branch")(y)
     return x + y
@@ -135,9 +146,10 @@ class Block(nn.Module):
       mask = _mask(self.side, self.window, self.window // 2)
       mask = jnp.where(shift > 0, mask, 0)
     x = _windows(x, self.window)
-    in_front = jnp.broadcast_to(
-      prompts[:, None], (b, x.shape[1], *prompts.shape[1:])
-    )
+    num_windows = x.shape[1]
+    in_front = jnp.repeat(prompts[:, None], num_windows, 1)
+    if self.seams.mixed:
+      in_front = jnp.tile(prompts, (num_windows, 1, 1)).reshape(in_front.shape)
     attention = WindowAttention(
       self.num_heads, self.window, self.seams, name="attn"
     )
@@ -149,21 +161,28 @@ class Block(nn.Module):
     x = x.reshape(b, -1, d)
     if not num_prompts:
       return x
-    return jnp.concatenate([y[:, :, :num_prompts].mean(1), x], 1)
+    in_front = y[:, :, :num_prompts]
+    if self.seams.mixed:
+      shape = (num_windows, b, num_prompts, d)
+      in_front = in_front.reshape(shape).swapaxes(0, 1)
+    return jnp.concatenate([in_front.mean(1), x], 1)
 
 
 class Merge(nn.Module):
-  """Each 2 x 2 tokens become one of twice the width."""
+  """Each 2 x 2 tokens become one of twice the width; prompts four of it."""
 
   side: int
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b m e"]:
-    b, _, d = x.shape
+    b, n, d = x.shape
     half = self.side // 2
+    before = n - self.side**2
+    prompts, x = jnp.tile(x[:, :before], (1, 1, 4)), x[:, before:]
     # Column before row, the order that the weights were trained in.
     x = x.reshape(b, half, 2, half, 2, d).transpose(0, 1, 3, 4, 2, 5)
-    x = _norm(name="norm")(x.reshape(b, half * half, 4 * d))
+    x = jnp.concatenate([prompts, x.reshape(b, half * half, 4 * d)], 1)
+    x = _norm(name="norm")(x)
     return nn.Dense(2 * d, use_bias=False, name="reduction")(x)
 
 
@@ -176,6 +195,10 @@ class Stage(nn.Module):
     window: its side.
     side: of the map.
     merge: whether tokens are merged first.
+    rates: of each block, see `layers.drop_path`.
+    num_prompts: how many blocks have prompts of their own, of a method that
+      has any.
+    fan: see `Seams.tokens`.
     seams: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
@@ -186,6 +209,9 @@ class Stage(nn.Module):
   window: int
   side: int
   merge: bool
+  rates: tuple[float, ...]
+  num_prompts: int
+  fan: int
   seams: Seams
   scan: bool
   remat: bool
@@ -194,23 +220,25 @@ class Stage(nn.Module):
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b m e"]:
     if self.merge:
       side = 2 * self.side
-      # The prompts of the stage before end here.
-      x = Merge(side, name="merge")(x[:, -(side**2) :])
+      if self.num_prompts:  # those of the stage before end here
+        x = x[:, -(side**2) :]
+      x = Merge(side, name="merge")(x)
     # With a single window there is nowhere to shift to.
     shift = self.window // 2 if self.side > self.window else 0
-    each: list[Any] = [[i % 2 * shift for i in range(self.depth)]]
-    if self.seams.tokens:
-      each.append(
-        [self.seams.tokens(name=f"tokens{i}")(x) for i in range(self.depth)]
-      )
-      x = jnp.concatenate([each[1][0], x], 1)
+    shifts = [i % 2 * shift for i in range(self.depth)]
+    first, prompts = layers.prompts(
+      self.seams, x, self.num_prompts, self.depth, self.fan
+    )
+    if first is not None:
+      x = jnp.concatenate([first, x], 1)
     make = functools.partial(
       Block, self.num_heads, self.window, self.side, self.seams
     )
     names = [f"block{i}" for i in range(self.depth)]
     return layers.repeat(
-      self, make, names, x, *each, scan=self.scan, remat=self.remat
-    )
+      self, make, names, x, shifts, prompts, self.rates, scan=self.scan,
+      remat=self.remat,
+    )  # fmt: skip
 
 
 class Swin(nn.Module):
@@ -224,6 +252,7 @@ class Swin(nn.Module):
     depths: blocks of each stage.
     num_heads: of each stage.
     patch: side of a patch in pixels.
+    drop_path: the last block's rate of `layers.drop_path`, in training.
     seams: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
@@ -233,6 +262,7 @@ class Swin(nn.Module):
   depths: tuple[int, ...]
   num_heads: tuple[int, ...]
   patch: int = 4
+  drop_path: float = 0.0
   seams: Seams = Seams()
   scan: bool = False
   remat: bool = False
@@ -241,7 +271,7 @@ class Swin(nn.Module):
   def __call__(
     self, x: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b d"]:
-    del train  # no dropout, no running statistics
+    del train  # no running statistics
     last = len(self.depths) - 1
     stride = self.patch * 2**last
     if x.shape[1] != x.shape[2] or x.shape[1] % stride:
@@ -250,13 +280,17 @@ class Swin(nn.Module):
         f" got {x.shape[1]} x {x.shape[2]}"
       )
     window = x.shape[1] // stride
+    fan = self.patch**2 * x.shape[-1] + self.width
     x = layers.PatchEmbed(self.patch, self.width, name="embed")(x)
     x = _norm(name="embed_norm")(x)
+    rates = layers.drop_rates(self.drop_path, self.depths)
     for i, (depth, num_heads) in enumerate(
       zip(self.depths, self.num_heads, strict=True)
     ):
+      num_prompts = depth if self.seams.deep else int(i == 0)
       x = Stage(
-        depth, num_heads, window, window * 2 ** (last - i), i > 0, self.seams,
-        self.scan, self.remat, name=f"stage{i}",
+        depth, num_heads, window, window * 2 ** (last - i), i > 0,
+        tuple(rates[i]), num_prompts, fan, self.seams, self.scan, self.remat,
+        name=f"stage{i}",
       )(x)  # fmt: skip
     return _norm(name="norm")(x).mean(1)

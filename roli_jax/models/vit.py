@@ -13,10 +13,7 @@ from roli_jax.types import Array, Float
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)).
-
-  A method's prompts replace the tokens after the first `start` ones.
-  """
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
 
   num_heads: int
   hidden: int
@@ -30,8 +27,16 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Float[Array, "b n d"],
-    prompts: Float[Array, "b p d"] | None = None,
+    prompts: Float[Array, "b p d"] | None,
+    rate: Any,
   ) -> Float[Array, "b n d"]:
+    """The tokens after it.
+
+    Args:
+      x: the tokens before it.
+      prompts: what a method puts in place of those after the first `start`.
+      rate: of `layers.drop_path`.
+    """
     if prompts is not None:
       end = self.start + prompts.shape[1]
       x = jnp.concatenate([x[:, : self.start], prompts, x[:, end:]], 1)
@@ -39,9 +44,10 @@ class Block(nn.Module):
     attention = layers.Attention(
       self.num_heads, self.seams, self.attention, name="attn"
     )
-    x = x + attention(y)
+    x = x + layers.drop_path(self, attention(y), rate)
     y = nn.LayerNorm(epsilon=self.eps, name="norm2")(x)
     y = layers.Mlp(self.hidden, act=self.act, name="mlp")(y)
+    y = layers.drop_path(self, y, rate)
     if self.seams.branch:
       y = self.seams.branch(name="branch")(y)
     return x + y
@@ -64,6 +70,7 @@ class Vit(nn.Module):
     act: the GELU.
     seams: where a method may enter.
     attention: which of `layers.ATTENTIONS`.
+    drop_path: the last block's rate of `layers.drop_path`, in training.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
   """
@@ -79,6 +86,7 @@ class Vit(nn.Module):
   act: Callable[..., Any] = layers.gelu
   seams: Seams = Seams()
   attention: str = "plain"
+  drop_path: float = 0.0
   scan: bool = False
   remat: bool = False
 
@@ -86,7 +94,8 @@ class Vit(nn.Module):
   def __call__(
     self, x: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b d"]:
-    del train  # no dropout, no running statistics
+    del train  # no running statistics
+    fan = self.patch**2 * x.shape[-1] + self.width
     x = layers.PatchEmbed(
       self.patch, self.width, use_bias=not self.clip, name="embed"
     )(x)
@@ -100,23 +109,18 @@ class Vit(nn.Module):
     )
     if self.clip:
       x = nn.LayerNorm(epsilon=self.eps, name="pre_norm")(x)
-    prompts = self._prompts(x)
-    if prompts:
-      x = jnp.concatenate([x[:, :start], prompts[0], x[:, start:]], 1)
+    num_prompts = self.depth if self.seams.deep else 1
+    first, prompts = layers.prompts(self.seams, x, num_prompts, self.depth, fan)
+    if first is not None:
+      x = jnp.concatenate([x[:, :start], first, x[:, start:]], 1)
     make = functools.partial(
       Block, self.num_heads, self.hidden, self.seams, self.eps, start,
       self.attention, self.act,
     )  # fmt: skip
     names = [f"block{i}" for i in range(self.depth)]
+    (rates,) = layers.drop_rates(self.drop_path, [self.depth])
     x = layers.repeat(
-      self, make, names, x, *[prompts] * bool(prompts), scan=self.scan,
-      remat=self.remat,
-    )  # fmt: skip
+      self, make, names, x, prompts, rates, scan=self.scan, remat=self.remat
+    )
     x = nn.LayerNorm(epsilon=self.eps, name="norm")(x)
     return x[:, 0] if self.pool == "token" else x.mean(1)
-
-  def _prompts(self, x):
-    """Each block's, of a method that has any."""
-    if not self.seams.tokens:
-      return []
-    return [self.seams.tokens(name=f"tokens{i}")(x) for i in range(self.depth)]

@@ -7,15 +7,27 @@ import jax.numpy as jnp
 import optax
 
 from roli_jax import specs, trees
-from roli_jax.optim import schedules
+from roli_jax.optim import reference, schedules
 
 # Of a path, what exempts a leaf from weight decay: biases are, scales of
 # norms are not, as in the RoLI reference.
 NO_DECAY = (".*bias",)
 
 
-def adamw(learning_rate, decay, weight_decay, b1=0.9, b2=0.999, eps=1e-8):
-  """AdamW (Loshchilov and Hutter 2019)."""
+def adamw(
+  learning_rate,
+  decay,
+  weight_decay,
+  b1=0.9,
+  b2=0.999,
+  eps=1e-8,
+  eps_style="standard",
+):
+  """AdamW (Loshchilov and Hutter 2019), or the RoLI reference's."""
+  styles = {"standard": None, "reference": reference.adamw}
+  other = specs.choose(styles, eps_style, "eps_style")
+  if other:
+    return other(learning_rate, decay, weight_decay, b1, b2, eps)
   return optax.adamw(
     learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay
   )

@@ -11,7 +11,14 @@ from roli_jax.types import Array, Float, Int
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 
-def warmup(num_steps: int, warmup: float, decay: str) -> Schedule:
+def warmup(
+  num_steps: int,
+  warmup: float,
+  decay: str,
+  *,
+  every: int = 1,
+  starts_at_zero: bool = False,
+) -> Schedule:
   """Rises linearly to 1, then falls to 0 at `num_steps`, or stays.
 
   With w steps of warm-up the first step is at 1 / w already, and step w - 1 is
@@ -21,7 +28,17 @@ def warmup(num_steps: int, warmup: float, decay: str) -> Schedule:
     num_steps: of the whole stage.
     warmup: the share of them that rises, in [0, 1]; 0 starts at the peak.
     decay: `cosine`, `linear` or `constant`.
+    every: so many steps, which divide `num_steps`, have the rate of the first
+      of them, as if they were one: those of an epoch, in the RoLI reference.
+    starts_at_zero: the first step has rate 0 and step w the peak, likewise.
   """
+  if every > 1:
+    by_epoch = _warmup(num_steps // every, warmup, decay, starts_at_zero)
+    return lambda step: by_epoch(step // every)
+  return _warmup(num_steps, warmup, decay, starts_at_zero)
+
+
+def _warmup(num_steps, warmup, decay, starts_at_zero):
   if not 0 <= warmup <= 1:
     raise ValueError(f"warmup is a share in [0, 1], got {warmup}")
   warmup_steps = round(warmup * num_steps)
@@ -35,6 +52,8 @@ def warmup(num_steps: int, warmup: float, decay: str) -> Schedule:
   rise = optax.linear_schedule(
     1 / max(warmup_steps, 1), 1.0, max(warmup_steps - 1, 1)
   )
+  if starts_at_zero:
+    rise = optax.linear_schedule(0.0, 1.0, max(warmup_steps, 1))
   return optax.join_schedules([rise, fall], [warmup_steps])
 
 

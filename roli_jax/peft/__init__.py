@@ -1,17 +1,32 @@
 """Methods of fine-tuning by name."""
 
-from roli_jax.peft.load import load
-from roli_jax.peft.method import BIAS, FROZEN, FULL, GROUPS, LINEAR, Method
-
-METHODS = {method.name: method for method in (LINEAR, FULL, BIAS)}
+from roli_jax.peft.exchange import load, merge, restore, state_dict
+from roli_jax.peft.method import (
+  FROZEN,
+  GROUPS,
+  METHODS,
+  Method,
+  adapter,
+  bias,
+  full,
+  linear,
+  lora,
+  vpt,
+)
 
 __all__ = [
-  "BIAS",
   "FROZEN",
-  "FULL",
   "GROUPS",
-  "LINEAR",
   "METHODS",
   "Method",
+  "adapter",
+  "bias",
+  "full",
+  "linear",
   "load",
+  "lora",
+  "merge",
+  "restore",
+  "state_dict",
+  "vpt",
 ]

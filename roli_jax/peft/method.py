@@ -1,10 +1,14 @@
 """What a fine-tuning method is: where it enters, and which leaves it trains."""
 
 import dataclasses
+import functools
 from typing import Any
 
-from roli_jax import trees
+from flax import linen as nn
+
+from roli_jax import models, specs, trees
 from roli_jax.models import Seams
+from roli_jax.peft import modules
 from roli_jax.types import Params
 
 GROUPS = ("backbone", "peft", "head")
@@ -17,17 +21,19 @@ class Method:
 
   Attributes:
     name: as in `peft.METHODS`.
-    seams: how it enters a backbone.
     groups: path pattern -> `backbone`, `peft`, `head` or `frozen`; the first
       match wins, and every leaf must be covered.
-    train_mode: whether the training forward is stochastic (dropout) and moves
-      running statistics. Methods that freeze most of the encoder keep it in
-      evaluation mode, as in the RoLI reference.
+    seams: how it enters a backbone.
+    scale: of LoRA's products.
+    train_mode: whether the backbone itself is in training mode: it drops paths
+      and may move running statistics. Methods that freeze most of it keep it
+      in evaluation mode, as in the RoLI reference.
   """
 
   name: str
-  seams: Seams
   groups: tuple[tuple[str, str], ...]
+  seams: Seams = Seams()
+  scale: float | int = 0.0
   train_mode: bool = False
 
   def labels(self, params: Params) -> Any:
@@ -39,12 +45,155 @@ class Method:
     """Whether each leaf is trained."""
     return trees.label(params, [(p, g != FROZEN) for p, g in self.groups])
 
+  def enter(self, model: models.Model) -> models.Model:
+    """The model with the method's modules in its backbone.
+
+    Raises:
+      ValueError: the backbone has no place for them.
+    """
+    backbone: Any = model.backbone
+    if self.seams.tokens and not isinstance(backbone, models.Vit | models.Swin):
+      raise ValueError(
+        f"vpt puts tokens into a ViT or a Swin; {model.name} has none. Of a"
+        " ConvNeXt or a ResNet take linear, full, bias, lora or adapter"
+      )
+    return dataclasses.replace(model, backbone=backbone.clone(seams=self.seams))
+
 
 _HEAD = ("head/.*", "head")
+_PEFT = ("peft/.*", "peft")
 _REST = (".*", FROZEN)
 
-LINEAR = Method("linear", Seams(), (_HEAD, _REST))
-FULL = Method(
-  "full", Seams(), (_HEAD, ("backbone/.*", "backbone")), train_mode=True
-)
-BIAS = Method("bias", Seams(), (_HEAD, ("backbone/.*bias", "backbone"), _REST))
+# Each made once for its options: equal models share their compiled programs,
+# and the partial functions in seams are equal only if they are the same.
+
+
+@functools.cache
+def linear() -> Method:
+  """The head alone."""
+  return Method("linear", (_HEAD, _REST))
+
+
+@functools.cache
+def full() -> Method:
+  """All leaves."""
+  return Method("full", (_HEAD, ("backbone/.*", "backbone")), train_mode=True)
+
+
+@functools.cache
+def bias() -> Method:
+  """The biases that there are, of convolutions, layers and normalisations.
+
+  Of a Swin also those by relative position, as in the RoLI reference.
+  """
+  return Method("bias", (_HEAD, ("backbone/.*bias", "backbone"), _REST))
+
+
+@functools.cache
+def lora(
+  rank: int = 16,
+  alpha: float | int = 16,
+  init: str = "standard",
+  dropout: float | int = 0.0,
+) -> Method:
+  """LoRA: of the queries and values of every block (Hu et al. 2022).
+
+  In a ConvNeXt, of the two pointwise layers; in a ResNet, of every convolution
+  on the blocks' second branch, whose kernel is taken as a matrix.
+
+  Args:
+    rank: of the product, >= 1.
+    alpha: its scale, times the rank.
+    init: `standard`: a is uniform and b zero. `both_zero`, of the RoLI
+      reference: a saddle that nothing leaves.
+    dropout: of what goes into it, in training; not of convolutions.
+
+  Raises:
+    ValueError: a value out of its range.
+  """
+  starts = {"standard": modules.UNIFORM, "both_zero": modules.ZEROS}
+  start = specs.choose(starts, init, "lora init")
+  _check("lora", rank=rank)
+  _check_dropout("lora", dropout)
+  scale = alpha / rank
+  seams = Seams(
+    dense=functools.partial(
+      _lora_dense, rank=rank, scale=scale, init=start, dropout=dropout
+    ),
+    kernel=functools.partial(
+      modules.lora_kernel, rank=rank, scale=scale, init=start
+    ),
+  )
+  return Method("lora", (_HEAD, _PEFT, _REST), seams, scale)
+
+
+def _lora_dense(features: int, *, name: str, **options: Any) -> nn.Module:
+  if name == "k":
+    return nn.Dense(features, name=name)
+  return modules.LoraDense(features, name=name, **options)
+
+
+@functools.cache
+def adapter(reduction: int = 8, init: str = "near_identity") -> Method:
+  """An adapter after the second branch of every block (Pfeiffer et al. 2021).
+
+  In a ViT and a Swin that is after the MLP; in a convolutional net it sees each
+  place of the map by itself.
+
+  Args:
+    reduction: of the width inside, >= 1.
+    init: `near_identity`: it adds nothing at the start, and all of it learns.
+      `all_zero`, of the RoLI reference: one bias of each learns.
+
+  Raises:
+    ValueError: a value out of its range.
+  """
+  starts = {"near_identity": modules.UNIFORM, "all_zero": modules.ZEROS}
+  start = specs.choose(starts, init, "adapter init")
+  _check("adapter", reduction=reduction)
+  branch = functools.partial(modules.Adapter, reduction, start)
+  return Method("adapter", (_HEAD, _PEFT, _REST), Seams(branch=branch))
+
+
+@functools.cache
+def vpt(
+  tokens: int = 10,
+  deep: bool = True,
+  dropout: float | int = 0.1,
+  order: str = "fixed",
+) -> Method:
+  """Visual prompts, of a ViT or a Swin (Jia et al. 2022).
+
+  Args:
+    tokens: in each block, >= 1.
+    deep: whether every block has its own, or only the first.
+    dropout: of prompts, in training.
+    order: `fixed`; `as_is`, of the RoLI reference: a Swin's windows get the
+      prompts of other images of the batch, see `Seams.mixed`.
+
+  Raises:
+    ValueError: a value out of its range.
+  """
+  orders = {"fixed": False, "as_is": True}
+  mixed = specs.choose(orders, order, "prompt order")
+  _check("vpt", tokens=tokens)
+  _check_dropout("vpt", dropout)
+  make = functools.partial(modules.Prompts, tokens, dropout=dropout)
+  seams = Seams(tokens=make, deep=deep, mixed=mixed)
+  return Method("vpt", (_HEAD, _PEFT, _REST), seams)
+
+
+def _check(method, **counts):
+  for name, count in counts.items():
+    if count < 1:
+      raise ValueError(f"{method}.{name} must be >= 1, got {count}")
+
+
+def _check_dropout(method, rate):
+  if not 0 <= rate < 1:
+    raise ValueError(f"{method}.dropout is a share in [0, 1), got {rate}")
+
+
+METHODS = {
+  make.__name__: make for make in (linear, full, bias, lora, adapter, vpt)
+}

@@ -1,10 +1,9 @@
 """What methods put into a backbone; their arrays are in the collection `peft`.
 
 LoRA: Hu et al. 2022. Adapters: Pfeiffer et al. 2021, after the MLP alone.
-Prompts: Jia et al. 2022 (VPT), deep: each block has its own.
+Prompts: Jia et al. 2022 (VPT).
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,131 +12,131 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from roli_jax.models import Seams
 from roli_jax.models.layers import gelu
 from roli_jax.types import Array, Float
 
-_zeros = nn.initializers.zeros
+ZEROS = nn.initializers.zeros
 # U(+-1 / sqrt(fan in)), as PyTorch begins a linear layer.
-_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+Init = Callable[..., Any]
 
 
-def _leaf(
-  module: nn.Module, name: str, init: Callable[..., Any], *shape: int
-) -> jax.Array:
+def _leaf(module: nn.Module, name: str, init: Init, *shape: int) -> jax.Array:
   """An array of a method, of its own where the module's are the backbone's."""
   return module.variable(
     "peft", name, lambda: init(module.make_rng("params"), shape)
   ).value
 
 
-class LoraDense(nn.Module):
-  """A dense layer, `kernel` and `bias`, plus (alpha / rank) x a b.
-
-  a starts uniformly, b at zero. (A class of its own, since the checks of the
-  tests can't read the annotations of `nn.Dense`.)
-
-  Attributes:
-    features: the width after it.
-    rank: of the product.
-    alpha: its scale, times the rank.
-  """
-
-  features: int
-  rank: int
-  alpha: float | int
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... e"]:
-    kernel = self.param(
-      "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features)
-    )
-    bias = self.param("bias", _zeros, (self.features,))
-    a = _leaf(self, "a", _uniform, x.shape[-1], self.rank)
-    b = _leaf(self, "b", _zeros, self.rank, self.features)
-    return _affine(x, kernel, bias) + self.alpha / self.rank * (x @ a @ b)
+def _dropped(module: nn.Module, x: Any, rate: float | int) -> Any:
+  """x with dropout, in training."""
+  trains = module.has_rng("dropout")
+  return nn.Dropout(rate, deterministic=not trains)(x)
 
 
 def _affine(x, kernel, bias):
   return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+class LoraDense(nn.Module):
+  """A dense layer, `kernel` and `bias`, plus scale x a b; b starts at zero.
+
+  (A class of its own, since the checks of the tests can't read the annotations
+  of `nn.Dense`.)
+
+  Attributes:
+    features: the width after it.
+    rank: of the product.
+    scale: of it.
+    init: how a starts.
+    dropout: of x before a, in training.
+  """
+
+  features: int
+  rank: int
+  scale: float | int
+  init: Init = UNIFORM
+  dropout: float | int = 0.0
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... e"]:
+    kernel = self.param(
+      "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features)
+    )
+    bias = self.param("bias", ZEROS, (self.features,))
+    a = _leaf(self, "a", self.init, x.shape[-1], self.rank)
+    b = _leaf(self, "b", ZEROS, self.rank, self.features)
+    product = _dropped(self, x, self.dropout) @ a @ b
+    return _affine(x, kernel, bias) + self.scale * product
+
+
+def lora_kernel(
+  module: nn.Module,
+  kernel: Float[Array, "i j c d"],
+  rank: int,
+  scale: float | int,
+  init: Init,
+) -> Float[Array, "i j c d"]:
+  """A convolution's kernel plus scale a b, a [i j c, rank], b [rank, d]."""
+  a = _leaf(module, "a", init, math.prod(kernel.shape[:3]), rank)
+  b = _leaf(module, "b", ZEROS, rank, kernel.shape[3])
+  return kernel + scale * (a @ b).reshape(kernel.shape)
+
+
 class Adapter(nn.Module):
   """y + up(gelu(down(y))); up starts at zero.
 
   Attributes:
-    reduction: of the width inside.
+    reduction: of the width inside, which is at least 1.
+    init: how the weights of down start.
   """
 
   reduction: int
+  init: Init = UNIFORM
 
   @nn.compact
   def __call__(self, y: Float[Array, "... d"]) -> Float[Array, "... d"]:
     width = y.shape[-1]
-    inner = width // self.reduction
-    down = _Dense(inner, _uniform, name="down")
-    up = _Dense(width, _zeros, name="up")
+    down = _Dense(max(width // self.reduction, 1), self.init, name="down")
+    up = _Dense(width, ZEROS, name="up")
     return y + up(gelu(down(y)))
 
 
 class _Dense(nn.Module):
   width: int
-  init: Callable[..., Any]
+  init: Init
 
   @nn.compact
   def __call__(self, x):
     kernel = _leaf(self, "kernel", self.init, x.shape[-1], self.width)
-    bias = _leaf(self, "bias", _zeros, self.width)
+    bias = _leaf(self, "bias", ZEROS, self.width)
     return _affine(x, kernel, bias)
 
 
 class Prompts(nn.Module):
-  """A block's prompts, the same for each image.
+  """A block's prompts, the same for each image but for dropout.
+
+  They start uniformly in +- sqrt(6 / fan), the bound of Glorot & Bengio 2010
+  for the patch embedding, in all blocks.
 
   Attributes:
     tokens: how many.
-    bound: they start uniformly in +- this.
+    fan: see `Seams.tokens`.
+    dropout: in training, each image by itself.
   """
 
   tokens: int
-  bound: float
+  fan: int
+  dropout: float | int
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b p d"]:
+    bound = math.sqrt(6 / self.fan)
+
     def init(key, shape):
-      return jax.random.uniform(key, shape, jnp.float32, -1, 1) * self.bound
+      return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
     prompt = _leaf(self, "prompt", init, self.tokens, x.shape[-1])
-    return jnp.repeat(prompt[None].astype(x.dtype), len(x), 0)
-
-
-def _lora_of_q_and_v(
-  features: int, *, name: str, rank: int, alpha: float | int
-):
-  if name in ("q", "v"):
-    return LoraDense(features, rank, alpha, name=name)
-  return nn.Dense(features, name=name)
-
-
-def lora(rank: int = 16, alpha: float | int = 16) -> Seams:
-  """LoRA of the queries and values of every block."""
-  return Seams(
-    dense=functools.partial(_lora_of_q_and_v, rank=rank, alpha=alpha)
-  )
-
-
-def adapter(reduction: int = 8) -> Seams:
-  """An adapter after the MLP of every block."""
-  return Seams(branch=functools.partial(Adapter, reduction))
-
-
-def vpt(tokens: int = 10, patch: int = 16, width: int = 768) -> Seams:
-  """Deep prompts.
-
-  Args:
-    tokens: in each block.
-    patch: of the backbone, in pixels; with `width` it sets the start.
-    width: of the backbone's first block.
-  """
-  bound = math.sqrt(6 / (3 * patch**2 + width))
-  return Seams(tokens=functools.partial(Prompts, tokens, bound))
+    prompts = jnp.repeat(prompt[None].astype(x.dtype), len(x), 0)
+    return _dropped(self, prompts, self.dropout)

@@ -39,7 +39,7 @@ def model():
 
 @pytest.fixture(params=peft.METHODS)
 def method(request):
-  return peft.METHODS[request.param]
+  return peft.METHODS[request.param]()
 
 
 def batch(size=8):
@@ -52,6 +52,7 @@ def batch(size=8):
 
 
 def begin(model, method, objective=None, spec=None, lr=1e-2):
+  model = method.enter(model)
   params, stats = model.init(keys.root(0))
   tx = optim.build(
     spec or {"name": "adamw", "weight_decay": 0.1, "clip_norm": 1.0},
@@ -135,7 +136,7 @@ def test_a_step_traces_once(model, method):
 
 
 def test_another_rate_compiles_nothing(model):
-  train_step, now = begin(model, peft.LINEAR)
+  train_step, now = begin(model, peft.linear())
   jitted = jax.jit(train_step)
   jitted(now, batch(), keys.root(0))
   faster = dataclasses.replace(now, opt_state=optim.at_rate(now.opt_state, 1.0))
@@ -146,7 +147,7 @@ def test_another_rate_compiles_nothing(model):
 @pytest.mark.parametrize("name", losses.OBJECTIVES)
 def test_every_objective_trains(model, name):
   objective = losses.OBJECTIVES[name]()
-  train_step, now = begin(model, peft.FULL, objective, lr=3e-2)
+  train_step, now = begin(model, peft.full(), objective, lr=3e-2)
   jitted = jax.jit(train_step)
   values = []
   for _ in range(12):
@@ -170,13 +171,13 @@ def test_half_at_attacks_every_other_image(model):
 
   params, stats = model.init(keys.root(0))
   tx = optim.build(
-    {"name": "sgd"}, peft.LINEAR.labels(params), schedules.ramp(1)
+    {"name": "sgd"}, peft.linear().labels(params), schedules.ramp(1)
   )
   train_step = step.make_train_step(
-    model, peft.LINEAR, losses.HalfAt(), Shaped(ThreatModel("linf", 0.1)),
+    model, peft.linear(), losses.HalfAt(), Shaped(ThreatModel("linf", 0.1)),
     schedules.ramp(1), tx, white=16,
   )  # fmt: skip
-  now = state.create(params, stats, peft.LINEAR.trains(params), tx)
+  now = state.create(params, stats, peft.linear().trains(params), tx)
   _, counts = train_step(now, batch(8), keys.root(0))
   assert shapes == [(4, 8, 8, 1)]
   mixed = batch(8)["image"].astype(np.float32) / 16
@@ -197,13 +198,13 @@ def test_the_radius_follows_its_schedule(model):
 
   params, stats = model.init(keys.root(0))
   tx = optim.build(
-    {"name": "sgd"}, peft.LINEAR.labels(params), schedules.ramp(1)
+    {"name": "sgd"}, peft.linear().labels(params), schedules.ramp(1)
   )
   train_step = step.make_train_step(
-    model, peft.LINEAR, losses.At(), Spy(ThreatModel("linf", 0.1)),
+    model, peft.linear(), losses.At(), Spy(ThreatModel("linf", 0.1)),
     schedules.ramp(8, begin=0.25, end=0.75), tx, white=16,
   )  # fmt: skip
-  now = state.create(params, stats, peft.LINEAR.trains(params), tx)
+  now = state.create(params, stats, peft.linear().trains(params), tx)
   for _ in range(8):
     now, _ = train_step(now, batch(), keys.root(0))
   assert seen == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]

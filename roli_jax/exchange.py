@@ -1,16 +1,17 @@
 """`--mode=convert`: a file of weights to another, and what proves it."""
 
+import dataclasses
 import filecmp
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from roli_jax import trees
-from roli_jax.convert import files, foreign
-from roli_jax.convert.bundle import Bundle
+from roli_jax import peft, trees
+from roli_jax.convert import Bundle, files, foreign
+from roli_jax.convert import bundle as bundles
 
 Facts = list[tuple[str, str, str]]
 
@@ -22,6 +23,8 @@ def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, Facts]:
 
   Beside the weights, `<model>.check.npz` holds two images of noise with the
   features and logits that the model gives them, for whoever has the original.
+  What a method has added to a run's checkpoint is folded into the backbone, if
+  it is LoRA; otherwise it goes to `<model>.<method>.safetensors`.
 
   Returns:
     The file that was written, and facts about it: what, how much, which.
@@ -34,26 +37,64 @@ def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, Facts]:
     if not config[field]:
       raise ValueError(f"--config.{field}= is missing; see --help")
   source = pathlib.Path(config["source"]).expanduser()
-  given = {k: config[k] for k in _OF_LOAD if config[k]}
-  bundle = files.load(source, **given)
-  # The foreign side of a conversion is the one that the format is of.
-  outward = config["format"] if bundle.coverage is None else ""
   output = pathlib.Path(config["output"]).expanduser()
+  given = {k: config[k] for k in _OF_LOAD if config[k]}
+  whole, method = _read(source, given)
+  plain = whole
+  if whole.params.peft:
+    plain = peft.merge(whole, method) if method.scale else _without(whole)
+  # The foreign side of a conversion is the one that the format is of.
+  outward = config["format"] if whole.coverage is None else ""
   suffix = ".pth" if outward else ".safetensors"
-  path = output / f"{bundle.model.name}{suffix}"
-  _write(bundle, path, outward)
-  again = files.load(path, bundle.model.name)
-  facts = [*_facts(bundle), _same(bundle, again, source)]
-  seen: Any = _seen(again)
-  np.savez_compressed(output / f"{bundle.model.name}.check.npz", **seen)
+  path = output / f"{plain.model.name}{suffix}"
+  _write(path, lambda new: files.save(plain, new, outward or None))
+  again = files.load(path, plain.model.name)
+  facts = [*_facts(plain), _same(plain, again, source)]
+  if whole.params.peft:
+    facts.append(_added(whole, method, plain, path))
+  seen: Any = _seen(whole if whole.params.peft else again)
+  np.savez_compressed(output / f"{plain.model.name}.check.npz", **seen)
   return path, facts
 
 
-def _write(bundle: Bundle, path: pathlib.Path, format: str) -> None:
+def _read(source: pathlib.Path, given: dict[str, Any]):
+  """The bundle of a file, or of a run's checkpoint with its method."""
+  if not source.is_dir() or any(source.glob("*.safetensors")):
+    return files.load(source, **given), peft.linear()
+  found, method = peft.restore(source)
+  name = given.pop("model", found.model.name)
+  if name != found.model.name:
+    raise ValueError(f"{source} is a {found.model.name}, not a {name}")
+  given.pop("format", None)
+  return files.adjusted(found, **given), method
+
+
+def _without(whole: Bundle) -> Bundle:
+  """The backbone and the head without what a method has added."""
+  model = peft.linear().enter(whole.model)
+  params = dataclasses.replace(whole.params, peft={})
+  return dataclasses.replace(whole, model=model, params=params)
+
+
+def _added(
+  whole: Bundle, method: peft.Method, plain: Bundle, path: pathlib.Path
+) -> tuple[str, str, str]:
+  """Says that LoRA is in the kernels, or writes what the method has added."""
+  if method.scale:
+    off = np.abs(_seen(whole)["logits"] - _seen(plain)["logits"]).max()
+    return (method.name, "folded", f"logits differ by {off:.1e} at most")
+  beside = path.with_name(f"{whole.model.name}.{method.name}.safetensors")
+  tensors = peft.state_dict(whole)
+  about = {"format": "pt", "method": method.name}
+  _write(beside, lambda new: bundles.write_tensors(tensors, new, about))
+  return (method.name, beside.name, f"{len(tensors)} tensors, for peft.load")
+
+
+def _write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
   """The file, unless it is there and another; then it stays."""
   path.parent.mkdir(parents=True, exist_ok=True)
   new = path.with_stem(path.stem + ".new")
-  files.save(bundle, new, format or None)
+  save(new)
   if path.exists() and not filecmp.cmp(path, new, shallow=False):
     new.unlink()
     raise ValueError(

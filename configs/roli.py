@@ -1,0 +1,164 @@
+"""The recipes of RoLI's repository: five data sets, six methods, two inits.
+
+  python -m roli_jax.main --config=configs/roli.py:dataset=cub,method=lora
+
+Arguments, after a colon:
+  dataset=cub|stanforddogs|caltech256|cifar10|cifar100|folder
+  method=full|linear|bias|lora|adapter|vpt, init=roli|ranli|std
+  backbone=swin_b, or any other
+  compat=true: as the reference's code does it, defects included
+
+A robust Swin-B (ARES), linf, eps 8/255, PGD-7 in training and PGD-10 in tests.
+Rates, decays and lengths are those that the authors wrote: RanLI's and RoLI's
+were tuned apart. roli is the probe first, by the numbers of linear, then the
+method; linear is the probe alone; vpt from a probe, which has no recipe of
+theirs, takes vpt's own. folder is your own folder of images, by the numbers of
+Stanford Dogs. Expected numbers: none yet, these have not been run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+BATCH = 64
+WARMUP = 10  # epochs
+
+# Epochs, of which the first ten warm up; base rate and weight decay as the
+# authors wrote them; prompts.
+EPOCHS = {
+  "cifar10": 20,
+  "cifar100": 20,
+  "caltech256": 40,
+  "cub": 60,
+  "stanforddogs": 40,
+}
+RECIPES = {
+  "cifar10": {
+    "linear": (0.05, 0.01),
+    "full-ranli": (5e-4, 0.01),
+    "full-roli": (1e-4, 0.01),
+    "bias-ranli": (0.005, 0.001),
+    "bias-roli": (0.005, 0.001),
+    "adapter-ranli": (0.05, 0.01),
+    "adapter-roli": (0.05, 0.01),
+    "lora-ranli": (0.01, 1e-4),
+    "lora-roli": (0.001, 1e-4),
+    "vpt": (0.5, 0.001),
+  },
+  "cifar100": {
+    "linear": (0.1, 0.001),
+    "full-ranli": (5e-4, 0.001),
+    "full-roli": (1e-4, 0.001),
+    "bias-ranli": (0.005, 0.001),
+    "bias-roli": (0.005, 0.01),
+    "adapter-ranli": (0.005, 1e-4),
+    "adapter-roli": (0.05, 1e-4),
+    "lora-ranli": (0.05, 0.0),
+    "lora-roli": (0.001, 1e-4),
+    "vpt": (0.5, 0.01),
+  },
+  "caltech256": {
+    "linear": (0.5, 0.01),
+    "full-ranli": (5e-4, 1e-4),
+    "full-roli": (1e-4, 1e-4),
+    "bias-ranli": (0.001, 0.01),
+    "bias-roli": (1e-5, 0.0),
+    "adapter-ranli": (0.005, 1e-4),
+    "adapter-roli": (5e-4, 0.0),
+    "lora-ranli": (0.001, 1e-4),
+    "lora-roli": (1e-4, 1e-4),
+    "vpt": (0.05, 0.001),
+  },
+  "cub": {
+    "linear": (1.0, 0.001),
+    "full-ranli": (5e-4, 0.001),
+    "full-roli": (1e-4, 0.01),
+    "bias-ranli": (0.005, 0.001),
+    "bias-roli": (5e-4, 1e-4),
+    "adapter-ranli": (0.05, 1e-4),
+    "adapter-roli": (0.05, 0.001),
+    "lora-ranli": (0.005, 1e-4),
+    "lora-roli": (0.005, 1e-4),
+    "vpt": (0.05, 0.001),
+  },
+  "stanforddogs": {
+    "linear": (1.0, 0.01),
+    "full-ranli": (5e-4, 0.01),
+    "full-roli": (5e-5, 0.001),
+    "bias-ranli": (0.001, 1e-4),
+    "bias-roli": (5e-5, 1e-4),
+    "adapter-ranli": (0.005, 1e-4),
+    "adapter-roli": (1e-4, 1e-4),
+    "lora-ranli": (0.005, 1e-4),
+    "lora-roli": (0.001, 0.01),
+    "vpt": (0.05, 1e-4),
+  },
+}
+TOKENS = {"cub": 20}
+RECIPES["folder"] = RECIPES["stanforddogs"]
+EPOCHS["folder"] = EPOCHS["stanforddogs"]
+
+ORIGIN = """\
+the robust Swin-B of ARES 2.0 is
+  ml.cs.tsinghua.edu.cn/~xiaoyang/aresbench/ckpt-imagenet/\
+ARES_Swin_base_patch4_window7_224_AT.pth
+Convert it, --mode=convert --config=configs/convert.py --config.source=THAT.pth
+--config.output=weights, and give --config.backbone.weights=weights."""
+
+
+def _stage(epochs: int, optimizer: str, recipe: tuple[float, float]):
+  base_rate, decay = recipe
+  return common.stage(
+    0,
+    epochs=epochs,
+    batch_size=BATCH,
+    lr=base_rate * BATCH / 256,
+    val_every=0,
+    log_every=50,
+    schedule={"warmup": WARMUP / epochs, "decay": "cosine"},
+    optim={"name": optimizer, "weight_decay": decay, "clip_norm": 0.0},
+  )
+
+
+def get_config(text: str = "", dataset: str = "cub") -> ConfigDict:
+  arg = common.parse_arg(
+    text, dataset=dataset, backbone="swin_b", method="full", init="roli",
+    compat="false",
+  )  # fmt: skip
+  recipes = common.choose(RECIPES, arg.dataset, "dataset")
+  epochs = EPOCHS[arg.dataset]
+  # A clean probe's adaptation has the numbers of an adversarial one's.
+  tuned = "ranli" if arg.init == "ranli" else "roli"
+  named = {name: name for name in ("linear", "vpt")}
+  known = {name: name for name in (*named, "full", "bias", "adapter", "lora")}
+  method = common.choose(known, arg.method, "method")
+  recipe = recipes[named.get(method, f"{method}-{tuned}")]
+  swin = arg.backbone.startswith("swin")
+  switches: dict = {"droppath_rate": 0.5 if swin else 0.0}
+  if not (swin and method == "lora" and tuned == "roli"):
+    switches["lora_init"] = "standard"
+  methods = common.methods()
+  methods["vpt"]["tokens"] = TOKENS.get(arg.dataset, 10)
+  return ConfigDict(
+    {
+      "seed": 0,
+      "cpu_devices": 1,
+      "data": common.data(arg.dataset, 0),
+      "backbone": common.backbone(arg.backbone, "ares", ORIGIN),
+      "head_init": "kaiming_fan_out",
+      "peft": methods,
+      "compat": common.compat(arg.compat, **switches),
+      "threat": {"norm": "linf", "eps": "8/255"},
+      "attack": common.pgd(7),
+      "val_attack": common.pgd(10),
+      "eval_attack": common.pgd(10),
+      "eval_batch_size": 64,
+      "probe": _stage(epochs, "sgd", recipes["linear"]),
+      "adapt": _stage(epochs, "adamw", recipe),
+      "test": True,
+      "curve": (),
+      **common.evaluation(),
+      "rates": (),
+      "cells": ({"method": method, "init": arg.init},),
+    }
+  )

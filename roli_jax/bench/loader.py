@@ -1,0 +1,126 @@
+"""How fast images come: from files beside plain PIL, from memory."""
+
+import functools
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from roli_jax import data
+from roli_jax.data import transforms
+
+Row = dict[str, Any]
+
+_BATCH = 32
+_WARM = 10  # batches read before the clock starts: buffers are empty then
+_TIMED = 16  # batches
+
+
+def loader(config: Mapping[str, Any]) -> Iterator[Row]:
+  """Photographs of 500 x 400 in files, cropped to 224; CIFAR from memory.
+
+  Args:
+    config: `runs`, of which the median is taken; `loader_images`, how many
+      files are written, 400 without it.
+  """
+  with tempfile.TemporaryDirectory() as directory:
+    root = pathlib.Path(directory)
+    # What is remembered of these files goes with them.
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=directory):
+      _write(root, config.get("loader_images", 400))
+      source = data.build({"name": "folder", "root": directory}, "train")
+    yield from _measured(_calls(source), max(3, config["runs"]))
+  cifar = functools.partial(_stream, _cifar(), count=600, batch_size=64)
+  yield from _measured({"CIFAR from memory": cifar}, max(3, config["runs"]))
+
+
+def _calls(source):
+  """Name -> a function that says how many images took how many seconds."""
+  plain = functools.partial(_plain, source)
+  stream = functools.partial(_stream, source)
+  return {
+    "PIL decode alone": functools.partial(plain, crop=False),
+    "PIL decode, resize, crop": functools.partial(plain, crop=True),
+    "0 workers, 1 thread": functools.partial(stream, num_threads=1),
+    "0 workers, a thread per core": stream,
+    "1 worker": functools.partial(stream, num_workers=1),
+    "2 workers": functools.partial(stream, num_workers=2),
+  }
+
+
+def _measured(
+  calls: Mapping[str, Callable[[], tuple[int, float]]], runs: int
+) -> Iterator[Row]:
+  """Medians of the calls' rates, the calls taking turns."""
+  rates: dict[str, list[float]] = {name: [] for name in calls}
+  for _ in range(runs):
+    for name, call in calls.items():
+      count, seconds = call()
+      rates[name].append(count / seconds)
+  for name, values in rates.items():
+    rate = statistics.median(values)
+    yield {
+      "suite": "loader",
+      "name": name,
+      "seconds": 1 / rate,  # of one image
+      "images_per_s": rate,
+    }
+
+
+def _plain(source, crop):
+  """PIL in one thread, on files in the order in which they are listed."""
+  from PIL import Image
+
+  rng = np.random.default_rng(0)
+  chain = source.train_transforms if crop else ()
+  started = time.perf_counter()
+  for path in source.images:
+    with Image.open(path) as image:
+      transforms.apply(chain, rng, image.convert("RGB"))
+  return len(source), time.perf_counter() - started
+
+
+def _stream(source, count=_TIMED, batch_size=_BATCH, **options):
+  """Our pipeline, once it runs."""
+  batches = data.train_batches(source, batch_size, seed=0, **options)
+  for _ in range(_WARM):
+    next(batches)
+  started = time.perf_counter()
+  for _ in range(count):
+    next(batches)
+  seconds = time.perf_counter() - started
+  batches.close()  # type: ignore[attr-defined]
+  return count * batch_size, seconds
+
+
+def _write(root, count):
+  """JPEGs of about 50 kB: blurred noise, and a little that is not."""
+  from PIL import Image
+
+  rng = np.random.default_rng(0)
+  for i in range(count):
+    coarse = rng.integers(0, 256, (25, 20, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((500, 400), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image) + rng.normal(0, 5, (400, 500, 1))
+    # The held out need a few; all that is measured is training.
+    split = {0: "val", 1: "test"}.get(i, "train")
+    file = root / split / "noise" / f"{i}.jpg"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, quality=90)
+
+
+def _cifar():
+  """45,000 images of 32 x 32 noise."""
+  rng = np.random.default_rng(0)
+  return data.Source(
+    images=rng.integers(0, 256, (45_000, 32, 32, 3), dtype=np.uint8),
+    labels=rng.integers(0, 10, 45_000, dtype=np.int32),
+    indices=np.arange(45_000, dtype=np.uint32),
+    num_classes=10,
+  )

@@ -1,0 +1,421 @@
+"""What training will cost, from shapes alone: FLOPs, bytes kept, hours.
+
+Programs are traced and never compiled; there are neither weights nor data.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from roli_jax import models, trees
+from roli_jax.models import Model
+from roli_jax.peft import Method
+from roli_jax.types import Params, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """An accelerator.
+
+  Attributes:
+    peak: of dense products in bfloat16, FLOP/s.
+    memory: bytes.
+  """
+
+  peak: float | int
+  memory: float | int
+
+
+# NVIDIA's data sheets of the SXM boards, whose 1,979 TFLOP/s in bfloat16 are
+# "with sparsity": half of it (nvidia.com/en-us/data-center/h100, .../h200).
+# Google's, per chip: docs.cloud.google.com/tpu/docs/v5e, .../v5p-training.
+CHIPS = {
+  "h100": Chip(peak=989e12, memory=80e9),
+  "h200": Chip(peak=989e12, memory=141e9),
+  "tpu_v5e": Chip(peak=197e12, memory=16e9),
+  "tpu_v5p": Chip(peak=459e12, memory=95e9),
+}
+
+# The share of the peak that training is taken to reach. An assumption, not a
+# measurement.
+EFFICIENCY = 0.4
+
+
+class Gradient(NamedTuple):
+  """What a gradient costs.
+
+  Attributes:
+    flops: of the forward and the backward pass.
+    kept: bytes that depend on the images and wait between the two.
+  """
+
+  flops: int
+  kept: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What one image costs.
+
+  Attributes:
+    forward: FLOPs of the logits.
+    attack: the gradient by the pixels.
+    update: the gradient by the trained leaves.
+  """
+
+  forward: int
+  attack: Gradient
+  update: Gradient
+
+  @property
+  def activations(self) -> int:
+    """Bytes: the attack's are gone when the update begins."""
+    return max(self.attack.kept, self.update.kept)
+
+
+def of(model: Model, method: Method) -> Cost:
+  """One image's cost, in evaluation mode and at the model's own size.
+
+  A backbone is traced once for each method, in a few seconds, whatever the
+  head's width.
+
+  Attention of the kind `fused` is counted as `plain`: as many FLOPs, and more
+  bytes than it keeps.
+
+  Args:
+    model: with the method's modules in it, `method.enter(model)`.
+    method: which leaves train.
+  """
+  bare = _bare(model)
+  params, _, _ = _shapes(bare)
+  trained, _ = trees.split(params, method.trains(params))
+  below = bool(jax.tree.leaves((trained.backbone, trained.peft)))
+  forward, attack = _of_pixels(bare)
+  update = _of_leaves(bare, method) if below else Gradient(forward, 0)
+  kernel = params.head["kernel"]
+  width = kernel.shape[0]
+  logits = 2 * width * model.num_classes
+  return Cost(
+    forward=forward + logits,
+    attack=Gradient(attack.flops + 2 * logits, attack.kept),
+    update=Gradient(  # the head's gradient needs the features
+      update.flops + (3 if below else 2) * logits,
+      update.kept + width * kernel.dtype.itemsize,
+    ),
+  )
+
+
+def shapes(model: Model) -> Params:
+  """The shapes of the model's parameters, backbones found again."""
+  params = _shapes(_bare(model))[0]
+  width = params.head["kernel"].shape[0]
+  features = jax.ShapeDtypeStruct((1, width), jnp.float32)
+  head = jax.eval_shape(model.head.init, jax.random.key(0), features)
+  return dataclasses.replace(params, head=head["params"])
+
+
+def _bare(model: Model) -> Model:
+  """The model of equal cost that others share."""
+  options: dict[str, Any] = {"attention": "plain", "drop_path": 0.0}
+  if getattr(model.backbone, "attention", None) != "fused":
+    del options["attention"]
+  if not hasattr(model.backbone, "drop_path"):
+    del options["drop_path"]
+  model = dataclasses.replace(model, num_classes=2, head=models.heads.linear(2))
+  return models.with_options(model, **options)
+
+
+def step_flops(
+  one: Cost,
+  passes: tuple[int, int],
+  *,
+  adversarial: float | int = 1.0,
+  needs_clean: bool = False,
+) -> int:
+  """FLOPs per image of a step of adversarial training.
+
+  Args:
+    one: an image's cost.
+    passes: forward and backward, of the attack: `attack.passes`. PGD-7 that
+      keeps the best iterate has 8 and 7.
+    adversarial: the share of images that are attacked, see `losses.Objective`.
+    needs_clean: whether the clean images are trained on beside the attacked
+      ones, whose attack is then led by the clean logits (TRADES).
+  """
+  attack = adversarial * attack_flops(one, passes)
+  update = one.update.flops
+  if needs_clean:
+    update += one.update.flops + one.forward
+  return round(attack) + update
+
+
+def evaluation_flops(one: Cost, passes: tuple[int, int]) -> int:
+  """FLOPs of an image's evaluation: clean, attacked, and checked afresh.
+
+  At most: images that are misclassified anyway are not attacked.
+  """
+  return attack_flops(one, passes) + 2 * one.forward
+
+
+def attack_flops(one: Cost, passes: tuple[int, int]) -> int:
+  """FLOPs of an attack; a backward pass comes with a forward one."""
+  forward, backward = passes
+  return backward * one.attack.flops + (forward - backward) * one.forward
+
+
+def hours(
+  total: float | int, chip: Chip, efficiency: float | int = EFFICIENCY
+) -> float:
+  """Of that many FLOPs on one chip that reaches this share of its peak."""
+  return total / (chip.peak * efficiency) / 3600
+
+
+def flops(fn: Callable[..., Any], *shapes: Any) -> int:
+  """The FLOPs of products and convolutions in `fn(*shapes)`.
+
+  A multiply-add is two. Elementwise work is left out, as in "model FLOPs
+  utilisation", and so is what the result does not need. A loop counts times
+  its length; of branches the last counts, which is `platform_dependent`'s
+  default: a convolution is one, however a CPU computes it. A convolution's
+  padding counts, as in published figures; the zeros between the values of a
+  strided one's gradient don't.
+
+  Args:
+    fn: of trees of arrays.
+    *shapes: trees of `jax.ShapeDtypeStruct`, or of arrays.
+
+  Raises:
+    ValueError: products inside a `while_loop`, whose length is not known.
+  """
+  return _count(jax.make_jaxpr(fn)(*shapes).jaxpr)
+
+
+def gradient(
+  fn: Callable[..., Any], shapes: Sequence[Any], by: int, images: int
+) -> tuple[int, Gradient]:
+  """FLOPs of `fn(*shapes)`, and the cost of its gradient, for that batch.
+
+  Kept are the arrays that depend on the images and that the backward pass
+  reads of the forward one: each once, whatever reads it and in what layout;
+  neither weights nor the arguments themselves. With `remat` they are the
+  blocks' inputs, and what is kept inside the one block that keeps the most.
+
+  This is autodiff's choice. What XLA needs besides is the memory that it works
+  in, as the widest layer's, which does not grow with the depth; a CPU's also
+  keeps copies of arrays in other layouts, and computes convolutions otherwise
+  (tests/test_cost.py compares them).
+
+  Args:
+    fn: returns an array.
+    shapes: of its arguments, trees of `jax.ShapeDtypeStruct`.
+    by: which argument the gradient is taken by.
+    images: which argument holds the images.
+  """
+
+  def pulled(seed, *args):
+    def at(x):
+      return fn(*args[:by], x, *args[by + 1 :])
+
+    result, pull = jax.vjp(at, args[by])
+    return result, pull(jnp.full(result.shape, seed, result.dtype))
+
+  # The backward pass is what depends on the seed.
+  seed = jax.ShapeDtypeStruct((), jnp.float32)
+  program = _Program(jax.make_jaxpr(pulled)(seed, *shapes).jaxpr)
+  leaves = [len(jax.tree.leaves(shape)) for shape in shapes]
+  start = 1 + sum(leaves[:images])
+  pixels = program.inputs[start : start + leaves[images]]
+  ops = program.needed(program.outputs)
+  forward = _work(program.needed(program.outputs[:1]))
+  kept = _kept(program, {program.inputs[0]}, set(pixels))
+  return forward, Gradient(_work(ops), kept)
+
+
+# Of which a cost is an image's share: what is done once for a batch, as the sum
+# of a kernel and its LoRA, is not done for each image.
+_BATCH = 64
+
+
+@functools.cache
+def _shapes(model: Model) -> tuple[Params, PyTree, jax.ShapeDtypeStruct]:
+  """Of the parameters, the running statistics, and the images."""
+  params, stats = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+  shape = (_BATCH, model.image_size, model.image_size, model.channels)
+  return params, stats, jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@functools.cache
+def _of_pixels(model: Model) -> tuple[int, Gradient]:
+  """Of the backbone's features, and their gradient by the pixels."""
+  return _shared(*gradient(model.features, _shapes(model), by=2, images=2))
+
+
+@functools.cache
+def _of_leaves(model: Model, method: Method) -> Gradient:
+  """Of the features' gradient by the backbone's trained leaves."""
+  params, stats, images = _shapes(model)
+  halves = trees.split(params, method.trains(params))
+
+  def features(trained, frozen, stats, images):
+    return model.features(trees.merge(trained, frozen), stats, images)
+
+  shapes = (*halves, stats, images)
+  return _shared(*gradient(features, shapes, by=0, images=3))[1]
+
+
+def _shared(forward: int, cost: Gradient) -> tuple[int, Gradient]:
+  """One image's share."""
+  return forward // _BATCH, Gradient(cost.flops // _BATCH, cost.kept // _BATCH)
+
+
+class _Array:
+  """An array of a program; another array is not equal to it."""
+
+  def __init__(self, aval: Any):
+    self.shape: tuple[int, ...] = aval.shape
+    self.dtype = aval.dtype
+
+
+class _Op(NamedTuple):
+  """One primitive operation; loops and `remat` are one, with what is inside."""
+
+  name: str
+  params: dict[str, Any]
+  reads: list[_Array]
+  writes: list[_Array]
+
+
+class _Program:
+  """A jaxpr whose calls are inlined, and of whose branches the last stands."""
+
+  def __init__(self, jaxpr: core.Jaxpr):
+    self.ops: list[_Op] = []
+    self.inputs = [_Array(var.aval) for var in jaxpr.invars]
+    self.outputs = self._inline(jaxpr, self.inputs)
+
+  def needed(self, outputs: Iterable[_Array]) -> list[_Op]:
+    """The operations that these come from, in order."""
+    wanted, ops = set(outputs), []
+    for op in reversed(self.ops):
+      if not wanted.isdisjoint(op.writes):
+        wanted.update(op.reads)
+        ops.append(op)
+    return ops[::-1]
+
+  def _inline(self, jaxpr, inputs):
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def array(atom):
+      if isinstance(atom, core.Literal):
+        return _Array(atom.aval)
+      return known.setdefault(atom, _Array(atom.aval))  # or it is a constant
+
+    for eqn in jaxpr.eqns:
+      reads = [array(atom) for atom in eqn.invars]
+      name, params = eqn.primitive.name, eqn.params
+      if name == "cond":
+        writes = self._inline(params["branches"][-1].jaxpr, reads[1:])
+      elif name in _CALLS:
+        writes = self._inline(params[_CALLS[name]].jaxpr, reads)
+      else:
+        writes = [_Array(var.aval) for var in eqn.outvars]
+        self.ops.append(_Op(name, params, reads, writes))
+      known.update(zip(eqn.outvars, writes, strict=True))
+    return [array(atom) for atom in jaxpr.outvars]
+
+
+# Under which name a call has what it calls.
+_CALLS = {
+  "jit": "jaxpr",
+  "closed_call": "call_jaxpr",
+  "custom_jvp_call": "call_jaxpr",
+  "custom_vjp_call": "call_jaxpr",
+}
+
+# Of one operation whose inputs are those of what is inside: a loop, and a block
+# that is computed again, by JAX's names for it.
+_NESTED = ("scan", "remat2", "checkpoint")
+
+# The same numbers in another layout: no memory of their own.
+_VIEWS = ("reshape", "transpose", "squeeze", "broadcast_in_dim")
+
+
+def _kept(program: _Program, seed: set[_Array], pixels: set[_Array]) -> int:
+  """Bytes that hang on pixels, not the seed, and are read by what does.
+
+  What is inside one operation at a time, as a block that is computed again,
+  counts where it takes the most. Its own inputs are counted outside.
+  """
+  ops = program.needed(program.outputs)
+  backward = _following(ops, seed)
+  of_images = _following(ops, pixels) - backward
+  source: dict[_Array, _Array] = {}
+  kept, most = set(), 0
+  for op in ops:
+    if op.name in _VIEWS:
+      source[op.writes[0]] = source.get(op.reads[0], op.reads[0])
+    if backward.isdisjoint(op.writes):
+      continue
+    kept |= {source.get(x, x) for x in op.reads if x in of_images}
+    if op.name in _NESTED:
+      inner = _Program(*core.jaxprs_in_params(op.params))
+      inputs = list(zip(inner.inputs, op.reads, strict=True))
+      again = _kept(
+        inner,
+        {mine for mine, x in inputs if x in backward},
+        {mine for mine, x in inputs if x in of_images},
+      )
+      most = max(most, again)
+  return most + sum(_bytes(x) for x in kept.difference(program.inputs))
+
+
+def _bytes(x: _Array) -> int:
+  return math.prod(x.shape) * x.dtype.itemsize
+
+
+def _following(ops, arrays):
+  """These, and all that is computed from them."""
+  seen = set(arrays)
+  for op in ops:
+    if not seen.isdisjoint(op.reads):
+      seen.update(op.writes)
+  return seen
+
+
+def _count(jaxpr) -> int:
+  program = _Program(jaxpr)
+  return _work(program.needed(program.outputs))
+
+
+def _work(ops) -> int:
+  """FLOPs of the operations and of what is inside of them."""
+  total = 0
+  for name, params, reads, writes in ops:
+    if name == "dot_general":
+      (contracted, _), _ = params["dimension_numbers"]
+      depth = math.prod(reads[0].shape[axis] for axis in contracted)
+      total += 2 * math.prod(writes[0].shape) * depth
+    elif name == "conv_general_dilated":
+      total += _convolution(params, reads[1].shape, writes[0].shape)
+    else:
+      inside = sum(_count(inner) for inner in core.jaxprs_in_params(params))
+      if name == "while" and inside:
+        raise ValueError(
+          "a while_loop whose length is not known has products inside; count"
+          " one turn of it, or give fori_loop a number"
+        )
+      total += inside * params.get("length", 1)
+  return total
+
+
+def _convolution(params, kernel, result):
+  """Each value of the result is a sum over the kernel, zeros left out."""
+  features = kernel[params["dimension_numbers"].rhs_spec[0]]
+  products = math.prod(result) * (math.prod(kernel) // features)
+  return 2 * products // math.prod(params["lhs_dilation"])

@@ -1,0 +1,34 @@
+"""What is known of the data sets before any of it is read."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+  """A data set's size.
+
+  Attributes:
+    num_classes: how many.
+    train: number of training images, as `val` and `test` of theirs.
+    val: see `train`.
+    test: see `train`.
+    shape: (h, w, c) of an image as it is attacked, with the transforms that
+      the data set has by default.
+  """
+
+  num_classes: int
+  train: int
+  val: int
+  test: int
+  shape: tuple[int, int, int]
+
+
+FACTS = {
+  "caltech256": Facts(257, 14_649, 771, 15_187, (224, 224, 3)),
+  "cifar10": Facts(10, 45_000, 5_000, 10_000, (32, 32, 3)),
+  "cifar100": Facts(100, 45_000, 5_000, 10_000, (32, 32, 3)),
+  "cub": Facts(200, 5_394, 600, 5_794, (224, 224, 3)),
+  "digits": Facts(10, 1_000, 297, 500, (8, 8, 1)),
+  "letters": Facts(37, 74_000, 1_110, 3_700, (8, 8, 1)),
+  "stanforddogs": Facts(120, 10_800, 1_200, 8_580, (224, 224, 3)),
+}
