@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
         "seeds",
         "backbone",
         "autoattack",
+        "loader",
       ),
       "model": "glyph_vit",
       "methods": ("full", "linear"),
@@ -26,6 +27,8 @@ def get_config() -> ConfigDict:
       "backbone_batch": 8,
       "backbone_runs": 5,
       "attack_images": 64,  # letters that AutoAttack is timed on
+      "loader_runs": 3,
+      "loader_images": 400,  # JPEGs that are written for it
       "attack_images_224": 8,  # of 224 x 224, for a few steps; 0: none
     }
   )

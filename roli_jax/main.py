@@ -99,6 +99,11 @@ def _overridable(config: Any) -> Any:
       for k, v in config.items()
       if v is None and (k.startswith("num_") or k == "eot")
     }
+    counts |= {
+      k: config_dict.placeholder(tuple)
+      for k, v in config.items()
+      if v is None and k.endswith("_transforms")
+    }
     rest = {k: _overridable(v) for k, v in config.items() if k not in counts}
     return ConfigDict({**rest, **counts})
   return config

@@ -58,7 +58,7 @@ class Planned(Parts):
 
 
 def make(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The plan: spec/contract.md's fields, and what the hours assume.
+  """The plan, as plain JSON.
 
   Rates are those of the config's one cell; of a table every stage stands. Bytes
   are the last stage's: float32 arrays, and what a batch's gradients keep on one

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +26,8 @@ from roli_jax import (
 )
 from roli_jax.parts import Parts, Variables
 from roli_jax.table import Stage
+
+_PIECE = 2**30  # bytes of pixels that are attacked at once
 
 CLEAN: dict[str, Any] = {"attack": "none"}
 
@@ -59,20 +62,49 @@ def measure(
   test: Test,
   save: pathlib.Path | None = None,
 ) -> evaluate.Result:
-  """One attack on one split of the run's data; progress goes to `save`."""
+  """One attack on one split of the run's data; progress goes to `save`.
+
+  Without `save`, a split whose pixels take much memory is attacked in pieces,
+  and the result holds no adversarial images.
+  """
   source: data.Source = parts.data[split]
-  few = slice(0, test.num_images or None)
-  return evaluate.run(
-    step.make_predict(model),
-    source.pixels(few),
-    source.labels[few],
-    test.attack,
-    params=variables,
-    seed=seed,
-    batch_size=parts.config["eval_batch_size"],
-    indices=source.indices[few],
-    save=save,
-    dtype=parts.half,
+  rows = np.arange(len(source))[: test.num_images or None]
+  at_once = max(_PIECE // (4 * math.prod(source.shape)), 1)
+  pieces = range(0, len(rows), at_once)
+  each = [rows] if save else [rows[i : i + at_once] for i in pieces]
+  return _joined(
+    [
+      evaluate.run(
+        step.make_predict(model),
+        source.pixels(few),
+        source.labels[few],
+        test.attack,
+        params=variables,
+        seed=seed,
+        batch_size=parts.config["eval_batch_size"],
+        indices=source.indices[few],
+        save=save,
+        dtype=parts.half,
+      )
+      for few in each
+    ]
+  )
+
+
+def _joined(results):
+  """The result of all pieces."""
+  if len(results) == 1:
+    return results[0]
+  whole = {
+    name: np.concatenate([getattr(result, name) for result in results])
+    for name, value in vars(results[0]).items()
+    if isinstance(value, np.ndarray) and name != "adv"
+  }
+  return dataclasses.replace(
+    results[-1],
+    adv=results[0].adv[:0],
+    seconds=sum(result.seconds for result in results),
+    **whole,
   )
 
 

@@ -221,9 +221,8 @@ def test_processes_share_an_augmented_batch(augmented, monkeypatch):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(augmented, workers):
   whole = batches(augmented, batch_size=4)
-  equal(whole, batches(augmented, batch_size=4, workers=workers))
-  late = batches(augmented, batch_size=4, start=5, count=3, workers=workers)
-  equal(whole[5:], late)
+  late = batches(augmented, batch_size=4, start=3, count=5, workers=workers)
+  equal(whole[3:], late)
 
 
 def children():

@@ -64,12 +64,16 @@ def test_controls_add_the_probes_steps_and_the_small_head():
 def test_a_grid_has_all_rates_and_chosen_probes():
   stages = expand("table=grid")
   adapted = [s for s in stages if s.name == "adapt"]
-  for stage in adapted:  # the same grid for each init of a backbone and size
-    setting = (stage.weights, stage.train_size)
-    rivals = [s for s in adapted if (s.weights, s.train_size) == setting]
+  for stage in adapted:  # each init of a method, backbone and size has one grid
+    setting = (stage.method, stage.weights, stage.train_size)
+    rivals = [
+      s for s in adapted if (s.method, s.weights, s.train_size) == setting
+    ]
     others = [s for s in rivals if s.init == stage.init]
     assert {s.lr for s in rivals} == {s.lr for s in others}
-    assert {s.lr for s in others} >= set(glyphs_roli.RATES)
+    own = stage.method == "full"
+    least = glyphs_roli.RATES if own else glyphs_roli.PEFT_RATES
+    assert {s.lr for s in others} >= set(least)
   assert {s.lr for s in stages if s.name == "probe"} >= set(
     glyphs_roli.PROBE_RATES
   )

@@ -69,7 +69,7 @@ def prepared(tmp_path_factory):
 
 def test_the_split_is_the_references():
   # Ids as public documentation of TFDS prints them, and the validation set of
-  # the RoLI reference, shared/spec/roli.md (b).
+  # the RoLI reference.
   order = ours.order(50_000, "train")
   assert order[:8] == [16399, 1680, 47917, 17307, 27051, 48736, 26263, 1456]
   val = order[45_000:]

@@ -28,7 +28,7 @@ from roli_jax import (
   step,
   trees,
 )
-from roli_jax.bench import timing
+from roli_jax.bench import loader, timing
 from roli_jax.optim import schedules
 from roli_jax.threat import ThreatModel
 
@@ -300,6 +300,7 @@ SUITES = {
   "seeds": seeds,
   "backbone": backbones,
   "autoattack": searches,
+  "loader": loader.loader,
 }
 
 
