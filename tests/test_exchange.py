@@ -26,7 +26,7 @@ IMAGES = np.random.default_rng(2).random((4, 8, 8, 1))
 OPTIONS = {
   "lora": {"rank": 2, "alpha": 3},
   "adapter": {"reduction": 4},
-  "vpt": {"tokens": 3},
+  "vpt": {"tokens": 3, "deep": True},
   "vpt shallow": {"tokens": 3, "deep": False},
 }
 
@@ -224,7 +224,7 @@ def converted(source, output, **fields):
 def test_lora_of_a_run_becomes_a_plain_model(finished, format, tmp_path):
   source = last_step(finished[0], "lora")
   whole, method = peft.restore(source)
-  assert method == peft.lora(rank=16, alpha=16, dropout=0)
+  assert (method.name, method.scale) == ("lora", 1)
   # Two steps, of which the first moves b and the second a.
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(whole.params))
   path, facts = converted(source, tmp_path, format=format)

@@ -41,8 +41,9 @@ def adamw(
   """
 
   def init(params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return _State(jnp.zeros((), jnp.int32), zeros, zeros)
+    # Arrays of their own: a step donates its state.
+    mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    return _State(jnp.zeros((), jnp.int32), mu, nu)
 
   def update(grads, state, params):
     rate = learning_rate(state.count)

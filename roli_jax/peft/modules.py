@@ -22,7 +22,7 @@ UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 Init = Callable[..., Any]
 
 
-def _leaf(module: nn.Module, name: str, init: Init, *shape: int) -> jax.Array:
+def _leaf(module: nn.Module, name: str, init: Init, *shape: int) -> Any:
   """An array of a method, of its own where the module's are the backbone's."""
   return module.variable(
     "peft", name, lambda: init(module.make_rng("params"), shape)
