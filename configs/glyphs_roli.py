@@ -29,6 +29,10 @@ CHOSEN = (
   (".*-n50-.*/probe/.*", 3e-2),
   ("(standard-.*|.*-n1000-.*)/probe/.*", 1.0),
   (".*/probe/.*", 1e-1),
+  (".*-(bias|vpt)-.*", 1e-1),
+  (".*-lora-.*", 3e-2),
+  (".*-adapter-ranli-.*", 3e-2),
+  (".*-adapter-.*", 1e-2),
   ("standard-.*", 1e-2),
   (".*-full-ranli-n1000-.*", 1e-2),
   (".*-full-ranli-n50-.*", 3e-3),
@@ -100,7 +104,9 @@ def _grid(table: tuple[dict, ...]) -> tuple[dict, ...]:
     if cell["init"] != "ranli":
       cells.append({**cell, "method": "linear", "rates": PROBE_RATES})
     if cell in _each(5, *PEFT):
-      cells.append({**cell, "rates": PEFT_RATES, "seeds": 3})
+      edge = cell["method"] in ("bias", "vpt")
+      rates = (*PEFT_RATES, 3e-1) if edge else PEFT_RATES
+      cells.append({**cell, "rates": rates, "seeds": 3})
     elif cell["method"] != "linear":
       cells.append({**cell, "rates": (*RATES, 3e-2) if edge else RATES})
   # Probes first: adaptations start from theirs, at its chosen rate.

@@ -87,7 +87,8 @@ def _added(
   tensors = peft.state_dict(whole)
   about = {"format": "pt", "method": method.name}
   _write(beside, lambda new: bundles.write_tensors(tensors, new, about))
-  return (method.name, beside.name, f"{len(tensors)} tensors, for peft.load")
+  said = f"{len(tensors)} tensors, for peft.load; the check is with them"
+  return (method.name, beside.name, said)
 
 
 def _write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:

@@ -199,7 +199,8 @@ def _run(argv: list[str]) -> None:
     if mode == "train":
       from roli_jax import report, train
 
-      train.run(config, path)
+      if not train.run(config, path):
+        raise ValueError(f"the run ended before it had results; see {path}")
       report.show(report.write(path))
       print(f"Written to {path}: report.md, figures/, results.jsonl.")
     elif mode == "evaluate":

@@ -184,9 +184,11 @@ def _verdict(low: float, high: float) -> str:
 
 
 def _pairs(groups: list["Group"]) -> Iterator[tuple["Group", "Group"]]:
-  """RoLI against all else, linear probing against RanLI, robust or not.
+  """What is compared, robust or not.
 
-  From the small head only against what starts from one too.
+  RoLI against what else its method starts from, and against the probe; full
+  fine-tuning against other methods; linear probing against RanLI. From the
+  small head only against what starts from one too.
   """
   for ours in groups:
     for theirs in groups:
@@ -194,9 +196,11 @@ def _pairs(groups: list["Group"]) -> Iterator[tuple["Group", "Group"]]:
       if (theirs.weights, theirs.train_size) == setting:
         if ours.head_init == "small" and theirs.head_init != "small":
           continue
-        is_roli = (ours.method, ours.init) == ("full", "roli")
+        is_roli = (ours.stage, ours.init) == ("adapt", "roli")
+        rival = theirs.method in (ours.method, "linear")
+        rival |= (ours.method, theirs.init) == ("full", "roli")
         is_probe = (ours.stage, ours.init) == ("probe", "roli")
-        if is_roli and theirs != ours:
+        if is_roli and rival and theirs != ours:
           yield ours, theirs
         if is_probe and theirs.init == "ranli":
           yield ours, theirs

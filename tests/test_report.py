@@ -78,6 +78,20 @@ def test_the_small_head_is_compared_with_its_own():
   ]
 
 
+def test_a_method_is_compared_with_its_own_the_probe_and_full_roli():
+  lora = [rows("lora", init, (0.7, 0.8)) for init in ("ranli", "roli")]
+  table = report.differences([*lora[0], *lora[1], *ROLI, *RANLI, *PROBE])
+  assert {row[0].removesuffix(", robust") for row in table.rows} == {
+    "lora RoLI − lora RanLI",
+    "lora RoLI − linear probe (RoLI)",
+    "full RoLI − lora RoLI",
+    "full RoLI − full RanLI",
+    "full RoLI − linear probe (RoLI)",
+    "linear probe (RoLI) − full RanLI",
+    "linear probe (RoLI) − lora RanLI",
+  }
+
+
 def test_one_seed_concludes_nothing():
   table = report.differences([*RANLI[:1], *ROLI[:1]])
   assert cell(table, 0, "verdict") == "one seed"

@@ -64,10 +64,18 @@ class Bundle:
 
 
 def write(bundle: Bundle, path: pathlib.Path) -> None:
-  """Writes the bundle; a reader of a file half written is left the old one."""
+  """Writes the bundle; a reader of a file half written is left the old one.
+
+  Raises:
+    ValueError: a method has added to the backbone.
+  """
+  if bundle.params.peft:
+    raise ValueError(
+      f"a bundle can't hold {list(trees.paths(bundle.params.peft))[:2]};"
+      " peft.merge what a method has added, or write peft.state_dict"
+    )
   tree = {
     "backbone": bundle.params.backbone,
-    "peft": bundle.params.peft,
     "head": bundle.params.head,
     "stats": bundle.stats,
     "extras": bundle.extras,
@@ -104,7 +112,7 @@ def from_tensors(
   tree = trees.unpaths(dict(tensors))
   params = Params(
     backbone=tree.get("backbone", {}),
-    peft=tree.get("peft", {}),
+    peft={},
     head=tree.get("head", {}),
   )
   bundle = Bundle(

@@ -54,7 +54,8 @@ def adamw(
 
     def step(m, v, w, decays):
       moved = w - scale * m / (jnp.sqrt(v) + eps)
-      return moved * (1 - rate * weight_decay * decays) - w
+      moved = moved * (1 - rate * weight_decay * decays)
+      return (moved - w).astype(w.dtype)
 
     updates = jax.tree.map(step, mu, nu, params, decay(params))
     return updates, _State(t, mu, nu)

@@ -28,12 +28,13 @@ def warmup(
     num_steps: of the whole stage.
     warmup: the share of them that rises, in [0, 1]; 0 starts at the peak.
     decay: `cosine`, `linear` or `constant`.
-    every: so many steps, which divide `num_steps`, have the rate of the first
-      of them, as if they were one: those of an epoch, in the RoLI reference.
+    every: so many steps have the rate of the first of them, as if they were
+      one: those of an epoch, in the RoLI reference. The last may be cut short.
     starts_at_zero: the first step has rate 0 and step w the peak, likewise.
   """
   if every > 1:
-    by_epoch = _warmup(num_steps // every, warmup, decay, starts_at_zero)
+    epochs = -(-num_steps // every)
+    by_epoch = _warmup(epochs, warmup, decay, starts_at_zero)
     return lambda step: by_epoch(step // every)
   return _warmup(num_steps, warmup, decay, starts_at_zero)
 

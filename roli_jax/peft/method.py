@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 from flax import linen as nn
@@ -64,23 +65,38 @@ _HEAD = ("head/.*", "head")
 _PEFT = ("peft/.*", "peft")
 _REST = (".*", FROZEN)
 
-# Each made once for its options: equal models share their compiled programs,
-# and the partial functions in seams are equal only if they are the same.
+
+def _once(make):
+  """The same method for the same options, however they are given.
+
+  Equal models share their compiled programs, and the partial functions in seams
+  are equal only if they are the same.
+  """
+  signature = inspect.signature(make)
+  made = functools.cache(make)
+
+  @functools.wraps(make)
+  def call(*args, **kwargs):
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return made(*bound.args, **bound.kwargs)
+
+  return call
 
 
-@functools.cache
+@_once
 def linear() -> Method:
   """The head alone."""
   return Method("linear", (_HEAD, _REST))
 
 
-@functools.cache
+@_once
 def full() -> Method:
   """All leaves."""
   return Method("full", (_HEAD, ("backbone/.*", "backbone")), train_mode=True)
 
 
-@functools.cache
+@_once
 def bias() -> Method:
   """The biases that there are, of convolutions, layers and normalisations.
 
@@ -89,7 +105,7 @@ def bias() -> Method:
   return Method("bias", (_HEAD, ("backbone/.*bias", "backbone"), _REST))
 
 
-@functools.cache
+@_once
 def lora(
   rank: int = 16,
   alpha: float | int = 16,
@@ -114,6 +130,8 @@ def lora(
   starts = {"standard": modules.UNIFORM, "both_zero": modules.ZEROS}
   start = specs.choose(starts, init, "lora init")
   _check("lora", rank=rank)
+  if not alpha > 0:
+    raise ValueError(f"lora.alpha must be > 0, got {alpha}")
   _check_dropout("lora", dropout)
   scale = alpha / rank
   seams = Seams(
@@ -133,7 +151,7 @@ def _lora_dense(features: int, *, name: str, **options: Any) -> nn.Module:
   return modules.LoraDense(features, name=name, **options)
 
 
-@functools.cache
+@_once
 def adapter(reduction: int = 8, init: str = "near_identity") -> Method:
   """An adapter after the second branch of every block (Pfeiffer et al. 2021).
 
@@ -155,7 +173,7 @@ def adapter(reduction: int = 8, init: str = "near_identity") -> Method:
   return Method("adapter", (_HEAD, _PEFT, _REST), Seams(branch=branch))
 
 
-@functools.cache
+@_once
 def vpt(
   tokens: int = 10,
   deep: bool = True,
