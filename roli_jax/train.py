@@ -229,6 +229,7 @@ def _of_a_probe(config):
   config["compat"] = {
     k: v for k, v in switches.items() if k not in _SWITCHES_BESIDE_A_PROBE
   }
+  config["data"].pop("num_workers", None)
   return {k: v for k, v in config.items() if k not in _BESIDE_A_PROBE}
 
 

@@ -13,6 +13,8 @@ import roli_jax
 
 # What config.json says beside the config's own fields; never compared.
 _BESIDE = ("versions", "commit", "workdir")
+# What changes no number: a run may go on with another.
+_FREE = ("data.num_workers",)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -32,7 +34,11 @@ def claim(path: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
     write_json(file, {**ours, **_beside(path)})
     return []
   theirs = read_config(path)
-  differences = list(_differences(theirs, ours))
+  differences = [
+    line
+    for line in _differences(theirs, ours)
+    if line.split(":")[0] not in _FREE
+  ]
   if differences:
     shown = "\n".join(f"  {line}" for line in differences[:3])
     more = len(differences) - 3

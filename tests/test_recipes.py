@@ -152,6 +152,8 @@ def test_killed_in_an_epoch_it_ends_at_the_same_bits_with_any_workers(
     patch.setattr(data, "train_batches", dying)
     with pytest.raises(_Killed):
       train.run(config, tmp_path / "b" / "run")
+  # It goes on with another number of them, too.
+  config["data"]["num_workers"] = 2 - num_workers
   train.run(config, tmp_path / "b" / "run")
   ours = _parameters(config, tmp_path / "b" / "run")
   for name, leaf in _parameters(whole, tmp_path / "a" / "run").items():
