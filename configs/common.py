@@ -74,8 +74,16 @@ COMPAT = {
 }
 
 
-def compat(text: str, **changes) -> dict:
+def compat(text: str, backbone: str, method: str, init: str) -> dict:
   """The switches, all of them the reference's where the text is `true`.
+
+  Its LoRA is dead in a Swin from a probe alone.
+
+  Args:
+    text: `true` or `false`.
+    backbone: name of the model.
+    method: of fine-tuning.
+    init: of the head.
 
   Raises:
     ValueError: it is neither `true` nor `false`.
@@ -83,7 +91,9 @@ def compat(text: str, **changes) -> dict:
   values = {"false": 0, "true": 1}
   which = choose(values, text, "value of compat")
   chosen = {name: both[which] for name, both in COMPAT.items()}
-  return {**chosen, **changes}
+  if not ("swin" in backbone and method == "lora" and init == "roli"):
+    chosen["lora_init"] = COMPAT["lora_init"][0]
+  return chosen
 
 
 def backbone(name: str, weights: str, origin: str = "") -> dict:

@@ -139,7 +139,9 @@ def get_config(text: str = "") -> ConfigDict:
       "backbone": common.backbone(arg.backbone, "robust"),
       "head_init": "kaiming_fan_out",
       "peft": common.methods(),
-      "compat": common.compat(arg.compat),
+      "compat": common.compat(
+        arg.compat, arg.backbone, arg.method, arg.init or "roli"
+      ),
       "threat": {"norm": "linf", "eps": "0.1"},
       "attack": common.pgd(7),
       "val_attack": common.pgd(10),
@@ -157,6 +159,8 @@ def get_config(text: str = "") -> ConfigDict:
       "cells": (),
     }
   )
+  if arg.table and (arg.method or arg.init):
+    raise ValueError("a table has its own cells: give it, or method and init")
   if arg.method or arg.init:
     cell = {"method": arg.method or "full", "init": arg.init or "roli"}
     config.cells = ({**cell, **CURVE},)

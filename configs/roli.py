@@ -105,6 +105,11 @@ ARES_Swin_base_patch4_window7_224_AT.pth
 Convert it, --mode=convert --config=configs/convert.py --config.source=THAT.pth
 --config.output=weights, and give --config.backbone.weights=weights."""
 
+OTHER_ORIGIN = """\
+convert a file of it, --mode=convert --config=configs/convert.py
+--config.source=FILE --config.output=weights, and give
+--config.backbone.weights=weights."""
+
 
 def _stage(epochs: int, optimizer: str, recipe: tuple[float, float]):
   base_rate, decay = recipe
@@ -123,8 +128,9 @@ def _stage(epochs: int, optimizer: str, recipe: tuple[float, float]):
 def get_config(text: str = "", dataset: str = "cub") -> ConfigDict:
   arg = common.parse_arg(
     text, dataset=dataset, backbone="swin_b", method="full", init="roli",
-    compat="false",
+    table="default", compat="false",
   )  # fmt: skip
+  common.choose({"default": ()}, arg.table, "table")
   recipes = common.choose(RECIPES, arg.dataset, "dataset")
   epochs = EPOCHS[arg.dataset]
   # A clean probe's adaptation has the numbers of an adversarial one's.
@@ -133,10 +139,10 @@ def get_config(text: str = "", dataset: str = "cub") -> ConfigDict:
   known = {name: name for name in (*named, "full", "bias", "adapter", "lora")}
   method = common.choose(known, arg.method, "method")
   recipe = recipes[named.get(method, f"{method}-{tuned}")]
-  swin = arg.backbone.startswith("swin")
-  switches: dict = {"droppath_rate": 0.5 if swin else 0.0}
-  if not (swin and method == "lora" and tuned == "roli"):
-    switches["lora_init"] = "standard"
+  switches = common.compat(arg.compat, arg.backbone, method, tuned)
+  if arg.backbone.startswith("swin"):
+    switches["droppath_rate"] = 0.5
+  origin = ORIGIN if arg.backbone == "swin_b" else OTHER_ORIGIN
   methods = common.methods()
   methods["vpt"]["tokens"] = TOKENS.get(arg.dataset, 10)
   return ConfigDict(
@@ -144,10 +150,10 @@ def get_config(text: str = "", dataset: str = "cub") -> ConfigDict:
       "seed": 0,
       "cpu_devices": 1,
       "data": common.data(arg.dataset, 0),
-      "backbone": common.backbone(arg.backbone, "ares", ORIGIN),
+      "backbone": common.backbone(arg.backbone, "ares", origin),
       "head_init": "kaiming_fan_out",
       "peft": methods,
-      "compat": common.compat(arg.compat, **switches),
+      "compat": switches,
       "threat": {"norm": "linf", "eps": "8/255"},
       "attack": common.pgd(7),
       "val_attack": common.pgd(10),

@@ -1,8 +1,8 @@
 """Switches that make a run as RoLI's reference code would, defects included.
 
-The defaults are right; with every switch at the reference's value a run follows
-the reference (github.com/DongXzz/RoLI) in all that changes numbers, but for the
-short last batch of its epochs. `configs/common.py` has the reference's values.
+The defaults are right. With every switch at the value of the reference
+(github.com/DongXzz/RoLI), which `configs/common.py` has, a run follows it but
+for what docs/methods.md lists.
 """
 
 from collections.abc import Mapping

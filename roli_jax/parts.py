@@ -6,10 +6,12 @@ to be wrong is found here, before anything is computed.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from roli_jax import (
@@ -134,6 +136,19 @@ class Parts:
   def train_data(self, stage: Stage) -> data.Source:
     """The stage's training images."""
     return self.data["train"].subset(stage.train_size, stage.seed)
+
+  def made_of(self, stage: Stage) -> str:
+    """A digest of the weights and the training images of a probe.
+
+    Of files of images their paths and labels stand for them.
+    """
+    source = self.train_data(stage)
+    backbone = self._bundle(stage.weights).params.backbone
+    arrays = [*jax.tree.leaves(backbone), source.labels, source.indices]
+    digest = hashlib.sha256()
+    for array in [*arrays, source.images]:
+      digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
   def model(self, stage: Stage) -> models.Model:
     """The stage's model; equal for all heads, so that they share programs.
@@ -265,7 +280,7 @@ class Parts:
     attack: Any = self.attack("attack")
     if objective.surrogate == "kl":
       attack = dataclasses.replace(attack, loss="kl")
-    _check_section(name, section, num_steps, objective, self.mesh)
+    _check_section(name, section, objective, self.mesh)
     params, _ = jax.eval_shape(model.init, keys.root(0))
     tx = optim.build(
       self.optimizer(name),
@@ -303,9 +318,7 @@ class _Splits(dict[str, data.Source]):
     return self[split]
 
 
-def _check_section(name, section, num_steps, objective, mesh):
-  if num_steps < 1:
-    raise ValueError(f"{name} needs num_steps or epochs of at least 1")
+def _check_section(name, section, objective, mesh):
   if section["val_every"] < 0 or section["log_every"] < 1:
     raise ValueError(
       f"{name}.val_every must be >= 0 and {name}.log_every >= 1, got"

@@ -62,14 +62,19 @@ def make(config: Mapping[str, Any]) -> dict[str, Any]:
 
   Rates are those of the config's one cell; of a table every stage stands. Bytes
   are the last stage's: float32 arrays, and what a batch's gradients keep on one
-  device. Hours are those of all stages with their validations and tests, on
-  one chip.
+  device. Hours are those of all stages with their validations and main tests,
+  on one chip. `init` is the one asked for: the probe's rows say roli.
 
   Raises:
     ValueError: as a run of the config would.
   """
   parts = Planned(config)
   stages = table.expand(config, parts.facts.train)
+  for stage in stages:
+    if stage.train_size > parts.facts.train:
+      raise ValueError(
+        f"train_size={stage.train_size}, of {parts.facts.train} images"
+      )
   told = [_told(parts, stage) for stage in stages]
   last = stages[-1]
   params = cost.shapes(parts.model(last))
@@ -87,7 +92,7 @@ def make(config: Mapping[str, Any]) -> dict[str, Any]:
     "dataset": config["data"]["name"],
     "backbone": config["backbone"]["name"],
     "method": last.method,
-    "init": last.init,
+    "init": config["cells"][-1].get("init", last.init),
     "stages": told,
     "total_params": trees.size(params),
     "flops_per_image_forward": one.forward,
@@ -136,7 +141,7 @@ def tables(plan: Mapping[str, Any]) -> list[report.Table]:
   about = plan["assumed"]
   note = (
     f"Activations: a batch of {about['batch_size']} on one device, as autodiff"
-    " keeps them. Hours: FLOPs of all passes, validation and test, at"
+    " keeps them. Hours: FLOPs of all passes, validations and main test, at"
     f" {about['efficiency']:.0%} of one chip's peak in bfloat16; an assumption."
   )
   name = f"{plan['dataset']}: {plan['method']} {plan['init']}"
@@ -160,7 +165,7 @@ def _told(parts: Parts, stage: Stage) -> dict[str, Any]:
   method = parts.method(stage)
   params = cost.shapes(parts.model(stage))
   trained, _ = trees.split(params, method.trains(params))
-  first = max(stage.num_steps - stage.epoch_steps, 0)
+  first = (stage.num_steps - 1) // stage.epoch_steps * stage.epoch_steps
   with jax.enable_x64(True):  # 1 + cos x is all but 0 there
     share = float(parts.schedule(stage)(jnp.asarray(first)))
   tokens = parts.config.get("peft", {}).get("vpt", {}).get("tokens")

@@ -13,6 +13,7 @@ import numpy as np
 
 from roli_jax import (
   attacks,
+  checks,
   data,
   diagnosis,
   evaluate,
@@ -69,7 +70,9 @@ def measure(
   """
   source: data.Source = parts.data[split]
   rows = np.arange(len(source))[: test.num_images or None]
-  at_once = max(_PIECE // (4 * math.prod(source.shape)), 1)
+  batch = parts.config["eval_batch_size"]
+  batches = _PIECE // (4 * math.prod(source.shape) * batch)
+  at_once = max(batches, 1) * batch
   pieces = range(0, len(rows), at_once)
   each = [rows] if save else [rows[i : i + at_once] for i in pieces]
   return _joined(
@@ -81,7 +84,7 @@ def measure(
         test.attack,
         params=variables,
         seed=seed,
-        batch_size=parts.config["eval_batch_size"],
+        batch_size=batch,
         indices=source.indices[few],
         save=save,
         dtype=parts.half,
@@ -272,15 +275,16 @@ def _diagnosis(parts, model, variables, stage, test):
   if not (ensemble and parts.diagnoses):
     return []
   source = parts.data["test"]
+  few = slice(0, checks.MOST)
   return diagnosis.run(
     step.make_predict(model),
-    source.pixels(),
-    source.labels,
+    source.pixels(few),
+    source.labels[few],
     test.attack.threat,
     params=variables,
     seed=stage.seed,
     batch_size=parts.config["eval_batch_size"],
-    indices=source.indices,
+    indices=source.indices[few],
   )
 
 

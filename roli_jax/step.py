@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from roli_jax import attacks, keys, losses, trees
+from roli_jax import attacks, keys, losses, models, trees
 from roli_jax.metrics import Counts
 from roli_jax.models import Model
 from roli_jax.optim.schedules import Schedule
@@ -19,10 +19,15 @@ from roli_jax.types import Array, Images, Key, Labels, Logits, Params, PyTree
 Batch = Mapping[str, Any]
 
 
-@functools.cache  # the same function for equal models, so that it compiles once
 def make_predict(model: Model) -> Callable[[Any, Images], Logits]:
   """`((params, stats), images) -> logits` in evaluation mode."""
+  if getattr(model.backbone, "drop_path", 0):  # which evaluation never does
+    model = models.with_options(model, drop_path=0.0)
+  return _make_predict(model)
 
+
+@functools.cache  # the same function for equal models, so that it compiles once
+def _make_predict(model):
   def predict(variables: tuple[Params, PyTree], images: Images) -> Logits:
     return model.logits(*variables, images)
 

@@ -183,8 +183,13 @@ def _lengths(section, train_size) -> tuple[int, int]:
   """Steps of an epoch, the last batch a whole one, and of the stage."""
   if section["batch_size"] < 1:
     raise ValueError(f"batch_size must be >= 1, got {section['batch_size']}")
+  if train_size < 1:
+    raise ValueError(f"train_size must be >= 1, or 0 for all; got {train_size}")
   epoch = math.ceil(train_size / section["batch_size"])
-  return epoch, section["num_steps"] or section.get("epochs", 0) * epoch
+  num_steps = section["num_steps"] or section.get("epochs", 0) * epoch
+  if num_steps < 1:
+    raise ValueError("a stage needs num_steps or epochs of at least 1")
+  return epoch, num_steps
 
 
 def _chosen(rates, name, about, num_steps) -> float:

@@ -86,7 +86,7 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
     for stage in stages:
       if not score.is_done(parts, stage, results):
         if stage.name == "probe":
-          _adopt_probe(parts, stage, path)
+          _adopt_probe(parts, stage, path, log)
         meta = Trainer(parts, stage, path, log).train()
         if meta is None:
           return results.rows
@@ -198,28 +198,45 @@ def _directory(path, stage):
   return path / "checkpoints" / stage.directory
 
 
-def _adopt_probe(parts, stage, path):
+def _adopt_probe(parts, stage, path, log):
   """Copies the probe from a run beside this one that has trained the same."""
   directory = _directory(path, stage)
   if directory.exists():
     return
-  mine = json.loads(json.dumps(dataclasses.asdict(stage)))
-  for other in sorted(path.absolute().parent.glob("*/config.json")):
-    theirs = _directory(other.parent, stage)
-    if other.parent.name == path.name or not theirs.is_dir():
-      continue
-    with checkpoint.manager(theirs, reading=True) as checkpoints:
-      if checkpoints.latest_step() != stage.num_steps:
+  for file in sorted(path.absolute().parent.glob("*/config.json")):
+    other = file.parent
+    try:
+      if other.name == path.name or not _has_probe(parts, stage, other, path):
         continue
-      meta = checkpoint.restore_meta(checkpoints, stage.num_steps)
-    same = _of_a_probe(meta["config"]) == _of_a_probe(parts.config)
-    if same and meta["stage"] == mine:
-      logging.info("the probe of %s is taken from %s", stage.cell, other.parent)
-      partial = directory.with_name(directory.name + ".partial")
+      partial = path / "adopted.partial"
       shutil.rmtree(partial, ignore_errors=True)
-      shutil.copytree(theirs, partial)
-      partial.rename(directory)
-      return
+      shutil.copytree(_directory(other, stage), partial)
+    except (KeyError, OSError, ValueError):
+      continue  # whatever is wrong with that run, this one trains its own
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial.rename(directory)
+    about = {"cell": stage.cell, "stage": "probe", "lr": stage.lr}
+    for row in record.where(record.read(other / "training.jsonl"), **about):
+      log.add(row)
+    logging.warning("the probe of %s is taken from %s", stage.cell, other)
+    return
+
+
+def _has_probe(parts, stage, other, path):
+  """Whether another run has finished the probe that this one would train."""
+  theirs = _directory(other, stage)
+  if not theirs.is_dir() or not workdir.same_code(other, path):
+    return False
+  with checkpoint.manager(theirs, reading=True) as checkpoints:
+    if checkpoints.latest_step() != stage.num_steps:
+      return False
+    meta = checkpoint.restore_meta(checkpoints, stage.num_steps)
+  mine = json.loads(json.dumps(dataclasses.asdict(stage)))
+  return (
+    meta["stage"] == mine
+    and meta["made_of"] == parts.made_of(stage)
+    and _of_a_probe(meta["config"]) == _of_a_probe(parts.config)
+  )
 
 
 def _of_a_probe(config):
@@ -267,6 +284,7 @@ class Trainer:
     self.section = parts.config[stage.name]
     self.program = parts.program(stage)
     self.directory = _directory(path, stage)
+    self.made_of = parts.made_of(stage) if stage.name == "probe" else ""
 
   def train(self) -> dict[str, Any] | None:
     """Trains from where the stage stopped, if it did, to its end.
@@ -388,6 +406,7 @@ class Trainer:
       "config": self.parts.config,
       "model": models.describe(model),
       "method": self.parts.method_spec(self.stage),
+      "made_of": self.made_of,
       "adds": bool(jax.tree.leaves(now.params.peft)),
       "images_seen": meta["step"] * self.section["batch_size"],
     }

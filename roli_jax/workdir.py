@@ -55,6 +55,14 @@ def claim(path: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
   ]
 
 
+def same_code(a: pathlib.Path, b: pathlib.Path) -> bool:
+  """Whether two runs began with the same versions, and from the same commit."""
+  first, second = (
+    json.loads((path / "config.json").read_text()) for path in (a, b)
+  )
+  return all(first[key] == second[key] for key in ("versions", "commit"))
+
+
 def read_config(path: pathlib.Path) -> dict[str, Any]:
   """The config of the run in this directory, lists as tuples.
 

@@ -143,6 +143,8 @@ def read(path: pathlib.Path) -> Bundle | dict[str, Any]:
 def _from_directory(path: pathlib.Path) -> Bundle | dict[str, Any]:
   """A bundle's file in it, or the best checkpoint of a stage of a run."""
   files = sorted(path.glob("*.safetensors"))
+  # What a method has added may lie beside the model that it is for.
+  files = [file for file in files if file.stem in models.MODELS] or files
   if len(files) == 1:
     return read(files[0])
   return from_stage(path, _plain, files)
@@ -154,7 +156,8 @@ def _plain(model: models.Model, meta: Mapping[str, Any]) -> models.Model:
     return model
   raise ValueError(
     f"the checkpoint is of {meta['method']['name']}, which has added to its"
-    " backbone; --mode=convert with it as --config.source makes weights of it"
+    " backbone; --mode=convert with it as --config.source folds LoRA into the"
+    " kernels, and writes adapters and prompts beside the bare backbone"
   )
 
 

@@ -149,6 +149,11 @@ def _from_classes(root):
   by_class = collections.defaultdict(list)
   for name in names:
     by_class[name.split("/")[0]].append(name)
+  if by_class.keys() <= set(SPLITS):
+    raise ValueError(
+      f"{root} has the splits {', '.join(by_class)}, and no directories of"
+      f" classes in them; there must be\n{LAYOUTS}"
+    )
   entries = [
     Entry(name, label, split)
     for label, members in by_class.items()
