@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from roli_jax import metrics, record
+from roli_jax import data, metrics, record
 
 Row = dict[str, Any]
 
@@ -327,10 +327,11 @@ def facts(path: pathlib.Path) -> list[Table]:
   if not file.is_file():
     return []
   known = json.loads(file.read_text())
+  by_size = sorted(known["parameters"].items(), key=lambda item: item[1])
   sizes = [
     (method, f"{trained:,}", f"{total - trained:,}",
      f"{100 * trained / total:.3g}")
-    for method, (trained, total) in known["parameters"].items()
+    for method, (trained, total) in by_size
   ]  # fmt: skip
   title = f"Parameters of {known['backbone']} and its head"
   header = ("method", "trained", "frozen", "percent trained")
@@ -344,7 +345,7 @@ def _manifest(known: Row) -> list[Table]:
   counts: dict[str, dict[str, int]] = {}
   for split, name, count in known["manifest"]:
     counts.setdefault(name, {})[split] = count
-  splits = list(known["skipped"])
+  splits = list(data.SPLITS)
   lines = [
     (name, *(str(of.get(split, 0)) for split in splits))
     for name, of in counts.items()

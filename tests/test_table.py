@@ -127,10 +127,10 @@ def test_pretraining_is_one_stage_for_each_twin():
 
 def test_the_cifar_recipe_has_the_references_rates():
   config = cifar_roli.get_config().to_dict()
-  probe, stage = table.expand(config)
+  probe, stage = table.expand(config, 45_000)
   assert (probe.lr, stage.lr) == (0.0125, 2.5e-5)
   ranli = cifar_roli.get_config("dataset=cifar100,init=ranli").to_dict()
-  assert table.expand(ranli)[0].lr == 1.25e-4
+  assert table.expand(ranli, 45_000)[0].lr == 1.25e-4
 
 
 def test_an_unknown_argument_lists_the_known():
