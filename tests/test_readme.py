@@ -1,5 +1,6 @@
 """What the README prints works as printed."""
 
+import importlib
 import re
 
 import numpy as np
@@ -8,7 +9,14 @@ import pytest
 from configs import cifar_roli, glyphs_roli
 from roli_jax import convert, main, models
 
-CONFIGS = ("glyphs_roli", "glyphs_pretrain", "bench", "cifar_roli", "convert")
+CONFIGS = (
+  "glyphs_roli",
+  "glyphs_pretrain",
+  "bench",
+  "cifar_roli",
+  "convert",
+  "roli",
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +73,13 @@ def test_the_table_of_models_names_all(root):
 
 
 def test_what_it_says_of_the_example_holds(readme):
-  assert len(re.findall(r"^python -m roli_jax\.main", readme, re.M)) == 12
+  assert len(re.findall(r"^python -m roli_jax\.main", readme, re.M)) == 18
   for config in re.findall(r"--config=configs/(\w+)\.py", readme):
     assert config in CONFIGS
+  for config, text in re.findall(
+    r"configs/((?:cifar_)?roli)\.py:(\S+)", readme
+  ):
+    importlib.import_module(f"configs.{config}").get_config(text)
   for table in re.findall(r":table=(\w+)", readme):
     assert table in glyphs_roli.TABLES
   for mode in re.findall(r"--mode=(\w+)", readme):
