@@ -52,6 +52,7 @@ def test_the_same_again_is_left_and_another_refused(folder, converted):
   words = [*CONVERT, f"--config.output={folder}/out"]
   again = cli.run(*words, f"--config.source={folder}/swin.pth")
   assert again.returncode == 0, again.stderr
+  before = path.read_bytes()
   other = bundle_of("glyph_swin", seed=1)
   convert.save(other, folder / "other.safetensors", "timm")
   refused = cli.run(*words, f"--config.source={folder}/other.safetensors")
