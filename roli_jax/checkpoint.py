@@ -125,6 +125,11 @@ def _first_line(error: Exception) -> str:
   return text.splitlines()[0][:200]
 
 
+def directory(run: pathlib.Path, stage: Any) -> pathlib.Path:
+  """Where a run keeps a stage (`table.Stage`)."""
+  return run / "checkpoints" / stage.directory
+
+
 def find(root: pathlib.Path) -> list[pathlib.Path]:
   """The directories of stages at or below a directory, sorted."""
   # Not rglob: it raises where a run that is writing has renamed a directory.

@@ -94,7 +94,7 @@ def of(model: Model, method: Method) -> Cost:
   """
   bare = _bare(model)
   params, _, _ = _shapes(bare)
-  trained, _ = trees.split(params, method.trains(params))
+  trained, _ = method.split(params)
   below = bool(jax.tree.leaves((trained.backbone, trained.peft)))
   forward, attack = _of_pixels(bare)
   update = _of_leaves(bare, method) if below else Gradient(forward, 0)
@@ -260,7 +260,7 @@ def _of_pixels(model: Model) -> tuple[int, Gradient]:
 def _of_leaves(model: Model, method: Method) -> Gradient:
   """Of the features' gradient by the backbone's trained leaves."""
   params, stats, images = _shapes(model)
-  halves = trees.split(params, method.trains(params))
+  halves = method.split(params)
 
   def features(trained, frozen, stats, images):
     return model.features(trees.merge(trained, frozen), stats, images)

@@ -1,6 +1,5 @@
 """`--mode=convert`: a file of weights to another, and what proves it."""
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -42,7 +41,7 @@ def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, Facts]:
   whole, method = _read(source, given)
   plain = whole
   if whole.params.peft:
-    plain = peft.merge(whole, method) if method.scale else _without(whole)
+    plain = peft.merge(whole, method) if method.scale else peft.without(whole)
   # The foreign side of a conversion is the one that the format is of.
   outward = config["format"] if whole.coverage is None else ""
   suffix = ".pth" if outward else ".safetensors"
@@ -67,13 +66,6 @@ def _read(source: pathlib.Path, given: dict[str, Any]):
     raise ValueError(f"{source} is a {found.model.name}, not a {name}")
   given.pop("format", None)
   return files.adjusted(found, **given), method
-
-
-def _without(whole: Bundle) -> Bundle:
-  """The backbone and the head without what a method has added."""
-  model = peft.linear().enter(whole.model)
-  params = dataclasses.replace(whole.params, peft={})
-  return dataclasses.replace(whole, model=model, params=params)
 
 
 def _added(

@@ -28,6 +28,7 @@ from roli_jax import (
   specs,
   state,
   step,
+  table,
 )
 from roli_jax.metrics import Counts
 from roli_jax.optim import schedules
@@ -104,6 +105,11 @@ class Parts:
   def shape(self) -> tuple[int, int, int]:
     """(h, w, c) of an image as it is attacked."""
     return self.data["train"].shape
+
+  def stages(self) -> list[Stage]:
+    """Those of the config's table; all images train where it says 0."""
+    given = self.config["data"]["train_size"]
+    return table.expand(self.config, given or len(self.data["train"]))
 
   def attack(
     self,
@@ -272,11 +278,15 @@ class Parts:
         spec |= {"eps_style": "reference", "eps": 1e-6}
     return spec
 
+  def objective(self, name: str, loss: str) -> losses.Objective:
+    """The loss of that name, with the options of the section of that name."""
+    spec = {**self.config[name]["loss"], "name": loss}
+    spec = specs.taken(losses.OBJECTIVES, spec, "loss")
+    return specs.build(losses.OBJECTIVES, spec, "loss")
+
   def _make_program(self, name, method, loss, num_steps, epoch_steps, model):
     section = self.config[name]
-    spec = {**section["loss"], "name": loss}
-    spec = specs.taken(losses.OBJECTIVES, spec, "loss")
-    objective = specs.build(losses.OBJECTIVES, spec, "loss")
+    objective = self.objective(name, loss)
     attack: Any = self.attack("attack")
     if objective.surrogate == "kl":
       attack = dataclasses.replace(attack, loss="kl")

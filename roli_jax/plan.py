@@ -11,11 +11,9 @@ import jax.numpy as jnp
 from roli_jax import (
   cost,
   data,
-  losses,
   models,
   optim,
   report,
-  specs,
   table,
   trees,
   workdir,
@@ -41,10 +39,6 @@ class Planned(Parts):
   @property
   def num_classes(self) -> int:
     return self.facts.num_classes
-
-  @property
-  def shape(self) -> tuple[int, int, int]:
-    return self.facts.shape
 
   def pretrained(self, weights: str) -> models.Model:
     backbone = self.config["backbone"]
@@ -78,7 +72,7 @@ def make(config: Mapping[str, Any]) -> dict[str, Any]:
   told = [_told(parts, stage) for stage in stages]
   last = stages[-1]
   params = cost.shapes(parts.model(last))
-  trained, _ = trees.split(params, parts.method(last).trains(params))
+  trained, _ = parts.method(last).split(params)
   one = cost.of(parts.model(last), parts.method(last))
   tx = optim.build(
     parts.optimizer(last.name),
@@ -164,7 +158,7 @@ def _told(parts: Parts, stage: Stage) -> dict[str, Any]:
   spec = parts.optimizer(stage.name)
   method = parts.method(stage)
   params = cost.shapes(parts.model(stage))
-  trained, _ = trees.split(params, method.trains(params))
+  trained, _ = method.split(params)
   first = (stage.num_steps - 1) // stage.epoch_steps * stage.epoch_steps
   with jax.enable_x64(True):  # 1 + cos x is all but 0 there
     share = float(parts.schedule(stage)(jnp.asarray(first)))
@@ -188,9 +182,7 @@ def _flops(parts: Planned, stage: Stage) -> int:
   """Of a stage: its steps, its validations and its test."""
   section, facts = parts.config[stage.name], parts.facts
   one = cost.of(parts.model(stage), parts.method(stage))
-  spec = {**section["loss"], "name": stage.loss}
-  spec = specs.taken(losses.OBJECTIVES, spec, "loss")
-  objective = specs.build(losses.OBJECTIVES, spec, "loss")
+  objective = parts.objective(stage.name, stage.loss)
   a_step = cost.step_flops(
     one,
     parts.attack("attack").passes,

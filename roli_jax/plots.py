@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from roli_jax import record, report
+from roli_jax import record
+from roli_jax.groups import (
+  CLEAN,
+  Attacked,
+  Group,
+  attacks,
+  by_group,
+  by_seed,
+  curved,
+)
 
 Row = dict[str, Any]
 
@@ -79,8 +88,8 @@ def _bars(rows):
   tests = record.where(rows, split="test")
   if not tests:
     return None
-  groups = report.by_group(tests)
-  attack = report.attacks(tests)[0]
+  groups = by_group(tests)
+  attack = attacks(tests)[0]
   backbones = collections.Counter(group.weights for group in groups)
   figure = _figure(2 + 1.3 * len(groups), 4.4)
   axes = figure.subplots(
@@ -93,8 +102,8 @@ def _bars(rows):
   for axis, backbone in zip(axes, backbones, strict=True):
     own = [group for group in groups if group.weights == backbone]
     for x, group in enumerate(own):
-      for kind, side, alpha in ((report.CLEAN, -0.2, 0.4), (attack, 0.2, 1.0)):
-        own_values = report.by_seed(groups[group], kind).values()
+      for kind, side, alpha in ((CLEAN, -0.2, 0.4), (attack, 0.2, 1.0)):
+        own_values = by_seed(groups[group], kind).values()
         values = [100 * value for value in own_values]
         if not values:
           continue
@@ -124,10 +133,10 @@ def _bars(rows):
 def _curve(rows):
   """Accuracy against eps, of the seed for which it was measured."""
   tests = record.where(rows, split="test")
-  curves = report.curved(tests)
+  curves = curved(tests)
   if not curves:
     return None
-  main = report.attacks(tests)[0]
+  main = attacks(tests)[0]
   norms = sorted({curve.norm for curve in curves})
   figure = _figure(5.5 * len(norms), 4)
   axes = figure.subplots(1, len(norms), sharey=True, squeeze=False)[0]
@@ -183,7 +192,7 @@ def _evaluations(evaluated):
 
 def _title(one):
   row = one["row"]
-  recipe = report.Attacked.of(row).recipe
+  recipe = Attacked.of(row).recipe
   return f"{row['cell']}\n{recipe}, {row['norm']} {one['eps']:g}, n {one['n']}"
 
 
@@ -192,7 +201,7 @@ _ATTACK_COLOURS = ["#d1495b", "#edae49", "#66a182", "#8d5a97", "#2e4057"]
 
 def _training(rows, log):
   """Training loss and validation accuracy by step, means over seeds."""
-  groups = {row["cell"]: report.Group.of(row) for row in rows}
+  groups = {row["cell"]: Group.of(row) for row in rows}
   figure = _figure(9, 3.8)
   axes = figure.subplots(1, 2)
   for axis, split, metric in (

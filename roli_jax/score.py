@@ -14,6 +14,7 @@ import numpy as np
 from roli_jax import (
   attacks,
   checks,
+  cost,
   data,
   diagnosis,
   evaluate,
@@ -319,10 +320,10 @@ def write_facts(
 ) -> None:
   """What a report says of methods and data, to `facts.json`."""
   sizes = {}
-  for stage in stages:
-    like = parts.like(stage).params
-    trained, _ = trees.split(like, parts.method(stage).trains(like))
-    sizes[stage.method] = (trees.size(trained), trees.size(like))
+  for stage in {stage.method: stage for stage in stages}.values():
+    params = cost.shapes(parts.model(stage))
+    trained, _ = parts.method(stage).split(params)
+    sizes[stage.method] = (trees.size(trained), trees.size(params))
   splits = {split: parts.data[split] for split in data.SPLITS}
   facts = {
     "backbone": parts.config["backbone"]["name"],

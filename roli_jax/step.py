@@ -90,7 +90,7 @@ def make_train_step(
   def train_step(state, batch, key):
     adv, clean = inputs(state, batch, key)
     labels: Labels = batch["label"]
-    trained, frozen = trees.split(state.params, method.trains(state.params))
+    trained, frozen = method.split(state.params)
     dropout = keys.stream(key, "dropout", state.step)
 
     def loss(trained):

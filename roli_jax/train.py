@@ -8,9 +8,7 @@ same command goes on where a killed one stopped, to the same numbers.
 """
 
 import dataclasses
-import json
 import pathlib
-import shutil
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from roli_jax import (
+  adopt,
   checkpoint,
   convert,
   data,
@@ -34,7 +33,6 @@ from roli_jax import (
   sharding,
   specs,
   state,
-  table,
   workdir,
 )
 from roli_jax.metrics import Counts
@@ -47,15 +45,6 @@ LOG_FIELDS = (
 )  # fmt: skip
 
 LOG_SAID = frozenset({"value", "n"})
-
-# Of a config, what a linear probe doesn't depend on.
-_BESIDE_A_PROBE = frozenset({
-    "cells", "adapt", "rates", "seed", "peft", "eval_attack", "curve", "test",
-    "checkpoint", "radii", "num_images", "save_adv", "checks",
-})  # fmt: skip
-_SWITCHES_BESIDE_A_PROBE = frozenset({
-    "adapter_init", "lora_init", "lora_dropout_active", "swin_prompt_order",
-})  # fmt: skip
 
 
 def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
@@ -73,7 +62,7 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
       written; or a loss that is not finite.
   """
   parts = Parts(config)
-  stages = table.expand(config, len(parts.data["train"]))
+  stages = parts.stages()
   parts.check(stages)
   for warning in workdir.claim(path, config):
     logging.warning("%s", warning)
@@ -86,7 +75,7 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
     for stage in stages:
       if not score.is_done(parts, stage, results):
         if stage.name == "probe":
-          _adopt_probe(parts, stage, path, log)
+          adopt.probe(parts, stage, path, log)
         meta = Trainer(parts, stage, path, log).train()
         if meta is None:
           return results.rows
@@ -167,9 +156,13 @@ def _chosen(parts, path):
       found = []
   else:
     asked, step = root, None
-    stages = table.expand(config, len(parts.data["train"]))
+    stages = parts.stages()
     starts = {stage.start for stage in stages}
-    last = [_directory(path, stage) for stage in stages if stage not in starts]
+    last = [
+      checkpoint.directory(path, stage)
+      for stage in stages
+      if stage not in starts
+    ]
     found = last if len(last) == 1 else checkpoint.find(root)
   if not found or not found[0].is_dir():
     raise ValueError(f"there is no checkpoint at {asked}")
@@ -185,69 +178,13 @@ def _chosen(parts, path):
 def best(parts: Parts, stage: Stage, path: pathlib.Path) -> Variables:
   """The values of a stage's best checkpoint, on every device."""
   like = parts.like(stage)
-  directory = _directory(path, stage)
+  directory = checkpoint.directory(path, stage)
   with checkpoint.manager(directory, reading=True) as checkpoints:
     step = checkpoints.best_step()
     if step is None:
       raise ValueError(f"no checkpoint in {directory}")
     model = (like.params, like.stats)
     return checkpoint.restore(checkpoints, step, model=model)["model"]
-
-
-def _directory(path, stage):
-  return path / "checkpoints" / stage.directory
-
-
-def _adopt_probe(parts, stage, path, log):
-  """Copies the probe from a run beside this one that has trained the same."""
-  directory = _directory(path, stage)
-  if directory.exists():
-    return
-  for file in sorted(path.absolute().parent.glob("*/config.json")):
-    other = file.parent
-    try:
-      if other.name == path.name or not _has_probe(parts, stage, other, path):
-        continue
-      partial = path / "adopted.partial"
-      shutil.rmtree(partial, ignore_errors=True)
-      shutil.copytree(_directory(other, stage), partial)
-    except (KeyError, OSError, ValueError):
-      continue  # whatever is wrong with that run, this one trains its own
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(directory)
-    about = {"cell": stage.cell, "stage": "probe", "lr": stage.lr}
-    for row in record.where(record.read(other / "training.jsonl"), **about):
-      log.add(row)
-    logging.warning("the probe of %s is taken from %s", stage.cell, other)
-    return
-
-
-def _has_probe(parts, stage, other, path):
-  """Whether another run has finished the probe that this one would train."""
-  theirs = _directory(other, stage)
-  if not theirs.is_dir() or not workdir.same_code(other, path):
-    return False
-  with checkpoint.manager(theirs, reading=True) as checkpoints:
-    if checkpoints.latest_step() != stage.num_steps:
-      return False
-    meta = checkpoint.restore_meta(checkpoints, stage.num_steps)
-  mine = json.loads(json.dumps(dataclasses.asdict(stage)))
-  return (
-    meta["stage"] == mine
-    and meta["made_of"] == parts.made_of(stage)
-    and _of_a_probe(meta["config"]) == _of_a_probe(parts.config)
-  )
-
-
-def _of_a_probe(config):
-  """What a probe depends on."""
-  config = json.loads(json.dumps(config))
-  switches = config.get("compat", {})
-  config["compat"] = {
-    k: v for k, v in switches.items() if k not in _SWITCHES_BESIDE_A_PROBE
-  }
-  config["data"].pop("num_workers", None)
-  return {k: v for k, v in config.items() if k not in _BESIDE_A_PROBE}
 
 
 def _keep_weights(parts, stage, path):
@@ -283,7 +220,7 @@ class Trainer:
     self.log = log
     self.section = parts.config[stage.name]
     self.program = parts.program(stage)
-    self.directory = _directory(path, stage)
+    self.directory = checkpoint.directory(path, stage)
     self.made_of = parts.made_of(stage) if stage.name == "probe" else ""
 
   def train(self) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from configs import common, glyphs_roli
 from configs import roli as roli_config
 from roli_jax import (
+  adopt,
   compat,
   convert,
   data,
@@ -485,9 +486,9 @@ def test_the_second_stage_starts_at_the_firsts_function(
 
 def test_what_no_probe_hangs_on_leaves_it_to_other_runs(setup, probed):
   config = setup("lora", "roli", lora_init="both_zero")
-  assert train._of_a_probe(config) == train._of_a_probe(probed[1])
+  assert adopt._of_a_probe(config) == adopt._of_a_probe(probed[1])
   other = setup("lora", "roli", lr_granularity="epoch")
-  assert train._of_a_probe(other) != train._of_a_probe(probed[1])
+  assert adopt._of_a_probe(other) != adopt._of_a_probe(probed[1])
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_convolution_is_one_however_a_cpu_computes_it(
   size, stride, channels, groups, width
 ):
   """Forward, and twice that with the gradient by its input or its kernel."""
-  layer = models.layers.Conv(width, size, stride, groups)
+  layer = models.conv.Conv(width, size, stride, groups)
   x = _floats(2, 8, 8, channels)
   variables = jax.eval_shape(layer.init, jax.random.key(0), x)
   places = (8 // stride) ** 2

@@ -9,7 +9,7 @@ import pytest
 from scipy import special
 
 from roli_jax import keys, models
-from roli_jax.models import layers
+from roli_jax.models import conv, layers
 
 
 def normal(seed, *shape):
@@ -129,7 +129,7 @@ def test_convolutions_by_products_are_convolutions(
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
 
-  for convolve in (layers._convolve, layers._convolve_by_products):
+  for convolve in (conv._convolve, conv._convolve_by_products):
     ours = functools.partial(convolve, (stride, same))
     same_with_gradients(ours, expected, x, kernel)
 
@@ -143,7 +143,7 @@ def test_a_depthwise_convolution_is_one():
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
 
-  same_with_gradients(layers._depthwise_conv, expected, x, kernel)
+  same_with_gradients(conv._depthwise_conv, expected, x, kernel)
 
 
 def same_with_gradients(ours, theirs, *arrays):

@@ -48,6 +48,7 @@ def _batch(model, size):
 
 def _training(model, method):
   """A jitted PGD step, and the state before it; nothing is donated."""
+  model = method.enter(model)
   params, stats = model.init(keys.root(0))
   shape = schedules.warmup(100, 0.1, "cosine")
   tx = optim.build({"name": "adamw"}, method.labels(params), shape)
@@ -64,7 +65,7 @@ def _counted(model, method, now, batch):
   XLA counts a loop's body once, so each pass is counted by itself.
   """
   images = batch["image"] / np.float32(255)
-  predict = step.make_predict(model)
+  predict = step.make_predict(method.enter(model))
 
   def loss(variables, x):
     return losses.cross_entropy(predict(variables, x), batch["label"]).sum()
@@ -76,7 +77,7 @@ def _counted(model, method, now, batch):
   def of_trained(trained, frozen):
     return loss((trees.merge(trained, frozen), now.stats), images)
 
-  halves = trees.split(now.params, method.trains(now.params))
+  halves = method.split(now.params)
   update = timing.flops(jax.grad(of_trained), *halves)
   return NUM_STEPS * in_pixels + forward + update
 

@@ -6,6 +6,7 @@ from typing import Any
 from flax import linen as nn
 
 from roli_jax.models import layers
+from roli_jax.models.conv import Conv
 from roli_jax.models.seams import Seams
 from roli_jax.types import Array, Float
 
@@ -23,7 +24,7 @@ class Block(nn.Module):
   ) -> Float[Array, "b h w c"]:
     """The map after it; `rate` is that of `layers.drop_path`."""
     width = x.shape[-1]
-    y = layers.Conv(width, 7, groups=width, use_bias=True, name="conv")(x)
+    y = Conv(width, 7, groups=width, use_bias=True, name="conv")(x)
     y = _norm(name="norm")(y)
     y = layers.Mlp(4 * width, self.seams.dense, name="mlp")(y)
     if self.seams.branch:

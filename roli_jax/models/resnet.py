@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from roli_jax.models import layers
+from roli_jax.models.conv import Conv
 from roli_jax.models.seams import Seams
 from roli_jax.types import Array, Float
 
@@ -47,7 +48,7 @@ class BasicBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Map) -> Map:
-    conv = functools.partial(layers.Conv, seams=self.seams)
+    conv = functools.partial(Conv, seams=self.seams)
     y = conv(self.inner, 3, self.stride, name="conv1")(x)
     y = self.act(_norm(y, self.train, "norm1"))
     y = conv(self.width, 3, name="conv2")(y)
@@ -67,7 +68,7 @@ class Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, x: Map) -> Map:
-    conv = functools.partial(layers.Conv, seams=self.seams)
+    conv = functools.partial(Conv, seams=self.seams)
     y = conv(self.inner, 1, name="conv1")(x)
     y = self.act(_norm(y, self.train, "norm1"))
     y = conv(self.inner, 3, self.stride, name="conv2")(y)
@@ -82,7 +83,7 @@ def _join(block, x, y):
   if block.seams.branch:
     y = block.seams.branch(name="branch")(y)
   if x.shape != y.shape:
-    x = layers.Conv(block.width, 1, block.stride, name="shortcut")(x)
+    x = Conv(block.width, 1, block.stride, name="shortcut")(x)
     x = _norm(x, block.train, "shortcut_norm")
   return block.act(x + y)
 
@@ -143,7 +144,7 @@ class ResNet(nn.Module):
   @nn.compact
   def __call__(self, x: Map, *, train: bool = False) -> Float[Array, "b d"]:
     size, stride = (3, 1) if self.small else (7, 2)
-    x = layers.Conv(self.width, size, stride, name="stem")(x)
+    x = Conv(self.width, size, stride, name="stem")(x)
     x = self.act(_norm(x, train, "stem_norm"))
     if not self.small:
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
@@ -174,10 +175,10 @@ class PreactBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Map) -> Map:
-    conv = functools.partial(layers.Conv, seams=self.seams)
+    conv = functools.partial(Conv, seams=self.seams)
     y = self.act(_norm(x, self.train, "norm1"))
     if x.shape[-1] != self.width:
-      shortcut = layers.Conv(self.width, 1, self.stride, name="shortcut")
+      shortcut = Conv(self.width, 1, self.stride, name="shortcut")
       x = shortcut(y)
     y = conv(self.width, 3, self.stride, same=self.same, name="conv1")(y)
     y = self.act(_norm(y, self.train, "norm2"))
@@ -194,7 +195,7 @@ class WideResNet(nn.Module):
     depth: 6 n + 4.
     factor: of the widths 16, 32 and 64.
     act: the activation; SiLU in those of Gowal et al. 2020.
-    same: how strides are padded, see `layers.Conv`; likewise.
+    same: how strides are padded, see `Conv`; likewise.
     seams: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
@@ -210,7 +211,7 @@ class WideResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: Map, *, train: bool = False) -> Float[Array, "b d"]:
-    x = layers.Conv(16, 3, name="stem")(x)
+    x = Conv(16, 3, name="stem")(x)
     for i in range(3):
       block = functools.partial(
         PreactBlock, 16 * 2**i * self.factor, train=train, act=self.act,

@@ -1,6 +1,12 @@
 """Methods of fine-tuning by name."""
 
-from roli_jax.peft.exchange import load, merge, restore, state_dict
+from roli_jax.peft.exchange import (
+  load,
+  merge,
+  restore,
+  state_dict,
+  without,
+)
 from roli_jax.peft.method import (
   FROZEN,
   GROUPS,
@@ -29,4 +35,5 @@ __all__ = [
   "restore",
   "state_dict",
   "vpt",
+  "without",
 ]

@@ -150,10 +150,14 @@ def merge(bundle: Bundle, method: Method) -> Bundle:
     )
     folded = kernel + method.scale * (a @ b).reshape(kernel.shape)
     kernels[name] = folded.astype(kernel.dtype)
+  params = dataclasses.replace(bundle.params, backbone=trees.unpaths(kernels))
+  return without(dataclasses.replace(bundle, params=params))
+
+
+def without(bundle: Bundle) -> Bundle:
+  """The backbone and the head, without what a method has added."""
   model = METHODS["linear"]().enter(bundle.model)
-  params = dataclasses.replace(
-    bundle.params, backbone=trees.unpaths(kernels), peft={}
-  )
+  params = dataclasses.replace(bundle.params, peft={})
   return dataclasses.replace(bundle, model=model, params=params)
 
 

@@ -46,6 +46,10 @@ class Method:
     """Whether each leaf is trained."""
     return trees.label(params, [(p, g != FROZEN) for p, g in self.groups])
 
+  def split(self, params: Params) -> tuple[Params, Params]:
+    """The trained leaves and the frozen ones; None for the absent."""
+    return trees.split(params, self.trains(params))
+
   def enter(self, model: models.Model) -> models.Model:
     """The model with the method's modules in its backbone.
 

@@ -1,0 +1,148 @@
+"""Convolutions, and how a CPU computes them fast."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from roli_jax.models.seams import Seams
+from roli_jax.types import Array, Float
+
+
+class Conv(nn.Module):
+  """A convolution; one of 1 x 1 is a matrix product.
+
+  Attributes:
+    width: channels after it.
+    size: side of the kernel, odd.
+    stride: of both sides.
+    groups: 1, or as many as there are channels (depthwise, stride 1).
+    use_bias: whether a bias is added.
+    same: whether a stride's odd padding stands after, as in TensorFlow and
+      Haiku; otherwise it is half the kernel on each side, as in PyTorch.
+    seams: where a method may enter.
+  """
+
+  width: int
+  size: int
+  stride: int = 1
+  groups: int = 1
+  use_bias: bool = False
+  same: bool = False
+  seams: Seams = Seams()
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+    shape = (self.size, self.size, x.shape[-1] // self.groups, self.width)
+    # He et al. 2015, by fan-out, as ResNets begin.
+    start = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+    kernel = self.param("kernel", start, shape)
+    if self.seams.kernel:
+      kernel = self.seams.kernel(self, kernel)
+    x, kernel = nn.dtypes.promote_dtype(x, kernel)
+    if self.size == 1:
+      x = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+    elif self.groups > 1:
+      x = _depthwise_conv(x, kernel)
+    else:
+      settings = (self.stride, self.same)
+      x = jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_convolve_by_products, settings),
+        default=functools.partial(_convolve, settings),
+      )
+    if not self.use_bias:
+      return x
+    bias = self.param("bias", nn.initializers.zeros, (self.width,))
+    return x + bias.reshape(1, 1, 1, -1)
+
+
+def _padding(side, size, stride, same):
+  """Before and after."""
+  if not same:
+    return size // 2, size // 2
+  total = max((-(-side // stride) - 1) * stride + size - side, 0)
+  return total // 2, total - total // 2
+
+
+def _convolve(settings, x, kernel):
+  stride, same = settings
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    [_padding(n, len(kernel), stride, same) for n in x.shape[1:3]],
+    feature_group_count=x.shape[-1] // kernel.shape[2],
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+
+
+def _convolve_by_products(settings, x, kernel):
+  """A product for each place of the kernel, or one for all of them.
+
+  XLA's convolutions for CPUs are single-threaded inside loops, where attacks
+  are: this is 2.5 to 5.5 times as fast there (docs/backbones.md).
+  """
+  seen_from = _seen(x, len(kernel), *settings)
+  places = list(itertools.product(range(len(kernel)), repeat=2))
+  if x.shape[-1] < 16:  # products this thin are slow; a stem's
+    patches = jnp.concatenate([seen_from(*place) for place in places], -1)
+    return patches @ kernel.reshape(-1, kernel.shape[-1])
+  return sum(seen_from(i, j) @ kernel[i, j] for i, j in places)
+
+
+def _seen(x, size, stride=1, same=False):
+  """`(i, j) -> ` what the kernel's place i, j sees of x, everywhere."""
+  pads = [_padding(n, size, stride, same) for n in x.shape[1:3]]
+  padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+  rows, columns = ((n - size) // stride * stride + 1 for n in padded.shape[1:3])
+  shape = (len(x), rows, columns, x.shape[-1])
+
+  def seen_from(i, j):
+    window = jax.lax.dynamic_slice(padded, (0, i, j, 0), shape)
+    return window[:, ::stride, ::stride]
+
+  return seen_from
+
+
+def _depthwise(x, kernel):
+  """Each channel by itself, of stride 1.
+
+  XLA's for CPUs takes 10 to 30 times as long as the sum of shifted maps
+  (docs/backbones.md), whose own gradient compiles for long.
+  """
+  whole = functools.partial(_convolve, (1, False))
+  return jax.lax.platform_dependent(x, kernel, cpu=_shifted, default=whole)
+
+
+def _shifted(x, kernel):
+  seen_from = _seen(x, len(kernel))
+  return sum(
+    seen_from(i, j) * kernel[i, j].reshape(1, 1, 1, -1)
+    for i, j in itertools.product(range(len(kernel)), repeat=2)
+  )
+
+
+def _depthwise_backward(saved, g):
+  x, kernel = saved
+  whole = functools.partial(_convolve, (1, False))
+
+  def shifted(x, kernel, g):
+    seen_from = _seen(x, len(kernel))
+    places = jnp.array(list(itertools.product(range(len(kernel)), repeat=2)))
+    sums = jax.lax.map(lambda at: (seen_from(*at) * g).sum((0, 1, 2)), places)
+    return _shifted(g, kernel[::-1, ::-1]), sums.reshape(kernel.shape)
+
+  def by_conv(x, kernel, g):
+    return jax.vjp(whole, x, kernel)[1](g)
+
+  return jax.lax.platform_dependent(x, kernel, g, cpu=shifted, default=by_conv)
+
+
+_depthwise_conv = jax.custom_vjp(_depthwise)
+_depthwise_conv.defvjp(
+  lambda x, kernel: (_depthwise(x, kernel), (x, kernel)), _depthwise_backward
+)
