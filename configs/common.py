@@ -136,7 +136,20 @@ def stage(num_steps: int, **changes) -> ConfigDict:
       # and the end.
       "val_every": 20,
       "log_every": 5,
-      "loss": {"name": "at", "beta": 6.0},  # beta: of trades
+      # beta: of trades (6) and mart (5).
+      "loss": {"name": "at", "beta": config_dict.placeholder(float)},
+      # What it says goes before config.attack, for this stage's training. A
+      # loss other than the one that fits: ce, kl, margin, dlr.
+      "attack": {
+        "name": "",
+        "num_steps": config_dict.placeholder(int),
+        "step_size": "",
+        "random_start": config_dict.placeholder(bool),
+        "loss": "",
+      },
+      # Adversarial weight perturbation: 0.01 with at, 0.005 with trades; 0:
+      # none. begin: the share of the stage without.
+      "awp": {"gamma": 0.0, "begin": 0.0},
       "optim": {
         "name": "adamw",
         "b1": 0.9,
@@ -149,6 +162,17 @@ def stage(num_steps: int, **changes) -> ConfigDict:
         "clip_norm": 1.0,
         # (group, factor) of the rate; groups are backbone, peft and head.
         "multipliers": (),
+        # What holds weights to where they began: none, l2sp (lam), ftp (k, mu),
+        # spd (lam) or digrap (mu).
+        "anchor": {
+          "name": "none",
+          "lam": config_dict.placeholder(float),
+          "k": config_dict.placeholder(float),
+          "mu": config_dict.placeholder(float),
+        },
+        # Whether it holds the head too: exclude or anchor_at_probe; "": not a
+        # random one.
+        "head": "",
       },
       # Of the rate: warmup, begin and end are shares of the stage.
       "schedule": {"warmup": 0.1, "decay": "cosine"},

@@ -49,3 +49,27 @@ def t_interval(
   error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
   half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
   return mean, mean - half, mean + half
+
+
+def expected_robustness(
+  radii: Sequence[float | int], accuracies: Sequence[float | int]
+) -> float:
+  """The mean accuracy over the radii from 0 to the largest, by trapezia.
+
+  Epsilon-Scheduling's summary of a curve (2509.23325): what an attacker of a
+  radius unknown, uniform in [0, eps], leaves.
+
+  Args:
+    radii: increasing, the first 0 (clean), the last eps.
+    accuracies: at each.
+
+  Raises:
+    ValueError: radii that do not increase from 0, or not as many accuracies.
+  """
+  gaps = np.diff(radii)
+  if len(radii) < 2 or radii[0] != 0 or not (gaps > 0).all():
+    raise ValueError(f"expected radii that increase from 0, got {radii}")
+  if len(accuracies) != len(radii):
+    raise ValueError(f"{len(radii)} radii, {len(accuracies)} accuracies")
+  heights = np.asarray(accuracies)
+  return float((gaps * (heights[1:] + heights[:-1]) / 2).sum() / radii[-1])

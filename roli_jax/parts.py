@@ -18,9 +18,9 @@ from roli_jax import (
   attacks,
   compat,
   convert,
+  criteria,
   data,
   keys,
-  losses,
   models,
   optim,
   peft,
@@ -45,13 +45,15 @@ class Program:
 
   Attributes:
     method: which leaves train.
-    objective: what is lowered.
+    criterion: what is lowered.
+    attack: that finds the images to train on.
     tx: the optimizer; its state holds the learning rate.
     step: `(state, batch, key) -> (state, counts)`, jitted; donates its state.
   """
 
   method: peft.Method
-  objective: losses.Objective
+  criterion: criteria.Criterion
+  attack: attacks.Attack
   tx: optax.GradientTransformationExtraArgs
   step: Callable[..., tuple[state.TrainState, Counts]]
 
@@ -132,7 +134,30 @@ class Parts:
       threat = ThreatModel(norm or threat.norm, eps=specs.number(eps))
     if name:
       return attacks.build(name, threat)
-    fields = specs.taken(attacks.ATTACKS, self.config[kind], "attack")
+    return self._attack(self.config[kind], threat)
+
+  def inner_attack(self, name: str, surrogate: str) -> attacks.Attack:
+    """The attack in the training of the section of that name.
+
+    Args:
+      name: of the section; what its `attack` says goes before `config.attack`.
+      surrogate: `kl`: that is the loss it raises, if it can and the config
+        names no other.
+    """
+    said = self.config[name].get("attack", {})
+    own = {k: v for k, v in said.items() if v not in (None, "")}
+    base = self.config["attack"]
+    if own.get("name", base["name"]) != base["name"]:
+      base = {}
+    attack: Any = self._attack({**base, **own}, self.threat)
+    if isinstance(attack, attacks.Apgd):
+      attack = attacks.Highest(attack)
+    elif surrogate == "kl" and "loss" not in own:
+      attack = dataclasses.replace(attack, loss="kl")
+    return attack
+
+  def _attack(self, section, threat):
+    fields = specs.taken(attacks.ATTACKS, section, "attack")
     given = {k: v for k, v in fields.items() if v is not None}
     keep = self.compat["pgd_best"]
     if given["name"] == "pgd" and keep != compat.SWITCHES["pgd_best"][0]:
@@ -221,8 +246,15 @@ class Parts:
     """The compiled step of the stage's kind, with what belongs to it."""
     return self._program(
       stage.name, self.method(stage), stage.loss, stage.num_steps,
-      stage.epoch_steps, self.model(stage),
+      stage.epoch_steps, self.model(stage), self._head(stage),
     )  # fmt: skip
+
+  def _head(self, stage):
+    """Whether the head is held to its start: a random one isn't."""
+    spec = self.config[stage.name]["optim"]
+    if (spec.get("anchor") or {"name": "none"})["name"] == "none":
+      return optim.HEADS[0]  # so that all inits share a program
+    return spec["head"] or optim.HEADS[stage.start is not None]
 
   @property
   def half(self) -> str | None:
@@ -238,7 +270,8 @@ class Parts:
     def fresh(key):
       params, stats = self.model(stage).init(key)
       trains = program.method.trains(params)
-      return state.create(params, stats, trains, program.tx)
+      start = program.criterion.start
+      return state.create(params, stats, trains, program.tx, start)
 
     shapes = jax.eval_shape(fresh, keys.root(0))
     return sharding.shaped(shapes, self.mesh)
@@ -278,33 +311,35 @@ class Parts:
         spec |= {"eps_style": "reference", "eps": 1e-6}
     return spec
 
-  def objective(self, name: str, loss: str) -> losses.Objective:
+  def criterion(self, name: str, loss: str) -> criteria.Criterion:
     """The loss of that name, with the options of the section of that name."""
-    spec = {**self.config[name]["loss"], "name": loss}
-    spec = specs.taken(losses.OBJECTIVES, spec, "loss")
-    return specs.build(losses.OBJECTIVES, spec, "loss")
+    given = self.config[name]["loss"]
+    spec = {k: v for k, v in given.items() if v is not None}
+    return criteria.build({**spec, "name": loss})
 
-  def _make_program(self, name, method, loss, num_steps, epoch_steps, model):
+  def _make_program(
+    self, name, method, loss, num_steps, epoch_steps, model, head
+  ):
     section = self.config[name]
-    objective = self.objective(name, loss)
-    attack: Any = self.attack("attack")
-    if objective.surrogate == "kl":
-      attack = dataclasses.replace(attack, loss="kl")
-    _check_section(name, section, objective, self.mesh)
+    criterion = self.criterion(name, loss)
+    attack = self.inner_attack(name, criterion.surrogate)
+    _check_section(name, section, criterion, self.mesh)
     params, _ = jax.eval_shape(model.init, keys.root(0))
     tx = optim.build(
-      self.optimizer(name),
+      {**self.optimizer(name), "head": head},
       method.labels(params),
       self._schedule(name, num_steps, epoch_steps),
     )
     train_step = step.make_train_step(
       models.with_options(model, dtype=self.half),
       method,
-      objective,
+      criterion,
       attack,
       schedules.ramp(num_steps, **section["radius"]),
       tx,
       self.data["train"].white,
+      step.WeightAttack(**section.get("awp", {})),
+      num_steps,
     )
     everywhere = sharding.replicated(self.mesh)
     jitted = jax.jit(
@@ -313,7 +348,7 @@ class Parts:
       out_shardings=everywhere,
       donate_argnums=0,
     )
-    return Program(method, objective, tx, jitted)
+    return Program(method, criterion, attack, tx, jitted)
 
 
 class _Splits(dict[str, data.Source]):
@@ -328,14 +363,14 @@ class _Splits(dict[str, data.Source]):
     return self[split]
 
 
-def _check_section(name, section, objective, mesh):
+def _check_section(name, section, criterion, mesh):
   if section["val_every"] < 0 or section["log_every"] < 1:
     raise ValueError(
       f"{name}.val_every must be >= 0 and {name}.log_every >= 1, got"
       f" {section['val_every']} and {section['log_every']}"
     )
   sharding.check_batch(section["batch_size"], mesh)
-  if objective.adversarial == 0.5 and section["batch_size"] % (2 * mesh.size):
+  if criterion.adversarial == 0.5 and section["batch_size"] % (2 * mesh.size):
     raise ValueError(
       "half_at needs an even number of images on each device, got"
       f" {name}.batch_size={section['batch_size']} for {mesh.size} devices"

@@ -182,12 +182,12 @@ def _flops(parts: Planned, stage: Stage) -> int:
   """Of a stage: its steps, its validations and its test."""
   section, facts = parts.config[stage.name], parts.facts
   one = cost.of(parts.model(stage), parts.method(stage))
-  objective = parts.objective(stage.name, stage.loss)
+  criterion = parts.criterion(stage.name, stage.loss)
   a_step = cost.step_flops(
     one,
-    parts.attack("attack").passes,
-    adversarial=objective.adversarial,
-    needs_clean=objective.needs_clean,
+    parts.inner_attack(stage.name, criterion.surrogate).passes,
+    adversarial=criterion.adversarial,
+    needs_clean=criterion.needs_clean,
   )
   every = section["val_every"] or stage.epoch_steps
   validated = (math.ceil(stage.num_steps / every) + 1) * facts.val

@@ -1,5 +1,6 @@
 """What a stage carries from step to step, and from one stage to the next."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,12 +20,14 @@ class TrainState:
     params: the three trees, trained or not.
     stats: running statistics; `{}` for models without.
     opt_state: of the trained leaves only.
+    memory: what the criterion keeps from step to step; `{}` for most.
   """
 
   step: Int[Array | jax.ShapeDtypeStruct, ""]
   params: Params
   stats: PyTree
   opt_state: Any
+  memory: PyTree
 
 
 def create(
@@ -32,6 +35,7 @@ def create(
   stats: PyTree,
   trains: PyTree,
   tx: optax.GradientTransformation,
+  start: Callable[[Params, PyTree], PyTree] = lambda params, stats: {},
 ) -> TrainState:
   """The state before a stage's first step.
 
@@ -43,7 +47,9 @@ def create(
     stats: running statistics.
     trains: whether each leaf of params is trained.
     tx: of the trained leaves.
+    start: of the criterion, whose memory it makes.
   """
+  memory = jax.tree.map(jnp.copy, start(params, stats))
   params, stats = jax.tree.map(jnp.copy, (params, stats))
   trained, _ = trees.split(params, trains)
   return TrainState(
@@ -51,4 +57,5 @@ def create(
     params=params,
     stats=stats,
     opt_state=tx.init(trained),
+    memory=memory,
   )

@@ -285,16 +285,22 @@ class Trainer:
         checkpoints,
         last,
         model=(like.params, like.stats),
-        rest=(like.step, like.opt_state, key),
+        rest=(like.step, like.opt_state, key, like.memory),
       )
-      (params, stats), (step, opt_state, key) = items["model"], items["rest"]
+      params, stats = items["model"]
+      step, opt_state, key, memory = items["rest"]
       now = state.TrainState(
-        step=step, params=params, stats=stats, opt_state=opt_state
+        step=step,
+        params=params,
+        stats=stats,
+        opt_state=opt_state,
+        memory=memory,
       )
       return now, key, checkpoint.restore_meta(checkpoints, last)
     params, stats = self._start()
     trains = self.program.method.trains(params)
-    now = state.create(params, stats, trains, self.program.tx)
+    start = self.program.criterion.start
+    now = state.create(params, stats, trains, self.program.tx, start)
     now = dataclasses.replace(
       now, opt_state=optim.at_rate(now.opt_state, self.stage.lr)
     )
@@ -351,15 +357,15 @@ class Trainer:
       checkpoints,
       meta["step"],
       model=(now.params, now.stats),
-      rest=(now.step, now.opt_state, key),
+      rest=(now.step, now.opt_state, key, now.memory),
       meta={**meta, **about},
       score=meta["history"][-1][score.selected_by(self.stage)],
     )
 
   def _log_training(self, done, counts):
     total = jax.tree.map(lambda *x: sum(float(v) for v in x), *counts)
-    attacked = self.program.objective.adversarial > 0
-    attack = self.parts.config["attack"]["name"] if attacked else "none"
+    attacked = self.program.criterion.adversarial > 0
+    attack = self.program.attack.name if attacked else "none"
     for metric, value in (("loss", total.loss), ("accuracy", total.correct)):
       self._log(done, "train", attack, metric, value / total.seen,
                 int(total.seen))  # fmt: skip

@@ -35,3 +35,22 @@ def test_t_interval_is_students():
 
 def test_one_value_bounds_nothing():
   assert metrics.t_interval([0.5]) == (0.5, -math.inf, math.inf)
+
+
+def test_expected_robustness_is_the_mean_under_the_curve():
+  value = metrics.expected_robustness(
+    [0, 1, 2, 3, 4], [0.8, 0.6, 0.4, 0.3, 0.2]
+  )
+  assert value == pytest.approx(0.45)
+  assert metrics.expected_robustness([0, 0.1], [0.5, 0.5]) == pytest.approx(0.5)
+  uneven = metrics.expected_robustness([0, 3, 4], [1.0, 1.0, 0.0])
+  assert uneven == pytest.approx(3.5 / 4)
+
+
+@pytest.mark.parametrize(
+  "radii, accuracies",
+  [([0.1, 0.2], [1, 1]), ([0, 0], [1, 1]), ([0], [1]), ([0, 1], [1])],
+)
+def test_a_curve_that_is_none_is_refused(radii, accuracies):
+  with pytest.raises(ValueError, match="radii"):
+    metrics.expected_robustness(radii, accuracies)

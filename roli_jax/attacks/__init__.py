@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from roli_jax import specs
-from roli_jax.attacks.apgd import Apgd
+from roli_jax.attacks.apgd import Apgd, Highest
 from roli_jax.attacks.autoattack import AutoAttack
 from roli_jax.attacks.base import Attack
 from roli_jax.attacks.curve import Curve
@@ -63,6 +63,7 @@ __all__ = [
   "Curve",
   "Fab",
   "Fgsm",
+  "Highest",
   "Pgd",
   "Search",
   "Square",

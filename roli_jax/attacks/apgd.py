@@ -16,8 +16,16 @@ from roli_jax import losses, projections, trees
 from roli_jax.attacks import search
 from roli_jax.attacks.search import Classify, Job
 from roli_jax.keys import fold
-from roli_jax.threat import TINY, per_image
-from roli_jax.types import Array, Float, Images
+from roli_jax.threat import TINY, ThreatModel, per_image
+from roli_jax.types import (
+  Array,
+  Float,
+  Images,
+  Keys,
+  Labels,
+  Logits,
+  LogitsFn,
+)
 
 RHO = 0.75  # the share of rising steps that keeps the step size
 MOMENTUM = 0.75
@@ -75,11 +83,14 @@ class Apgd(search.Search):
     loss: what is climbed, `ce`, `dlr` or `margin`; towards the target, where
       there are targets. DLR needs three classes, or four towards a target;
       with fewer it is the margin.
+    random_start: whether it starts at a random image of the ball, as AutoAttack
+      does, or at the clean one.
     radii: of the stages in L1, in units of eps.
   """
 
   num_steps: int = search.static(100)
   loss: str = search.static("ce")
+  random_start: bool = search.static(True)
   radii: tuple[float, ...] = search.static((3.0, 2.0, 1.0))
 
   def __post_init__(self):
@@ -146,6 +157,8 @@ class Apgd(search.Search):
 
   def _start(self, job: Job) -> Images:
     x, threat = jnp.asarray(job.images), self.within(job)
+    if not self.random_start:
+      return x
     noise = search.noise(job, threat.norm)
     if threat.norm == "l1":
       widest = dataclasses.replace(threat, eps=job.eps * self.radii[0])
@@ -259,6 +272,78 @@ class Apgd(search.Search):
     for now, following in zip(self.radii, self.radii[1:], strict=False):
       after = jnp.where(radii == now, job.eps * following, after)
     return after
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Highest:
+  """APGD as training wants it: each image's point of highest loss.
+
+  Also of images that are misclassified as they are, and after all steps. In L1
+  the point is of the last stage, whose ball is the threat model's.
+
+  Attributes:
+    apgd: the search, of one job for each image.
+  """
+
+  apgd: Apgd
+
+  def __post_init__(self):
+    if isinstance(self.apgd, Apgd) and self.apgd.jobs(1 << 30) > 1:
+      raise ValueError(
+        "training climbs one loss from one start: no targets, num_restarts=1"
+      )
+
+  @property
+  def threat(self) -> ThreatModel:
+    return self.apgd.threat
+
+  @property
+  def name(self) -> str:
+    return self.apgd.name
+
+  @property
+  def loss(self) -> str:
+    return self.apgd.loss
+
+  @property
+  def num_steps(self) -> int:
+    return self.apgd.num_steps
+
+  @property
+  def num_restarts(self) -> int:
+    return 1
+
+  @property
+  def passes(self) -> tuple[int, int]:
+    return self.apgd.passes
+
+  def scaled(self, ratio: float | Float[Array, ""]) -> "Highest":
+    """The same attack at `ratio` times the radius."""
+    return Highest(self.apgd.scaled(ratio))
+
+  def __call__(
+    self,
+    logits_fn: LogitsFn,
+    images: Images,
+    labels: Labels | Logits,
+    keys: Keys,
+  ) -> Images:
+    endless = dataclasses.replace(self.apgd, stop=False)
+    eps = jnp.asarray(self.threat.eps, images.dtype)
+    job = search.Job(
+      images=images,
+      labels=labels,
+      targets=labels,
+      restart=jnp.zeros(len(images), jnp.int32),
+      eps=jnp.broadcast_to(eps, (len(images),)),
+      keys=keys,
+    )
+    classify = search.keyed(logits_fn, False)
+    state, _ = search.proceed(
+      endless, classify, job, endless.begin(job), endless.length
+    )
+    return state.best
 
 
 def _seen(state, value, grads, wrong):

@@ -171,14 +171,21 @@ class Fgsm(base.Scaled):
   Attributes:
     threat: the ball and the box.
     loss: the surrogate that is raised.
+    random_start: whether the step is taken from a uniform draw, and is 1.25
+      times as long (Wong et al. 2020, FGSM-RS): for training.
   """
 
   threat: ThreatModel
   loss: str = dataclasses.field(default="ce", metadata=trees.STATIC)
-  name: ClassVar[str] = "fgsm"
+  random_start: bool = dataclasses.field(default=False, metadata=trees.STATIC)
   num_steps: ClassVar[int] = 1
   num_restarts: ClassVar[int] = 1
   passes: ClassVar[tuple[int, int]] = (1, 1)
+
+  @property
+  def name(self) -> str:
+    """As it stands in rows."""
+    return "fgsm_rs" if self.random_start else "fgsm"
 
   def __call__(
     self,
@@ -190,8 +197,8 @@ class Fgsm(base.Scaled):
     step = Pgd(
       self.threat,
       num_steps=1,
-      step_size=self.threat.eps,
-      random_start=False,
+      step_size=self.threat.eps * (1.25 if self.random_start else 1.0),
+      random_start=self.random_start,
       keep="last",
       loss=self.loss,
     )

@@ -8,6 +8,9 @@ import optax
 
 from roli_jax import specs, trees
 from roli_jax.optim import reference, schedules
+from roli_jax.optim.digrap import digrap
+from roli_jax.optim.ftp import ftp
+from roli_jax.optim.spd import l2sp, spd
 
 # Of a path, what exempts a leaf from weight decay: biases are, scales of
 # norms are not, as in the RoLI reference.
@@ -44,6 +47,21 @@ def sgd(learning_rate, decay, weight_decay, momentum=0.9):
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
 
 
+def _digrap(inner, anchor=None, *, mu=1e-2):
+  return optax.chain(digrap(anchor, mu=mu), inner)
+
+
+# What holds trained leaves to the pretrained ones, around an optimizer.
+ANCHORS = {
+  "none": lambda inner, anchor: inner,
+  "l2sp": l2sp,
+  "ftp": ftp,
+  "spd": spd,
+  "digrap": _digrap,
+}
+HEADS = ("exclude", "anchor_at_probe")
+
+
 def build(
   spec: Mapping[str, Any], labels: Any, shape: schedules.Schedule
 ) -> optax.GradientTransformationExtraArgs:
@@ -56,7 +74,10 @@ def build(
     spec: `{"name": "adamw" or "sgd", "weight_decay": 0.01, "no_decay":
       patterns of paths, "clip_norm": the largest norm of all trained leaves'
       gradient together (0: any), "multipliers": ((group, factor), ...) of the
-      rate, ...the optimizer's own}`.
+      rate, "anchor": {"name": one of ANCHORS, ...its own}, "head": one of
+      HEADS, ...the optimizer's own}`. An anchor holds backbones to what they
+      are at the start, what a method adds to zero, and the head to the start
+      if it is `anchor_at_probe`.
     labels: the group of each trained leaf; None where a leaf is frozen.
     shape: the learning rate by step, as a share of its peak.
   """
@@ -65,11 +86,22 @@ def build(
   clip_norm = spec.get("clip_norm", 0.0)
   multipliers = dict(spec.get("multipliers", ()))
   groups = sorted(set(trees.paths(labels).values()))
+  near = specs.taken(ANCHORS, _given(spec.get("anchor")), "anchor")
+  holds_head = specs.choose(
+    dict(zip(HEADS, (False, True), strict=True)),
+    spec.get("head", HEADS[0]),
+    "optim.head",
+  )
   for name in ("weight_decay", "clip_norm"):
     if not spec.get(name, 0.0) >= 0:
       raise ValueError(f"{name} must be >= 0, got {spec[name]}")
   for group in multipliers:
     specs.choose(dict.fromkeys(("backbone", "peft", "head")), group, "group")
+
+  def hold(tx, at=None):
+    return specs.build(ANCHORS, near, "anchor", inner=tx, anchor=at)
+
+  hold(optax.identity())  # refuses what can't be meant, held or not
 
   def decay(params):
     rules = [(pattern, False) for pattern in patterns] + [(".*", True)]
@@ -78,13 +110,16 @@ def build(
   def make(learning_rate):
     def of(group):
       factor = multipliers.get(group, 1.0)
-      return specs.build(
+      tx = specs.build(
         OPTIMIZERS,
         own,
         "optimizer",
         learning_rate=lambda step: factor * learning_rate * shape(step),
         decay=decay,
       )
+      if group == "head" and not holds_head:
+        return tx
+      return hold(tx, optax.tree.zeros_like if group == "peft" else None)
 
     tx = optax.partition({group: of(group) for group in groups}, labels)
     if clip_norm:
@@ -92,6 +127,12 @@ def build(
     return tx
 
   return optax.inject_hyperparams(make)(learning_rate=0.0)
+
+
+def _given(fields):
+  """What is said of them; none without a name."""
+  known = {k: v for k, v in (fields or {}).items() if v is not None}
+  return {"name": "none", **known}
 
 
 def at_rate(opt_state: Any, learning_rate: float) -> Any:
