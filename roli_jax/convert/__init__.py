@@ -1,7 +1,14 @@
 """Pretrained weights: from files to models, and back."""
 
 from roli_jax.convert.bundle import Bundle, Coverage, with_classes
-from roli_jax.convert.files import adjusted, find, from_stage, load, save
+from roli_jax.convert.files import (
+  adjusted,
+  find,
+  from_stage,
+  load,
+  save,
+  text_tower,
+)
 from roli_jax.convert.foreign import to_state_dict
 from roli_jax.convert.layouts import FORMATS
 
@@ -14,6 +21,7 @@ __all__ = [
   "from_stage",
   "load",
   "save",
+  "text_tower",
   "to_state_dict",
   "with_classes",
 ]

@@ -13,6 +13,7 @@ from roli_jax import checkpoint, models
 from roli_jax.convert import bundle as bundles
 from roli_jax.convert import foreign, resample, torch_file
 from roli_jax.convert.bundle import Bundle
+from roli_jax.types import PyTree
 
 _TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -88,6 +89,39 @@ def load(
   if model not in (None, found.model.name):
     raise ValueError(f"{what} is a {found.model.name}, not a {model}")
   return adjusted(found, mean, std, num_classes, image_size)
+
+
+def text_tower(
+  source: str | pathlib.Path | Mapping[str, Any],
+  num_heads: int | None = None,
+  act: str = "gelu",
+) -> tuple[models.Text, PyTree]:
+  """The text tower in a CLIP's file, and its parameters.
+
+  What `load` leaves of an open_clip file, `logit_scale` included. Texts for it
+  are made by `tokenizer.Tokenizer`.
+
+  Args:
+    source: a safetensors file or a PyTorch checkpoint with open_clip's names,
+      or a state dict.
+    num_heads: which no file says; None: its width / 64, as in every CLIP.
+    act: `gelu`, or `quick_gelu` where OpenAI's own weights are in the file or
+      were what training began with; a file does not say.
+
+  Raises:
+    ValueError: the file can't be read, or is refused; it holds no text tower,
+      or other tensors beside it; tensors of other shapes or not finite.
+  """
+  if isinstance(source, Mapping):
+    return foreign.to_text(source, num_heads, act)
+  path = pathlib.Path(source).expanduser()
+  found = read(path)
+  if isinstance(found, Bundle):
+    raise ValueError(
+      f"{path} is a bundle of ours, which has no text tower: name the file that"
+      " it is from"
+    )
+  return foreign.to_text(found, num_heads, act, str(path))
 
 
 def adjusted(

@@ -12,8 +12,8 @@ import numpy as np
 from roli_jax import models, specs, trees
 from roli_jax.convert import resample
 from roli_jax.convert.bundle import Bundle, Coverage, with_classes, zero_head
-from roli_jax.convert.layouts import FORMATS, LAYOUTS, Layout
-from roli_jax.types import Params
+from roli_jax.convert.layouts import FORMATS, LAYOUTS, TEXT, Layout
+from roli_jax.types import Params, PyTree
 
 # Where checkpoints of training keep their weights: averaged ones first, which
 # are what the published accuracies are of.
@@ -110,6 +110,55 @@ def to_bundle(
   )
   stats = tree.get("stats", {})
   return Bundle(whole, params, stats, layout.name, file.extras, coverage)
+
+
+def to_text(
+  source: Mapping[str, Any],
+  num_heads: int | None = None,
+  act: str = "gelu",
+  what: str = "the state dict",
+) -> tuple[models.Text, PyTree]:
+  """The text tower in a state dict of a CLIP; see `convert.text_tower`.
+
+  Raises:
+    ValueError: there is none; tensors that are missing, left over, of another
+      shape or not finite; a width that says nothing of the heads.
+  """
+  specs.choose(models.text.ACTS, act, "act")
+  file = bare(source, what)
+  sized = ("token_embedding.weight", "positional_embedding", "text_projection")
+  shapes = [np.shape(file.tensors.get(key, 0)) for key in sized]
+  if any(len(shape) != 2 for shape in shapes):
+    keys = ", ".join(list(file.tensors)[:4])
+    raise ValueError(
+      f"{what} ({keys}, ...) holds no text tower of open_clip: expected"
+      f" {', '.join(sized)} of two axes, got shapes {shapes}"
+    )
+  (vocab, width), (context, _), (_, embed) = shapes
+  if num_heads is None and width % 64:
+    raise ValueError(
+      f"{what} is of width {width}, which is no multiple of 64, the width of a"
+      " head in CLIP: say num_heads"
+    )
+  num_heads = num_heads or width // 64
+  if width % num_heads:
+    raise ValueError(f"{num_heads} heads do not divide a width of {width}")
+  block = re.compile(r"transformer\.resblocks\.(\d+)\.")
+  depth = len({m[1] for m in map(block.match, file.tensors) if m})
+  module = models.Text(
+    vocab, width, depth, num_heads, context, embed, models.text.ACTS[act]
+  )
+  expected = _text_shapes(module)
+  names = TEXT.keys(expected)
+  got = {k: v.shape for k, v in file.tensors.items() if not TEXT.drops(k)}
+  trees.check_shapes(got, _foreign_shapes(TEXT, names, expected), what)
+  return module, _tree(TEXT, names, expected, file, what)
+
+
+def _text_shapes(module: models.Text) -> dict[str, tuple[int, ...]]:
+  ids = np.zeros((1, 1), np.int32)
+  like = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
+  return {k: tuple(v.shape) for k, v in trees.paths(like).items()}
 
 
 def _normalised_by(mean: Any, file: _File, format: str) -> str:

@@ -350,6 +350,31 @@ LAYOUTS = (
   ),
 )  # fmt: skip
 
+_TEXT_BLOCK = r"transformer.resblocks.\1"
+# Of open_clip's files the half beside the visual one, whose paths are those of
+# a text tower alone.
+TEXT = Layout(
+  "open_clip_text", ("open_clip",), models.Text,
+  r"token_embedding\.weight",
+  (
+    ("embed/embedding", "token_embedding.weight"),
+    ("positions", "positional_embedding"),
+    (r"block(\d+)/norm(\d)", rf"{_TEXT_BLOCK}.ln_\2"),
+    (r"block(\d+)/attn/[qkv]", f"{_TEXT_BLOCK}.attn.in_proj_"),
+    (r"block(\d+)/attn/out", f"{_TEXT_BLOCK}.attn.out_proj"),
+    (r"block(\d+)/mlp/fc1", f"{_TEXT_BLOCK}.mlp.c_fc"),
+    (r"block(\d+)/mlp/fc2", f"{_TEXT_BLOCK}.mlp.c_proj"),
+    ("norm", "ln_final"),
+    ("projection/kernel", "text_projection"),
+    ("logit_scale", "logit_scale"),
+  ),
+  dropped=(
+    r"visual\..*", "attn_mask", "input_resolution", "context_length",
+    "vocab_size",
+  ),
+  plain=("positional_embedding", "text_projection"),
+)  # fmt: skip
+
 # Mean and standard deviation of formats that have their own; of the others
 # they are the model's.
 FORMATS = {

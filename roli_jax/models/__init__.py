@@ -12,6 +12,7 @@ from roli_jax.models.model import INTERPOLATIONS, Model
 from roli_jax.models.resnet import ResNet, WideResNet
 from roli_jax.models.seams import Seams
 from roli_jax.models.swin import Swin
+from roli_jax.models.text import Text
 from roli_jax.models.vit import Vit
 from roli_jax.models.zoo import MODELS, Entry
 
@@ -117,20 +118,21 @@ _DESCRIBED = ("name", "num_classes", "image_size", "mean", "std")
 def describe(model: Model) -> dict[str, Any]:
   """What `described` makes the model from again; plain JSON."""
   about = {field: getattr(model, field) for field in _DESCRIBED}
-  return {
-    **about,
-    "interpolation": model.interpolation,
-    "head_bias": model.head.use_bias,
-  }
+  about["interpolation"] = model.interpolation
+  if isinstance(model.head, heads.Cosine):
+    return {**about, "head_embed": model.head.embed}
+  return {**about, "head_bias": model.head.use_bias}
 
 
 def described(about: Mapping[str, Any]) -> Model:
   """The model that `describe` described, computed as by default."""
-  model = create(about["name"], about["num_classes"], about["image_size"])
-  if not about.get("head_bias", True):
-    model = dataclasses.replace(
-      model, head=heads.projection(about["num_classes"])
-    )
+  num_classes = about["num_classes"]
+  model = create(about["name"], num_classes, about["image_size"])
+  if "head_embed" in about:
+    head: Any = heads.cosine(num_classes, about["head_embed"])
+    model = dataclasses.replace(model, head=head)
+  elif not about.get("head_bias", True):
+    model = dataclasses.replace(model, head=heads.projection(num_classes))
   return dataclasses.replace(
     model,
     mean=tuple(about["mean"]),
@@ -147,6 +149,7 @@ __all__ = [
   "ResNet",
   "Seams",
   "Swin",
+  "Text",
   "Vit",
   "WideResNet",
   "create",

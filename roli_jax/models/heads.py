@@ -3,9 +3,13 @@
 import functools
 import math
 
+import jax.numpy as jnp
 from flax import linen as nn
 
+from roli_jax.types import Array, Float
+
 HEAD_INITS = ("kaiming_fan_out", "small")
+LOGIT_SCALE = math.log(1 / 0.07)  # where CLIP's training starts
 
 
 def linear(num_classes: int, init: str = "kaiming_fan_out") -> nn.Dense:
@@ -41,3 +45,45 @@ def _linear(num_classes, init):
 def projection(width: int) -> nn.Dense:
   """A linear map without bias, `[b, d] -> [b, width]`: CLIP's embedding."""
   return nn.Dense(width, use_bias=False)
+
+
+class Cosine(nn.Module):
+  """exp(logit_scale) times the cosines with the classes' unit vectors.
+
+  Features are projected, brought to length 1, and multiplied with a column a
+  class: CLIP's zero-shot classifier (Radford et al. 2021, section 3.1.2). The
+  columns are not brought to length 1 in the pass: in training they, and the
+  scale, go where they will.
+
+  Attributes:
+    num_classes: at least 2.
+    embed: the width that images and texts share.
+  """
+
+  num_classes: int
+  embed: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b k"]:
+    x = unit(nn.Dense(self.embed, use_bias=False, name="projection")(x))
+    kernel = self.param(
+      "kernel", nn.initializers.lecun_normal(), (self.embed, self.num_classes)
+    )
+    scale = self.param("logit_scale", nn.initializers.constant(LOGIT_SCALE), ())
+    return jnp.exp(scale) * (x @ kernel)
+
+
+def cosine(num_classes: int, embed: int) -> Cosine:
+  """A zero-shot head, `[b, d] -> [b, num_classes]`; see `Cosine`."""
+  if num_classes < 2:
+    raise ValueError(f"a head needs at least 2 classes, got {num_classes}")
+  return Cosine(num_classes, embed)
+
+
+def unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+  """Vectors at length 1; one of (almost) no length becomes zeros."""
+  squared = (x * x).sum(-1, keepdims=True)
+  known = squared > 1e-24
+  # Twice `where`: at zeros the gradient must be finite too.
+  length = jnp.sqrt(jnp.where(known, squared, 1.0))
+  return jnp.where(known, x / length, 0.0)
