@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from roli_jax import specs
-from roli_jax.data import folder, glyphs, tfds, transforms
+from roli_jax.data import archives, folder, glyphs, tfds, transforms
 from roli_jax.data.facts import FACTS, Facts
 from roli_jax.data.pipeline import train_batches
 from roli_jax.data.source import SPLITS, Source
@@ -17,7 +17,7 @@ IN_MEMORY: dict[str, Callable[[str, str], Source]] = {  # of split and root
   "digits": lambda split, root: glyphs.digits(split),
   "letters": lambda split, root: glyphs.letters(split),
 }
-IN_FILES = ("folder", *folder.NAMED)
+IN_FILES = ("folder", *folder.NAMED, *archives.ARCHIVES)
 
 _FIELDS: dict[str, Any] = {
   "train_size": 0,  # read by whoever draws subsets
@@ -35,7 +35,7 @@ def build(spec: Mapping[str, Any] | str, split: str) -> Source:
   Args:
     spec: `name`, and what else docs/data.md lists, or a name alone.
       Transforms that are None are the data set's own: none in memory, RoLI's
-      of 224 pixels for files.
+      of 224 pixels for files, the Guide's for its six.
     split: which.
 
   Raises:
@@ -86,15 +86,14 @@ def _checked(spec):
 
 def _texts(fields):
   """What is asked for as train and eval transforms, or the set's own."""
-  own = {
-    "train_transforms": transforms.PHOTO_TRAIN,
-    "eval_transforms": transforms.PHOTO_EVAL,
-  }
-  for field, photo in own.items():
-    asked = fields[field]
-    if asked is None:
-      asked = photo if fields["name"] in IN_FILES else ()
-    yield asked
+  own = (), ()
+  if fields["name"] in archives.ARCHIVES:
+    own = transforms.GUIDE_TRAIN, transforms.GUIDE_EVAL
+  elif fields["name"] in IN_FILES:
+    own = transforms.PHOTO_TRAIN, transforms.PHOTO_EVAL
+  names = ("train_transforms", "eval_transforms")
+  for field, usual in zip(names, own, strict=True):
+    yield usual if fields[field] is None else fields[field]
 
 
 __all__ = [

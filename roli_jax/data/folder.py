@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from roli_jax.data import listing, picture, scan, source, transforms
+from roli_jax.data import (
+  archives,
+  listing,
+  picture,
+  scan,
+  source,
+  transforms,
+)
 from roli_jax.data.facts import FACTS
 
 POLICIES = ("error", "skip")
@@ -72,7 +79,7 @@ def build(
   Every file of every split is decoded once before, or was in an earlier run.
 
   Args:
-    name: of NAMED, or "folder".
+    name: of NAMED or of `archives.ARCHIVES`, or "folder".
     split: `train`, `val` or `test`.
     root: a directory; "" for data/<name>, of a named one.
     policy: "error" refuses bad files, "skip" leaves them out.
@@ -83,9 +90,7 @@ def build(
     ValueError: what must lie there does not; bad files, if the policy is
       "error"; a class without a training image, or a split without images.
   """
-  at = _root(name, root)
-  folders = (NAMED[name][0],) if name in NAMED else (".", "images")
-  listed = listing.read(at, folders)
+  listed = _listed(name, root)
   bad = _bad(listed)
   if bad and policy == "error":
     raise ValueError(_said(bad, len(listed.entries), listed.base))
@@ -93,7 +98,7 @@ def build(
   classes = sorted({entry.label for entry in listed.entries})
   _check_classes(good, classes, listed.base)
   numbers = {label: i for i, label in enumerate(classes)}
-  names = dict.fromkeys(entry.name for entry in listed.entries)
+  names = sorted({entry.name for entry in listed.entries})
   places = {name: i for i, name in enumerate(names)}
   chosen = [entry for entry in good if entry.split == split]
   left_out = [e for e in listed.entries if e.split == split and e.name in bad]
@@ -110,6 +115,13 @@ def build(
     skipped=len(left_out),
     notes=_notes(name, split, listed, left_out, chosen, len(classes)),
   )
+
+
+def _listed(name, root):
+  if name in archives.ARCHIVES:
+    return archives.read(name, pathlib.Path(root or f"data/{name}"))
+  folders = (NAMED[name][0],) if name in NAMED else (".", "images")
+  return listing.read(_root(name, root), folders)
 
 
 def _root(name, root):

@@ -59,10 +59,10 @@ def read(root: pathlib.Path, folders: Iterable[str]) -> Listing:
   Raises:
     ValueError: neither is there, or JSON that is no map of names to classes.
   """
-  if any(_json(root, split).exists() for split in SPLITS):
+  if _has_json(root):
     return _from_json(root, folders)
-  trees = [split for split in SPLITS if (root / split).is_dir()]
-  if trees and any(_is_of_classes(root / split) for split in trees):
+  trees = _trees(root)
+  if trees:
     for split in SPLITS:
       if split not in trees:
         raise ValueError(
@@ -72,8 +72,23 @@ def read(root: pathlib.Path, folders: Iterable[str]) -> Listing:
   return _from_classes(root)
 
 
+def has_splits(root: pathlib.Path) -> bool:
+  """Whether there are splits of the user's, as JSON or as trees."""
+  return _has_json(root) or bool(_trees(root))
+
+
+def _has_json(root):
+  return any(_json(root, split).exists() for split in SPLITS)
+
+
 def _json(root, split):
   return root / f"{split}.json"
+
+
+def _trees(root):
+  """The splits that have directories, if one of them has classes."""
+  trees = [split for split in SPLITS if (root / split).is_dir()]
+  return trees if any(_is_of_classes(root / split) for split in trees) else []
 
 
 def _from_json(root, folders):
@@ -81,7 +96,7 @@ def _from_json(root, folders):
   kinds = {type(entry.label) for entry in mentions}
   if len(kinds) > 1:
     raise ValueError(f"classes in {root}/*.json are numbers here, text there")
-  wrong = _repeated(mentions)
+  wrong = repeated(mentions)
   names = list(dict.fromkeys(entry.name for entry in mentions))
   bases = [root / folder for folder in folders]
   # Where most of the first names are; a hundred tell.
@@ -112,7 +127,7 @@ def _mentions(root, split):
   return [Entry(posixpath.normpath(n), label, split) for n, label in pairs]
 
 
-def _repeated(mentions):
+def repeated(mentions: Iterable[Entry]) -> dict[str, str]:
   """Names mentioned more than once, and where."""
   splits = collections.defaultdict(list)
   for entry in mentions:
@@ -135,7 +150,7 @@ def _from_trees(root):
   entries = []
   ignored = stray = 0
   for split in SPLITS:
-    names, outside, others = _walk(root / split)
+    names, outside, others = walk(root / split)
     entries += [Entry(f"{split}/{n}", n.split("/")[0], split) for n in names]
     stray += outside
     ignored += others
@@ -143,7 +158,7 @@ def _from_trees(root):
 
 
 def _from_classes(root):
-  names, stray, ignored = _walk(root)
+  names, stray, ignored = walk(root)
   if not names:
     raise ValueError(f"no images in {root}; there must be\n{LAYOUTS}")
   by_class = collections.defaultdict(list)
@@ -180,7 +195,7 @@ def _split(names):
   yield from ((name, "train") for name in ordered)
 
 
-def _walk(root):
+def walk(root: pathlib.Path) -> tuple[list[str], int, int]:
   """Images in directories under a root; how many outside; how many no images.
 
   Hidden directories are passed over, links followed.

@@ -20,6 +20,10 @@ Rng = np.random.Generator
 PHOTO_TRAIN = ("resize:256", "random_crop:224", "flip")
 PHOTO_EVAL = ("resize:256", "center_crop:224")
 
+# Of "A Guide to Robust Generalization" (arXiv 2508.14079): nothing is cut.
+GUIDE_TRAIN = ("stretch:224", "flip", "color_jitter:0.25", "rotate:2")
+GUIDE_EVAL = ("stretch:224",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
@@ -59,6 +63,22 @@ class Resize(Transform):
     if width <= height:
       return int(self.side * height / width), self.side
     return self.side, int(self.side * width / height)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch(Transform):
+  """Both sides become `side`, the shape lost; bilinear, antialiased by PIL."""
+
+  side: int
+  example: ClassVar[str] = "stretch:224"
+
+  def __call__(self, rng: Rng, image: Any) -> Any:
+    from PIL import Image
+
+    return image.resize((self.side, self.side), Image.Resampling.BILINEAR)
+
+  def size(self, size: Size | None) -> Size | None:
+    return self.side, self.side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +168,17 @@ class Flip(Transform):
     if rng.random() < 0.5:
       return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return image
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotate(Transform):
+  """Turned by up to `degrees` either way, nearest pixels, black coming in."""
+
+  degrees: float
+  example: ClassVar[str] = "rotate:2"
+
+  def __call__(self, rng: Rng, image: Any) -> Any:
+    return image.rotate(rng.uniform(-self.degrees, self.degrees))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +319,8 @@ TRANSFORMS: dict[str, type[Transform]] = {
   "random_crop": RandomCrop,
   "random_resized_crop": RandomResizedCrop,
   "resize": Resize,
+  "rotate": Rotate,
+  "stretch": Stretch,
 }
 
 Chain = tuple[Transform, ...]
@@ -352,7 +385,8 @@ def check(
     if found is None:
       raise ValueError(
         f"after data.{name}_transforms the images have many sizes; let them"
-        " end with a crop: center_crop, random_crop or random_resized_crop"
+        " end with a crop (center_crop, random_crop, random_resized_crop) or"
+        " a stretch"
       )
   if sizes["train"] != sizes["eval"]:
     raise ValueError(
