@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
         "import",
         "compile",
         "step",
+        "recipes",
         "seeds",
         "backbone",
         "autoattack",

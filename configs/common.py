@@ -45,6 +45,42 @@ def data(name: str, train_size: int, **changes) -> dict:
   }
 
 
+def recipes() -> dict:
+  """What the field adds to adversarial fine-tuning: changes to `adapt` by name.
+
+  At the authors' numbers, where they are known; docs/rivals.md has sources.
+  """
+  undecayed = {"weight_decay": 0.0}
+
+  def near(**anchor):
+    return {"optim": {**undecayed, "anchor": anchor}}
+
+  return {
+    "adamw": {},
+    "l2sp": near(name="l2sp", lam=0.01),
+    "ftp": near(name="ftp", k=1.0),
+    "spd": near(name="spd", lam=1.0),
+    "digrap": near(name="digrap", mu=0.01),
+    "trades": {"loss": {"name": "trades", "beta": 6.0}},
+    "mart": {"loss": {"name": "mart", "beta": 5.0}},
+    "awp": {"awp": {"gamma": 0.01}},
+    "epsilon": {"radius": {"begin": 12 / 50, "end": 37 / 50}},
+  }
+
+
+def follow(config: ConfigDict, name: str, chosen: dict | None = None) -> None:
+  """Changes the section `adapt` to a recipe's.
+
+  Args:
+    config: with a section `adapt`.
+    name: of the recipe.
+    chosen: by name, what goes before the authors' numbers.
+  """
+  known = choose(recipes(), name, "recipe")
+  for changes in (known, (chosen or {}).get(name, {})):
+    config.adapt.update(ConfigDict(changes))
+
+
 def methods() -> dict:
   """How methods enter a backbone, those of RoLI's reference."""
   return {
@@ -136,8 +172,31 @@ def stage(num_steps: int, **changes) -> ConfigDict:
       # and the end.
       "val_every": 20,
       "log_every": 5,
-      # beta: of trades (6) and mart (5).
-      "loss": {"name": "at", "beta": config_dict.placeholder(float)},
+      # beta: of trades (6), mart (5) and autolora (6). lam: of twins (0.3).
+      "loss": {
+        "name": "at",
+        "beta": config_dict.placeholder(float),
+        "lam": config_dict.placeholder(float),
+      },
+      # Added to the loss: function_space or m2_mix; what is not said is as
+      # roli_jax/criteria has it.
+      "penalty": {
+        "name": "none",
+        # Of function_space: adversarial, noise (std) or mixup; kl, symmetric_kl
+        # or l2.
+        "simulator": "",
+        "distance": "",
+        "lam_fun": config_dict.placeholder(float),
+        "lam_cons": config_dict.placeholder(float),
+        "temperature": config_dict.placeholder(float),
+        "std": config_dict.placeholder(float),
+        # Of m2_mix, for zero-shot heads. images: clean or adv.
+        "weight": config_dict.placeholder(float),
+        "beta": config_dict.placeholder(float),
+        "tau": config_dict.placeholder(float),
+        "reduction": "",
+        "images": "",
+      },
       # What it says goes before config.attack, for this stage's training. A
       # loss other than the one that fits: ce, kl, margin, dlr.
       "attack": {

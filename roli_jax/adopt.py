@@ -13,8 +13,9 @@ from roli_jax.table import Stage
 
 # Of a config, what a linear probe doesn't depend on.
 _BESIDE_A_PROBE = frozenset({
-    "cells", "adapt", "rates", "seed", "peft", "eval_attack", "curve", "test",
-    "checkpoint", "radii", "num_images", "save_adv", "checks",
+    "cells", "only", "ensembles", "adapt", "rates", "seed", "peft",
+    "eval_attack", "curve", "test", "checkpoint", "radii", "num_images",
+    "save_adv", "checks",
 })  # fmt: skip
 _SWITCHES_BESIDE_A_PROBE = frozenset({
     "adapter_init", "lora_init", "lora_dropout_active", "swin_prompt_order",
@@ -64,6 +65,9 @@ def _has_probe(parts, stage, other, path):
       return False
     meta = checkpoint.restore_meta(checkpoints, stage.num_steps)
   mine = json.loads(json.dumps(dataclasses.asdict(stage)))
+  for tested in ("curve", "tests"):  # afterwards
+    mine.pop(tested)
+    meta["stage"].pop(tested)
   return (
     meta["stage"] == mine
     and meta["made_of"] == parts.made_of(stage)

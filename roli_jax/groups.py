@@ -50,8 +50,15 @@ class Attacked:
     return cls(**{f.name: row[f.name] for f in dataclasses.fields(cls)})
 
   @property
+  def is_corruption(self) -> bool:
+    """Whether images were corrupted and not attacked."""
+    return self.norm == "severity"
+
+  @property
   def recipe(self) -> str:
     """The attack without its radius: `PGD-20 x 5`."""
+    if self.is_corruption:
+      return self.attack
     ensemble, *version = self.attack.split("_")
     if ensemble == "autoattack":
       return " ".join(["AutoAttack", *(_VERSIONS[v] for v in version)])
@@ -77,9 +84,13 @@ CLEAN = Attacked("none", None, None, None, None)
 
 
 def attacks(rows: Iterable[Row]) -> list[Attacked]:
-  """The attacks, those on most cells first."""
+  """The attacks, those on most cells first; no corruptions."""
   counts = collections.Counter(Attacked.of(row) for row in rows)
-  return [attack for attack, _ in counts.most_common() if attack != CLEAN]
+  return [
+    attack
+    for attack, _ in counts.most_common()
+    if attack != CLEAN and not attack.is_corruption
+  ]
 
 
 def is_curve(attack: Attacked, tests: Iterable[Row]) -> bool:
@@ -101,6 +112,20 @@ def by_group(rows: Iterable[Row]) -> dict[Group, list[Row]]:
 def by_seed(rows: Iterable[Row], attack: Attacked) -> dict[int, float]:
   """The accuracy of each seed under an attack."""
   return {r["seed"]: r["value"] for r in rows if Attacked.of(r) == attack}
+
+
+def corrupted(rows: Iterable[Row]) -> dict[int, float]:
+  """The accuracy of each seed, the mean over corruptions and severities."""
+  found: dict[int, list[float]] = {}
+  for row in rows:
+    if Attacked.of(row).is_corruption:
+      found.setdefault(row["seed"], []).append(row["value"])
+  return {seed: sum(of) / len(of) for seed, of in found.items()}
+
+
+def is_member(group: Group) -> bool:
+  """Whether it is one of an ensemble's frontier, `wise_ft-0.3`."""
+  return "-" in group.stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +151,7 @@ def curved(tests: Sequence[Row]) -> dict[CurveOf, dict[float, float]]:
   for group, own in by_group(tests).items():
     for row in own:
       attack = Attacked.of(row)
-      if attack != CLEAN:
+      if attack != CLEAN and not attack.is_corruption:
         of = CurveOf(group, row["seed"], attack.recipe, attack.norm or "")
         found.setdefault(of, {})[attack.eps or 0.0] = row["value"]
   found = {curve: of for curve, of in found.items() if len(of) > 1}

@@ -12,6 +12,11 @@ Modes:
   convert   reads weights from elsewhere, or writes ours for elsewhere, with
             --config=configs/convert.py --config.source= --config.output=
   bench     measures speed, with --config=configs/bench.py
+  sweep     runs a grid, each cell a run in a workdir of its own below
+            --workdir: a|b in an argument or a field means both, as in
+            '--config=configs/X.py:method=full|lora' '--config.seed=0|1|2'.
+            A table's cells are one run each. Complete ones are skipped;
+            --sweep_print prints the commands, one a line, and runs none
 
 Any field of the config can be overridden: --config.adapt.num_steps=120.
 --config.attack=NAME is short for --config.attack.name=NAME, in evaluate for
@@ -27,13 +32,17 @@ A run that was killed goes on when the same command is given again.
 import os
 import pathlib
 import re
+import shlex
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags, logging
 
-MODES = ("train", "evaluate", "report", "plan", "convert", "bench")
+MODES = (
+  "train", "evaluate", "report", "plan", "convert", "bench", "sweep",
+)  # fmt: skip
 
 _MOST_LINES = 6
 _SHORT = re.compile(r"(--?config\.)(attack|val_attack|eval_attack)=(.*)")
@@ -60,23 +69,35 @@ def _lengthen(word: str, mode: str) -> str:
   return f"{match[1]}{section}.name={match[3]}"
 
 
-def _define(argv: list[str], mode: str) -> None:
-  """Defines the flags; where the config comes from depends on the mode."""
+def _define_file(source: str, values: flags.FlagValues) -> None:
+  """Defines the flags of the config `FILE:key=value,...`."""
   from ml_collections import config_flags
 
+  file = pathlib.Path(source.split(":")[0])
+  if not file.is_file():
+    raise ValueError(f"there is no config at {file}")
+  # A config imports its neighbours as `configs.common`, from anywhere.
+  sys.path.append(str(file.resolve().parent.parent))
+  config_flags.DEFINE_config_file(
+    "config", lock_config=True, flag_values=values
+  )
+
+
+def _define(argv: list[str], mode: str) -> None:
+  """Defines the flags; where the config comes from depends on the mode."""
   flags.DEFINE_enum("mode", "train", MODES, "What to do.")
   flags.DEFINE_string("workdir", "", "The run's directory.")
+  flags.DEFINE_bool("sweep_print", False, "Prints the commands of a sweep.")
+  if mode == "sweep":
+    return  # its cells have configs
   source = _given(argv, "config")
   if source or mode not in ("evaluate", "report"):
     if not source:
       raise ValueError("--config=configs/X.py is missing; see --help")
-    file = pathlib.Path(source.split(":")[0])
-    if not file.is_file():
-      raise ValueError(f"there is no config at {file}")
-    # A config imports its neighbours as `configs.common`, from anywhere.
-    sys.path.append(str(file.resolve().parent.parent))
-    config_flags.DEFINE_config_file("config", lock_config=True)
+    _define_file(source, flags.FLAGS)
     return
+  from ml_collections import config_flags
+
   from roli_jax import workdir
 
   if not _given(argv, "workdir"):
@@ -122,9 +143,15 @@ def _parse(argv: list[str]) -> list[str]:
     argv = [_lengthen(word, mode) for word in argv]
     sys.argv[:] = argv  # config_flags looks for a config's fields there
     _define(argv, mode)
-    rest = flags.FLAGS(argv)
+    if mode == "sweep":
+      swept = [word for word in argv if re.match(r"--?config[.=]", word)]
+      rest = flags.FLAGS([word for word in argv if word not in swept])
+    else:
+      rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise ValueError(f"unexpected arguments: {' '.join(rest[1:])}")
+    if mode == "sweep":
+      return [rest[0], *(f"--{word.lstrip('-')}" for word in swept)]
     config = flags.FLAGS.config
   except Exception as error:  # whatever a config file raises is its user's
     _exit(_said(error))
@@ -172,6 +199,8 @@ def _workdir() -> pathlib.Path:
     return pathlib.Path(flags.FLAGS.workdir)
   file, _, arg = _given(sys.argv, "config").partition(":")
   name = "-".join([pathlib.Path(file).stem, *filter(None, arg.split(","))])
+  if flags.FLAGS.mode == "sweep":
+    name = "sweep-" + re.sub(r"[^\w.=,-]+", "_", name)
   return pathlib.Path("runs", name)
 
 
@@ -188,50 +217,86 @@ def _prepare_jax(config: dict[str, Any], path: pathlib.Path) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _run(argv: list[str]) -> None:
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  path, mode = _workdir(), flags.FLAGS.mode
-  config = flags.FLAGS.config.to_dict()
-  _use_own_defaults(config)
+def _resolve(words: Sequence[str]) -> dict[str, Any]:
+  """The config that the words of one run stand for."""
+  values = flags.FlagValues()
+  # config_flags looks for a config's fields there.
+  before, sys.argv = sys.argv, [sys.argv[0], *words]
   try:
-    _prepare_jax(config, path)
-    if mode == "train":
-      from roli_jax import report, train
+    _define_file(_given(sys.argv, "config"), values)
+    values(sys.argv)
+    config = values.config.to_dict()
+    _use_own_defaults(config)
+    return config
+  except Exception as error:  # whatever a config file raises is its user's
+    raise ValueError(_said(error)) from error
+  finally:
+    sys.argv = before
 
-      if not train.run(config, path):
-        raise ValueError(f"the run ended before it had results; see {path}")
-      report.show(report.write(path))
-      print(f"Written to {path}: report.md, figures/, results.jsonl.")
-    elif mode == "evaluate":
-      from roli_jax import report, train
 
-      rows = train.evaluate(config, path)
-      report.show([report.accuracies(rows)])
-    elif mode == "report":
-      from roli_jax import report
+def _sweep(words: list[str]) -> None:
+  from roli_jax import report, sweep, tabular
 
-      report.show(report.write(path))
-    elif mode == "plan":
-      from roli_jax import plan, report
+  path = _workdir()
+  found = sweep.cells(words, _resolve)
+  if flags.FLAGS.sweep_print:
+    print("\n".join(shlex.join(cell.command(path)) for cell in found))
+    return
+  sweep.run(found, path)
+  tabular.show(report.write_sweep(path))
+  print(f"Written to {path}: report.md, figures/, results.jsonl.")
 
-      report.show(plan.tables(plan.run(config, path)))
-      print(f"Written to {path / 'plan.json'}.")
-    elif mode == "convert":
-      from roli_jax import exchange, report
 
-      file, facts = exchange.run(config)
-      report.show([report.Table(str(file), ("", "how much", "which"), facts)])
+def _run(argv: list[str]) -> None:
+  logging.set_verbosity(logging.WARNING)
+  try:
+    if flags.FLAGS.mode == "sweep":
+      _sweep(argv[1:])
     else:
-      from roli_jax import bench
-
-      bench.run(config, path)
+      _run_one(flags.FLAGS.mode)
   except ValueError as error:
     if not _is_ours(error):
       raise
     _exit(str(error))
   except KeyboardInterrupt:
-    _exit("interrupted; the same command goes on from the last checkpoint")
+    _exit("interrupted; the same command goes on where it was")
+
+
+def _run_one(mode: str) -> None:
+  path = _workdir()
+  config = flags.FLAGS.config.to_dict()
+  _use_own_defaults(config)
+  _prepare_jax(config, path)
+  if mode == "train":
+    from roli_jax import report, tabular, train
+
+    if not train.run(config, path):
+      raise ValueError(f"the run ended before it had results; see {path}")
+    tabular.show(report.write(path))
+    print(f"Written to {path}: report.md, figures/, results.jsonl.")
+  elif mode == "evaluate":
+    from roli_jax import report, tabular, train
+
+    rows = train.evaluate(config, path)
+    tabular.show([report.accuracies(rows)])
+  elif mode == "report":
+    from roli_jax import report, tabular
+
+    tabular.show(report.write(path))
+  elif mode == "plan":
+    from roli_jax import plan, tabular
+
+    tabular.show(plan.tables(plan.run(config, path)))
+    print(f"Written to {path / 'plan.json'}.")
+  elif mode == "convert":
+    from roli_jax import exchange, tabular
+
+    file, facts = exchange.run(config)
+    tabular.show([tabular.Table(str(file), ("", "how much", "which"), facts)])
+  else:
+    from roli_jax import bench
+
+    bench.run(config, path)
 
 
 def _is_ours(error: Exception) -> bool:

@@ -86,7 +86,8 @@ class Parts:
   def check(self, stages: Iterable[Stage]) -> None:
     """Raises the ValueError that a run of these stages would end in."""
     for kind in ("attack", "val_attack", "eval_attack"):
-      self.attack(kind)
+      if not self.config[kind]["name"].startswith("corruptions"):
+        self.attack(kind)
     have = self.shape[-1]
     for stage in stages:
       want = self.model(stage).channels
@@ -244,13 +245,20 @@ class Parts:
 
   def program(self, stage: Stage) -> Program:
     """The compiled step of the stage's kind, with what belongs to it."""
-    return self._program(
+    program = self._program(
       stage.name, self.method(stage), stage.loss, stage.num_steps,
-      stage.epoch_steps, self.model(stage), self._head(stage),
+      stage.epoch_steps, self.model(stage), self.head(stage),
     )  # fmt: skip
+    if not stage.start and criteria.needs_start(program.criterion):
+      raise ValueError(
+        f"{stage.name}.penalty compares with the model that the stage starts"
+        f" from, and the head of {stage.cell} is random; start from a probe"
+        " (init=roli)"
+      )
+    return program
 
-  def _head(self, stage):
-    """Whether the head is held to its start: a random one isn't."""
+  def head(self, stage: Stage) -> str:
+    """What an anchor does with the stage's head: a random one isn't held."""
     spec = self.config[stage.name]["optim"]
     if (spec.get("anchor") or {"name": "none"})["name"] == "none":
       return optim.HEADS[0]  # so that all inits share a program
@@ -299,9 +307,14 @@ class Parts:
       starts_at_zero=self.compat["warmup_starts_at_zero"],
     )
 
-  def optimizer(self, name: str) -> dict[str, Any]:
-    """What `optim.build` takes, of the section of that name."""
-    spec = dict(self.config[name]["optim"])
+  def optimizer(self, name: str, head: str = optim.HEADS[0]) -> dict[str, Any]:
+    """What `optim.build` takes, of the section of that name.
+
+    Args:
+      name: of the section.
+      head: what an anchor does with it, one of `optim.HEADS`.
+    """
+    spec = {**self.config[name]["optim"], "head": head}
     if not spec["weight_decay"] and self.compat["zero_decay_means_sgd"]:
       return {**spec, "name": "sgd", "momentum": 0.9}
     if spec["name"] == "adamw":
@@ -311,22 +324,37 @@ class Parts:
         spec |= {"eps_style": "reference", "eps": 1e-6}
     return spec
 
-  def criterion(self, name: str, loss: str) -> criteria.Criterion:
+  def criterion(
+    self, name: str, loss: str, epoch_steps: int = 1
+  ) -> criteria.Criterion:
     """The loss of that name, with the options of the section of that name."""
-    given = self.config[name]["loss"]
-    spec = {k: v for k, v in given.items() if v is not None}
-    return criteria.build({**spec, "name": loss})
+    section = self.config[name]
+    of_loss, of_penalty = (
+      {k: v for k, v in section.get(kind, {}).items() if v not in (None, "")}
+      for kind in ("loss", "penalty")
+    )
+    return criteria.build(
+      {**of_loss, "name": loss},
+      {"name": "none", **of_penalty},
+      epoch_steps=epoch_steps,
+    )
 
   def _make_program(
     self, name, method, loss, num_steps, epoch_steps, model, head
   ):
     section = self.config[name]
-    criterion = self.criterion(name, loss)
+    criterion = self.criterion(name, loss, epoch_steps)
     attack = self.inner_attack(name, criterion.surrogate)
     _check_section(name, section, criterion, self.mesh)
-    params, _ = jax.eval_shape(model.init, keys.root(0))
+    if (loss == "autolora") != (method.name == "autolora"):
+      raise ValueError(
+        f"the loss autolora and the method autolora go together, got"
+        f" {name}.loss.name={loss} with method={method.name}"
+      )
+    params, stats = jax.eval_shape(model.init, keys.root(0))
+    jax.eval_shape(criterion.start, params, stats)  # may refuse the model
     tx = optim.build(
-      {**self.optimizer(name), "head": head},
+      self.optimizer(name, head),
       method.labels(params),
       self._schedule(name, num_steps, epoch_steps),
     )

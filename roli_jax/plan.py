@@ -13,8 +13,8 @@ from roli_jax import (
   data,
   models,
   optim,
-  report,
   table,
+  tabular,
   trees,
   workdir,
 )
@@ -75,7 +75,7 @@ def make(config: Mapping[str, Any]) -> dict[str, Any]:
   trained, _ = parts.method(last).split(params)
   one = cost.of(parts.model(last), parts.method(last))
   tx = optim.build(
-    parts.optimizer(last.name),
+    parts.optimizer(last.name, parts.head(last)),
     parts.method(last).labels(params),
     parts.schedule(last),
   )
@@ -116,7 +116,7 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
   return plan
 
 
-def tables(plan: Mapping[str, Any]) -> list[report.Table]:
+def tables(plan: Mapping[str, Any]) -> list[tabular.Table]:
   """The plan, to look at."""
   fields = ("stage", "epochs", "steps", "peak_lr", "last_epoch_lr",
             "optimizer", "weight_decay", "trainable_params")  # fmt: skip
@@ -140,8 +140,8 @@ def tables(plan: Mapping[str, Any]) -> list[report.Table]:
   )
   name = f"{plan['dataset']}: {plan['method']} {plan['init']}"
   return [
-    report.Table(f"{name}, stages", fields, lines),
-    report.Table(
+    tabular.Table(f"{name}, stages", fields, lines),
+    tabular.Table(
       f"{plan['backbone']}, costs", ("", ""), list(costs.items()), note
     ),
   ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from roli_jax import record
+from roli_jax import comparison, record
 from roli_jax.groups import (
   CLEAN,
   Attacked,
@@ -18,6 +18,7 @@ from roli_jax.groups import (
   by_group,
   by_seed,
   curved,
+  is_member,
 )
 
 Row = dict[str, Any]
@@ -52,15 +53,99 @@ def write(
     "curve": lambda: _curve(rows),
     "evaluations": lambda: _evaluations(evaluated),
     "examples": lambda: _examples(examples) if examples.exists() else None,
+    "frontier": lambda: _frontier(record.where(rows, split="test")),
     "training": lambda: _training(rows, log),
   }
+  return _save({name: draw() for name, draw in figures.items()}, folder)
+
+
+def write_sweep(
+  rows: Sequence[Row], folder: pathlib.Path
+) -> list[pathlib.Path]:
+  """Draws a sweep's runs side by side, and ensembles' frontiers, as PNG.
+
+  Args:
+    rows: of all runs.
+    folder: where figures go.
+  """
+  folder.mkdir(exist_ok=True)
+  tests = record.where(rows, split="test")
+  return _save({"runs": _runs(tests), "frontier": _frontier(tests)}, folder)
+
+
+def _save(figures, folder):
   written = []
-  for name, draw in figures.items():
-    figure = draw()
+  for name, figure in figures.items():
     if figure is not None:
       written.append(folder / f"{name}.png")
       figure.savefig(written[-1], dpi=120)
   return written
+
+
+def _runs(tests):
+  """Each run a line, each kind of accuracy a mark with its seeds' spread."""
+  lines = comparison.lines_of(tests)
+  if not lines:
+    return None
+  kinds = comparison.kinds(tests)
+  figure = _figure(8, 1.6 + 0.45 * len(lines))
+  axis = figure.subplots()
+  for i, (name, kind) in enumerate(kinds.items()):
+    for y, (_, own) in enumerate(lines.values()):
+      values = [100 * x for x in comparison.values(own, kind).values()]
+      if values:
+        axis.errorbar(
+          statistics.mean(values),
+          y + 0.09 * (i - len(kinds) / 2),
+          xerr=statistics.stdev(values) if len(values) > 1 else 0,
+          fmt="osD^vP*X"[i % 8],
+          color=f"C{i}",
+          markersize=5,
+          capsize=2,
+          label=name if y == 0 else None,
+        )
+  axis.set_yticks(range(len(lines)), list(lines), fontsize=8)
+  axis.invert_yaxis()
+  axis.grid(axis="x", alpha=0.3)
+  axis.set_xlabel("test accuracy, %; whiskers: standard deviation of seeds")
+  figure.legend(fontsize=7, ncols=3, loc="outside upper center")
+  return figure
+
+
+def _frontier(tests):
+  """Clean against robust accuracy of ensembles, over all alphas."""
+  groups = by_group(tests)
+  if not any(map(is_member, groups)):
+    return None
+  main = attacks(tests)[0]
+
+  def point(group):
+    return [
+      100 * statistics.mean(by_seed(groups[group], kind).values())
+      for kind in (CLEAN, main)
+    ]
+
+  figure = _figure(6, 4.6)
+  axis = figure.subplots()
+  families: dict[str, list[Any]] = {}
+  for group in groups:
+    if is_member(group):
+      family, _, alpha = group.stage.partition("-")
+      families.setdefault(family, []).append((float(alpha), point(group)))
+  for family, members in families.items():
+    points = [at for _, at in sorted(members)]
+    axis.plot(*zip(*points, strict=True), "o-", markersize=4, label=family)
+  for alpha, at in sorted(next(iter(families.values()))):
+    if alpha in (0, 1):
+      said = "probe" if alpha == 0 else "fine-tuned"
+      axis.annotate(said, at, fontsize=8, xytext=(4, -10),
+                    textcoords="offset points")  # fmt: skip
+  singles = [g for g in groups if g.stage == "vrf"]
+  for group in singles[:1]:
+    axis.plot(*point(group), "*", color="black", markersize=12, label="vrf")
+  axis.set(xlabel="clean accuracy, %", ylabel=f"accuracy under {main.name}, %")
+  axis.legend(fontsize=8)
+  return figure
 
 
 def _figure(width, height):
@@ -88,7 +173,7 @@ def _bars(rows):
   tests = record.where(rows, split="test")
   if not tests:
     return None
-  groups = by_group(tests)
+  groups = {g: of for g, of in by_group(tests).items() if not is_member(g)}
   attack = attacks(tests)[0]
   backbones = collections.Counter(group.weights for group in groups)
   figure = _figure(2 + 1.3 * len(groups), 4.4)

@@ -5,10 +5,9 @@ import json
 import math
 import pathlib
 import statistics
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from roli_jax import data, metrics, record
+from roli_jax import comparison, data, metrics, record
 from roli_jax.groups import (
   CLEAN,
   Attacked,
@@ -17,9 +16,12 @@ from roli_jax.groups import (
   attacks,
   by_group,
   by_seed,
+  corrupted,
   curved,
   is_curve,
+  is_member,
 )
+from roli_jax.tabular import Table, percent, spread
 
 _CAVEAT = (
   "All seeds share the same pretrained backbones: what is concluded here holds"
@@ -27,36 +29,12 @@ _CAVEAT = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-  """A table as text.
-
-  Attributes:
-    title: what it shows.
-    header: of the columns.
-    rows: of cells.
-    note: what the reader has to know.
-  """
-
-  title: str
-  header: tuple[str, ...]
-  rows: Sequence[tuple[str, ...]]
-  note: str = ""
-
-  def markdown(self) -> str:
-    lines = [
-      f"## {self.title}",
-      "",
-      "| " + " | ".join(self.header) + " |",
-      "|" + " --- |" * len(self.header),
-      *("| " + " | ".join(row) + " |" for row in self.rows),
-    ]
-    return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
-
-
 def tables(rows: Sequence[Row]) -> list[Table]:
   """All tables that the rows fill."""
-  made = [accuracies(rows), differences(rows), curves(rows), grid(rows)]
+  made = [
+    accuracies(rows), differences(rows), comparison.frontier(rows),
+    curves(rows), comparison.corruptions(rows), grid(rows),
+  ]  # fmt: skip
   return [table for table in made if table.rows]
 
 
@@ -65,7 +43,10 @@ def accuracies(rows: Sequence[Row]) -> Table:
   tests = record.where(rows, split="test")
   shown = [attack for attack in attacks(tests) if not is_curve(attack, tests)]
   lines = []
+  has_corruptions = any(Attacked.of(row).is_corruption for row in tests)
   for group, own in by_group(tests).items():
+    if is_member(group):
+      continue
     cells = [
       group.weights,
       group.name,
@@ -73,13 +54,14 @@ def accuracies(rows: Sequence[Row]) -> Table:
       str(group.steps),
       f"{group.lr:g}",
       str(len({row["seed"] for row in own})),
-      _spread(by_seed(own, CLEAN).values()),
-      *(_spread(by_seed(own, attack).values()) for attack in shown),
+      spread(by_seed(own, CLEAN).values()),
+      *(spread(by_seed(own, attack).values()) for attack in shown),
+      *[spread(corrupted(own).values())] * has_corruptions,
     ]
     lines.append(tuple(cells))
   names = (attack.name + _fewer(attack, tests) for attack in shown)
   header = ("backbone", "method", "images", "steps", "lr", "seeds", "clean",
-            *names)  # fmt: skip
+            *names, *["corruptions"] * has_corruptions)  # fmt: skip
   return _narrowed(
     Table("Test accuracy: percent, mean ± SD of seeds", header, lines, _CAVEAT)
   )
@@ -98,7 +80,7 @@ def _fewer(attack: "Attacked", tests: Sequence[Row]) -> str:
 def differences(rows: Sequence[Row]) -> Table:
   """What RoLI gains, and what linear probing does, paired by seed."""
   tests = record.where(rows, split="test")
-  groups = by_group(tests)
+  groups = {g: of for g, of in by_group(tests).items() if not is_member(g)}
   kinds = dict(zip(("clean", "robust"), (CLEAN, *attacks(tests)), strict=False))
   lines = []
   for ours, theirs in _pairs(list(groups)):
@@ -200,9 +182,24 @@ def curves(rows: Sequence[Row]) -> Table:
     values = [
       of.get(eps) if curve.norm == norm else None for curve, of in found.items()
     ]
-    cells = [_percent(value) if value is not None else "" for value in values]
+    cells = [percent(value) if value is not None else "" for value in values]
     lines.append((f"{eps:g}", *cells))
-  return Table("Test accuracy against eps: percent", ("eps", *header), lines)
+  means = [_expected(of) for of in found.values()]
+  if lines and any(means):
+    lines.append(("mean", *means))
+  note = "mean: expected robustness, over all radii from 0 on, by trapezia."
+  return Table(
+    "Test accuracy against eps: percent", ("eps", *header), lines, note
+  )
+
+
+def _expected(points: dict[float, float]) -> str:
+  """Expected robustness of a curve that begins at the clean images."""
+  radii = sorted(points)
+  if radii[0]:
+    return ""
+  accuracies = [points[eps] for eps in radii]
+  return percent(metrics.expected_robustness(radii, accuracies))
 
 
 def evaluations(kept: Iterable[Row]) -> list[Table]:
@@ -226,9 +223,9 @@ def evaluations(kept: Iterable[Row]) -> list[Table]:
         row["cell"],
         f"{attack.recipe} {row['norm']} {summary['eps']:g}",
         str(summary["n"]),
-        _percent(summary["clean"]["value"]),
-        f"{_percent(robust['value'])} [{_percent(robust['low'])},"
-        f" {_percent(robust['high'])}]",
+        percent(summary["clean"]["value"]),
+        f"{percent(robust['value'])} [{percent(robust['low'])},"
+        f" {percent(robust['high'])}]",
         ", ".join(f"{name} {n}" for name, n in broken.items()) or "none",
         f"{passes['forward']:,} / {passes['backward']:,}",
         f"{summary['seconds']:.0f}",
@@ -319,7 +316,7 @@ def grid(rows: Sequence[Row]) -> Table:
     if len(of) > 1:
       best = max(of, key=lambda lr: statistics.mean(of[lr]))
       cells = [
-        f"{lr:g}: {_percent(statistics.mean(values))}"
+        f"{lr:g}: {percent(statistics.mean(values))}"
         + (" (chosen)" if lr == best else "")
         for lr, values in sorted(of.items())
       ]
@@ -336,18 +333,19 @@ def grid(rows: Sequence[Row]) -> Table:
   )
 
 
-def _percent(value: float) -> str:
-  return f"{100 * value:.1f}"
+def write_sweep(path: pathlib.Path) -> list[Table]:
+  """Writes `report.md` and the figures of a sweep, from its merged rows.
 
+  Raises:
+    ValueError: there are no rows.
+  """
+  from roli_jax import plots
 
-def _spread(values: Iterable[float]) -> str:
-  values = list(values)
-  if not values:
-    return ""
-  mean = _percent(statistics.mean(values))
-  if len(values) < 2:
-    return mean
-  return f"{mean} ± {_percent(statistics.stdev(values))}"
+  rows = record.read(path / "results.jsonl")
+  if not rows:
+    raise ValueError(f"there are no rows in {path / 'results.jsonl'}")
+  made = comparison.tables(rows)
+  return _written(path, made, plots.write_sweep(rows, path / "figures"))
 
 
 def write(path: pathlib.Path) -> list[Table]:
@@ -369,23 +367,12 @@ def write(path: pathlib.Path) -> list[Table]:
     path / "figures",
     evaluated,
   )
+  return _written(path, made, figures)
+
+
+def _written(path, made, figures):
+  """The tables, after they went to `report.md` with the figures below."""
   parts = [f"# {path.name}", "", *(table.markdown() for table in made)]
   parts += [f"![{f.stem}](figures/{f.name})\n" for f in figures]
   (path / "report.md").write_text("\n".join(parts))
   return made
-
-
-def show(made: Iterable[Table]) -> None:
-  """Prints tables to the terminal."""
-  import rich.console
-  import rich.table
-
-  width = None if sys.stdout.isatty() else 160
-  console = rich.console.Console(width=width, highlight=False)
-  for table in made:
-    shown = rich.table.Table(title=table.title, caption=table.note or None)
-    for name in table.header:
-      shown.add_column(name)
-    for row in table.rows:
-      shown.add_row(*row)
-    console.print(shown)

@@ -5,8 +5,8 @@ import functools
 import math
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -14,12 +14,12 @@ import numpy as np
 from roli_jax import (
   attacks,
   checks,
+  corruptions,
   cost,
   data,
   diagnosis,
   evaluate,
   keys,
-  models,
   record,
   specs,
   step,
@@ -32,6 +32,15 @@ from roli_jax.table import Stage
 _PIECE = 2**30  # bytes of pixels that are attacked at once
 
 CLEAN: dict[str, Any] = {"attack": "none"}
+
+
+# By the name that follows `corruptions:`.
+CORRUPTIONS = {
+  "standard": corruptions.STANDARD,
+  "extra": corruptions.EXTRA,
+  "glyphs": corruptions.GLYPHS,
+  "guide": ("guide",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,25 +58,91 @@ class Test:
   num_images: int = 0
   radii: tuple[float, ...] = ()
 
+  def about(self) -> list[dict[str, Any]]:
+    """What tells its rows from others: clean, and one for each radius."""
+    attack = self.attack
+    attacked = {
+      "attack": attack.name,
+      "attack_steps": attack.num_steps,
+      "restarts": attack.num_restarts,
+      "norm": attack.threat.norm,
+    }
+    radii = self.radii or (float(attack.threat.eps),)
+    return [CLEAN, *({**attacked, "eps": eps} for eps in radii)]
+
+  def pixels(self, source: data.Source, rows: np.ndarray) -> np.ndarray:
+    """The images that are attacked."""
+    return source.pixels(rows)
+
   def values(self, result: evaluate.Result) -> list[float]:
     """Clean accuracy, and the robust one at each radius."""
     at = [result.robust_at(eps) for eps in self.radii] or [result.robust]
     return [float(flags.mean()) for flags in (result.clean, *at)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Corruption:
+  """A common corruption of a split; its row says the severity as `eps`.
+
+  Attributes:
+    name: one of `corruptions.CORRUPTIONS`; `guide`: each image its own type.
+    severity: 1 to 5.
+    num_images: how many of the split's first images; 0 for all.
+  """
+
+  name: str
+  severity: int
+  num_images: int = 0
+  attack: ClassVar[None] = None
+
+  def about(self) -> list[dict[str, Any]]:
+    """What tells its row from others."""
+    severity = float(self.severity)
+    return [{"attack": self.name, "norm": "severity", "eps": severity}]
+
+  def pixels(self, source: data.Source, rows: np.ndarray) -> np.ndarray:
+    """The corrupted images, each by who it is."""
+    clean = np.rint(255 * source.pixels(rows)).astype(np.uint8)
+    corrupted = [
+      corruptions.apply(self._type(row, source), image, self.severity, index)
+      for row, image, index in zip(
+        rows.tolist(), clean, source.indices[rows].tolist(), strict=True
+      )
+    ]
+    return np.stack(corrupted) / np.float32(255)
+
+  def _type(self, row, source):
+    if self.name == "guide":
+      return corruptions.guide(row, len(source))
+    return self.name
+
+  def values(self, result: evaluate.Result) -> list[float]:
+    """Accuracy."""
+    return [float(result.clean.mean())]
+
+
 def measure(
   parts: Parts,
-  model: models.Model,
-  variables: Variables,
+  predict: Callable[..., Any],
+  variables: Any,
   seed: int,
   split: str,
-  test: Test,
+  test: Test | Corruption,
   save: pathlib.Path | None = None,
 ) -> evaluate.Result:
-  """One attack on one split of the run's data; progress goes to `save`.
+  """One test on one split of the run's data; progress goes to `save`.
 
   Without `save`, a split whose pixels take much memory is attacked in pieces,
   and the result holds no adversarial images.
+
+  Args:
+    parts: of the run.
+    predict: `(variables, images) -> logits`.
+    variables: of a model, or of several.
+    seed: of the attack's noise.
+    split: which.
+    test: what is done to it.
+    save: a directory; None keeps nothing.
   """
   source: data.Source = parts.data[split]
   rows = np.arange(len(source))[: test.num_images or None]
@@ -79,8 +154,8 @@ def measure(
   return _joined(
     [
       evaluate.run(
-        step.make_predict(model),
-        source.pixels(few),
+        predict,
+        test.pixels(source, few),
         source.labels[few],
         test.attack,
         params=variables,
@@ -148,20 +223,42 @@ def examples(
   }
 
 
-def tests(parts: Parts, stage: Stage) -> Iterator[Test]:
+def tests(parts: Parts, stage: Stage) -> Iterator[Test | Corruption]:
   """The tests of a stage, none if the config says so."""
   if parts.config["test"]:
     yield Test(parts.attack("eval_attack"))
     for eps in parts.config["curve"] if stage.curve else ():
       yield Test(parts.attack("eval_attack", eps))
     for name, norm, eps, count in stage.tests:
-      attack = parts.attack("eval_attack", eps, name=name, norm=norm)
-      yield Test(attack, count)
+      if name.startswith("corruptions"):
+        yield from _corruptions(name, eps, count)
+      else:
+        attack = parts.attack("eval_attack", eps, name=name, norm=norm)
+        yield Test(attack, count)
 
 
-def asked(parts: Parts) -> Iterator[Test]:
+def check(parts: Parts, stages: Iterable[Stage]) -> None:
+  """Raises the ValueError that the tests of these stages would end in."""
+  for stage in stages:
+    for _ in tests(parts, stage):
+      pass
+
+
+def _corruptions(name, severities, count):
+  """Those of a set, at severities such as `1 3 5`, or at all."""
+  chosen = name.partition(":")[2] or "standard"
+  for each in specs.choose(CORRUPTIONS, chosen, "set of corruptions"):
+    for severity in severities.split() or range(1, 6):
+      yield Corruption(each, int(severity), count)
+
+
+def asked(parts: Parts) -> Iterator[Test | Corruption]:
   """The tests that --mode=evaluate is asked for."""
   config = parts.config
+  name = config["eval_attack"]["name"]
+  if name.startswith("corruptions"):
+    yield from _corruptions(name, "", config["num_images"])
+    return
   radii = config["radii"] or (config["threat"]["eps"],)
   attack = parts.attack("eval_attack")
   if isinstance(attack, attacks.Curve):
@@ -174,10 +271,9 @@ def asked(parts: Parts) -> Iterator[Test]:
 
 
 def rows(
-  parts: Parts, stage: Stage, split: str, test: Test
+  parts: Parts, stage: Stage, split: str, test: Test | Corruption
 ) -> list[dict[str, Any]]:
-  """What the clean and the adversarial rows of a measurement are about."""
-  attack = test.attack
+  """What the rows of a measurement are about."""
   about = {
     "cell": stage.cell,
     "stage": stage.name,
@@ -194,17 +290,7 @@ def rows(
     "metric": "accuracy",
     "seed": stage.seed,
   }
-  attacked = {
-    "attack": attack.name,
-    "attack_steps": attack.num_steps,
-    "restarts": attack.num_restarts,
-    "norm": attack.threat.norm,
-  }
-  radii = test.radii or (float(attack.threat.eps),)
-  return [
-    {**about, **CLEAN},
-    *({**about, **attacked, "eps": eps} for eps in radii),
-  ]
+  return [{**about, **said} for said in test.about()]
 
 
 def is_done(parts: Parts, stage: Stage, results: record.Record) -> bool:
@@ -236,29 +322,31 @@ def add_tests(
   parts: Parts,
   stage: Stage,
   results: record.Record,
-  model: models.Model,
-  variables: Variables,
-  chosen: Iterable[Test],
+  predict: Callable[..., Any],
+  variables: Any,
+  chosen: Iterable[Test | Corruption],
+  split: str = "test",
 ) -> None:
-  """The rows of these tests on the test split, those that are missing.
+  """The rows of these tests on the split, those that are missing.
 
-  What an ensemble or a search did beyond a row goes to `evaluations/`, where
-  it is also kept how far a killed one came.
+  What an ensemble of attacks or a search did beyond a row goes to
+  `evaluations/`, where it is also kept how far a killed one came.
   """
   for test in chosen:
-    about = rows(parts, stage, "test", test)
+    about = rows(parts, stage, split, test)
     if all(row in results for row in about):
       continue
     folder = None
-    if not isinstance(test.attack, attacks.Pgd | attacks.Fgsm):
+    if not isinstance(test.attack, attacks.Pgd | attacks.Fgsm | None):
       folder = _folder(results.path.parent, stage, test)
     result = measure(
-      parts, model, variables, stage.seed, "test", test,
+      parts, predict, variables, stage.seed, split, test,
       folder and folder / "progress",
     )  # fmt: skip
     if folder:
-      found = _diagnosis(parts, model, variables, stage, test)
-      eps = float(test.attack.threat.eps)
+      attack: Any = test.attack
+      found = _diagnosis(parts, predict, variables, stage, test)
+      eps = float(attack.threat.eps)
       _keep(folder, about[-1], eps, result, found, parts.config["save_adv"])
     _add(results, about, test.values(result), len(result.clean),
          result.seconds)  # fmt: skip
@@ -270,7 +358,7 @@ def _folder(root, stage, test):
   return root / "evaluations" / stage.directory / name
 
 
-def _diagnosis(parts, model, variables, stage, test):
+def _diagnosis(parts, predict, variables, stage, test):
   """Checks that need attacks of their own, where they are asked for."""
   ensemble = isinstance(test.attack, attacks.AutoAttack | attacks.Curve)
   if not (ensemble and parts.diagnoses):
@@ -278,7 +366,7 @@ def _diagnosis(parts, model, variables, stage, test):
   source = parts.data["test"]
   few = slice(0, checks.MOST)
   return diagnosis.run(
-    step.make_predict(model),
+    predict,
     source.pixels(few),
     source.labels[few],
     test.attack.threat,

@@ -15,16 +15,37 @@ from roli_jax.models import Model
 from roli_jax.optim.schedules import Schedule
 from roli_jax.peft import Method
 from roli_jax.state import TrainState
-from roli_jax.types import Array, Images, Key, Labels, Logits, Params, PyTree
+from roli_jax.types import (
+  Array,
+  Float,
+  Images,
+  Key,
+  Labels,
+  Logits,
+  Params,
+  PyTree,
+)
 
 Batch = Mapping[str, Any]
 
 
 def make_predict(model: Model) -> Callable[[Any, Images], Logits]:
   """`((params, stats), images) -> logits` in evaluation mode."""
-  if getattr(model.backbone, "drop_path", 0):  # which evaluation never does
+  return _make_predict(_still(model))
+
+
+def make_both(
+  model: Model,
+) -> Callable[[Any, Images], tuple[Float[Array, "b d"], Logits]]:
+  """`((params, stats), images) -> (features, logits)` in evaluation mode."""
+  return _make_both(_still(model))
+
+
+def _still(model):
+  """Without dropped paths, which evaluation never has."""
+  if getattr(model.backbone, "drop_path", 0):
     model = models.with_options(model, drop_path=0.0)
-  return _make_predict(model)
+  return model
 
 
 @functools.cache  # the same function for equal models, so that it compiles once
@@ -33,6 +54,16 @@ def _make_predict(model):
     return model.logits(*variables, images)
 
   return predict
+
+
+@functools.cache
+def _make_both(model):
+  def both(variables, images):
+    features = model.features(*variables, images)
+    head = {"params": variables[0].head}
+    return features, model.head.apply(head, features)
+
+  return both
 
 
 @dataclasses.dataclass(frozen=True)

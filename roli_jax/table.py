@@ -97,20 +97,27 @@ def expand(config: Mapping[str, Any], num_train: int = 0) -> list[Stage]:
   data = config["data"]
   size = data["train_size"] or num_train
   config = {**config, "data": {**data, "train_size": size}}
-  for cell in config["cells"]:
+  only = config.get("only")
+  if only is not None and not 0 <= only < len(config["cells"]):
+    raise ValueError(
+      f"config.only must be below the {len(config['cells'])} cells, got {only}"
+    )
+  for i, cell in enumerate(config["cells"]):
+    if only not in (None, i):
+      continue
     unknown = sorted(cell.keys() - set(_CELL_KEYS))
     if unknown:
       raise ValueError(f"cells have no {unknown}; they have {_CELL_KEYS}")
     for k in range(cell.get("seeds", 1)):
-      for stage in _stages(config, cell, config["seed"] + k, first=k == 0):
+      for stage in _stages(config, cell, config["seed"] + k, k):
         stages.setdefault(stage)
   return list(stages)
 
 
 def _stages(
-  config: Mapping[str, Any], cell: Mapping[str, Any], seed: int, first: bool
+  config: Mapping[str, Any], cell: Mapping[str, Any], seed: int, k: int
 ) -> Iterator[Stage]:
-  """The stages of one seed of a cell."""
+  """The stages of a cell's seed number k."""
   if "pretrain" in config:
     about = _about(config, cell, seed, method="full", init="ranli")
     yield from _at_rates(config, "pretrain", about, cell)
@@ -125,19 +132,24 @@ def _stages(
     loss = {"loss": "clean"} if init == "std" else {}
     about = _about(config, cell, seed, method="linear", init=init, **loss)
     if method == "linear":
+      about["tests"] = _tests(cell.get("tests", ()), k)
       yield from _at_rates(config, "probe", about, cell)
       return
     (start,) = _at_rates(config, "probe", about, {})
     yield start
   about = _about(config, cell, seed, method=method, init=init, start=start)
-  about["curve"] = first and cell.get("curve", False)
-  about["tests"] = _tests(cell.get("tests", ())) if first else ()
+  about["curve"] = k == 0 and cell.get("curve", False)
+  about["tests"] = _tests(cell.get("tests", ()), k)
   yield from _at_rates(config, "adapt", about, cell)
 
 
-def _tests(given) -> tuple[tuple[str, str, str, int], ...]:
-  """As a config says them, lists as tuples."""
-  return tuple((attack, norm, eps, count) for attack, norm, eps, count in given)
+def _tests(given, k: int) -> tuple[tuple[str, str, str, int], ...]:
+  """Those of seed number k: a test is of the first seed, or of so many."""
+  return tuple(
+    (attack, norm, eps, count)
+    for attack, norm, eps, count, *seeds in given
+    if k < (seeds[0] if seeds else 1)
+  )
 
 
 def head_init(config: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from absl import logging
 from roli_jax import (
   adopt,
   checkpoint,
+  combine,
   convert,
   data,
   keys,
@@ -33,6 +34,8 @@ from roli_jax import (
   sharding,
   specs,
   state,
+  step,
+  tabular,
   workdir,
 )
 from roli_jax.metrics import Counts
@@ -64,13 +67,15 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
   parts = Parts(config)
   stages = parts.stages()
   parts.check(stages)
+  score.check(parts, stages)
+  combine.check(parts, stages)
   for warning in workdir.claim(path, config):
     logging.warning("%s", warning)
   results = record.Record(path / "results.jsonl")
   log = record.Record(path / "training.jsonl", LOG_FIELDS, LOG_SAID)
   score.write_facts(parts, stages, path)
   if parts.config["data"]["name"] in data.IN_FILES:
-    report.show(report.facts(path))
+    tabular.show(report.facts(path))
   with progress.bar("stages", len(stages)) as update:
     for stage in stages:
       if not score.is_done(parts, stage, results):
@@ -84,16 +89,20 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
           parts,
           stage,
           results,
-          parts.model(stage),
+          step.make_predict(parts.model(stage)),
           best(parts, stage, path),
           score.tests(parts, stage),
         )
+      if stage.start and parts.config.get("ensembles"):
+        models = [best(parts, each, path) for each in (stage.start, stage)]
+        combine.run(parts, stage, results, *models)
       update(1)
   for stage in stages:
     if stage.name == "pretrain":
       _keep_weights(parts, stage, path)
   if config["test"]:
     _keep_examples(parts, stages, path)
+  workdir.finish(path, len(results.rows))
   return results.rows
 
 
@@ -114,13 +123,13 @@ def evaluate(
     ValueError: no such checkpoint, or more than one; data of other classes.
   """
   parts = Parts(config, diagnoses=config["checks"])
-  directory, step = _chosen(parts, path)
+  directory, asked = _chosen(parts, path)
   parts.check(())
   with checkpoint.manager(directory, reading=True) as checkpoints:
     best_step = checkpoints.best_step()
-    if step not in (None, best_step):
+    if asked not in (None, best_step):
       raise ValueError(
-        f"step {step} is not the best of its stage, which rows are of;"
+        f"step {asked} is not the best of its stage, which rows are of;"
         f" the best is {directory}/{best_step:08d}"
       )
     meta = checkpoint.restore_meta(checkpoints, best_step)
@@ -137,7 +146,8 @@ def evaluate(
     variables = checkpoint.restore(checkpoints, best_step, model=like)["model"]
   results = record.Record(path / "results.jsonl")
   chosen = score.asked(parts)
-  score.add_tests(parts, stage, results, model, variables, chosen)
+  predict = step.make_predict(model)
+  score.add_tests(parts, stage, results, predict, variables, chosen)
   return record.where(
       results.rows, cell=stage.cell, stage=stage.name, lr=stage.lr,
       steps=stage.num_steps, split="test",
@@ -322,7 +332,7 @@ class Trainer:
     attack = self.parts.attack("val_attack")
     result = score.measure(
       self.parts,
-      self.parts.model(self.stage),
+      step.make_predict(self.parts.model(self.stage)),
       (now.params, now.stats),
       self.stage.seed,
       "val",

@@ -55,6 +55,22 @@ def claim(path: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
   ]
 
 
+def finish(path: pathlib.Path, num_rows: int) -> None:
+  """Notes that the run has all of its rows, so many."""
+  write_json(path / "finished.json", {"rows": num_rows})
+
+
+def is_finished(path: pathlib.Path, config: Mapping[str, Any]) -> bool:
+  """Whether this directory holds the whole run of this config."""
+  note, results = path / "finished.json", path / "results.jsonl"
+  if not (note.is_file() and results.is_file()):
+    return False
+  if list(_differences(read_config(path), json.loads(json.dumps(config)))):
+    return False
+  lines = results.read_bytes().count(b"\n")
+  return lines >= json.loads(note.read_text())["rows"]
+
+
 def same_code(a: pathlib.Path, b: pathlib.Path) -> bool:
   """Whether two runs began with the same versions, and from the same commit."""
   first, second = (

@@ -13,9 +13,9 @@ FLOORS = (
     "models", "losses", "projections", "threat", "optim", "data",
     "corruptions", "metrics", "sharding", "record", "checkpoint", "progress",
     "table", "workdir", "journal", "compat",
-    "groups", "tokenizer", "mixup",
+    "groups", "tabular", "tokenizer", "mixup",
   ),
-  ("state", "attacks", "peft", "convert", "ensembles"),
+  ("state", "attacks", "peft", "convert", "criteria", "ensembles"),
   ("classifier", "cost", "exchange", "zeroshot"),
   ("pool", "checks"),
   ("ledger",),
@@ -23,8 +23,9 @@ FLOORS = (
   ("diagnosis",),
   ("parts",),
   ("score", "adopt"),
+  ("combine", "comparison"),
   ("report",),
-  ("train", "plots", "bench", "plan"),
+  ("train", "plots", "bench", "plan", "sweep", "guide"),
   ("main",),
 )  # fmt: skip
 

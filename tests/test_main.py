@@ -28,6 +28,26 @@ MISTAKES = {
   "step size": ([GLYPHS, "--config.attack.step_size=2"], "step_size"),
   "attack": ([GLYPHS, "--config.attack=pdg"], "did you mean 'pgd'"),
   "loss": ([GLYPHS, "--config.adapt.loss.name=trade"], "trades"),
+  "anchor": (
+    [GLYPHS, "--config.adapt.optim.anchor.name=fpt"], "did you mean 'ftp'"
+  ),
+  "lambda": (
+    [GLYPHS, "--config.adapt.optim.anchor.name=spd",
+     "--config.adapt.optim.anchor.lam=-1.0"], "lam must be within",
+  ),
+  "k": (
+    [GLYPHS, "--config.adapt.optim.anchor.name=ftp",
+     "--config.adapt.optim.anchor.k=1.5"], "k must be within [0, 1]",
+  ),
+  "recipe": ([f"{GLYPHS}:recipe=fpt"], "ftp"),
+  "ensemble": ([GLYPHS, '--config.ensembles=("wse",)'], "wise_ft"),
+  "no such cell": ([GLYPHS, "--config.only=9"], "below the 6 cells"),
+  "nothing to sweep": (
+    ["--mode=sweep", f"{GLYPHS}:method=full"], "nothing to sweep"
+  ),
+  "a sweep over nonsense": (
+    ["--mode=sweep", f"{GLYPHS}:metod=full|lora"], "a key of dataset"
+  ),
   "data": ([GLYPHS, "--config.data.name=digit"], "digits"),
   "too few images": ([GLYPHS, "--config.data.train_size=7"], "train_size"),
   "weights": ([GLYPHS, "--config.backbone.weights=x.pth"], "robust, standard"),

@@ -27,8 +27,9 @@ from roli_jax import (
 from tests import pictures, test_tfds
 
 BACKBONES = {"cifar10": "glyph_vit_token", "cub": "glyph_swin"}
+LOSSES = {"autolora": {"loss": "autolora"}}
 CELLS = [
-  {"method": method, "init": init}
+  {"method": method, "init": init, **LOSSES.get(method, {})}
   for method, init in itertools.product(peft.METHODS, ("ranli", "roli"))
 ]
 # Of photographs as small as the toys.

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from roli_jax import report, specs
+from roli_jax import specs, tabular
 from roli_jax.bench import suites
 
 _COLUMNS = {
@@ -15,7 +15,9 @@ _COLUMNS = {
   "images_per_s": "{:.3g}",
   "gflops": "{:.1f}",
   "share_of_floor": "{:.0%}",
-  "mib": "{:.0f}",
+  "times_adamw": "{:.2f}",
+  "mib": "{:.1f}",
+  "state_mib": "{:.1f}",
   "passes_per_s": "{:.0f}",
   "passes": "{:d}",
   "programs": "{:d}",
@@ -55,4 +57,4 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> None:
     " Programs: compiled in the first run, small ones included."
   )
   header = ("suite", "what", *_COLUMNS)
-  report.show([report.Table("Speed", header, lines, note)])
+  tabular.show([tabular.Table("Speed", header, lines, note)])

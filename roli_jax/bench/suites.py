@@ -46,15 +46,20 @@ def _batch(model, size):
   }
 
 
-def _training(model, method):
-  """A jitted PGD step, and the state before it; nothing is donated."""
+def _training(model, method, *, loss="at", anchor="none", gamma=0.0):
+  """A PGD step, and the state before it; nothing is donated."""
   model = method.enter(model)
   params, stats = model.init(keys.root(0))
   shape = schedules.warmup(100, 0.1, "cosine")
-  tx = optim.build({"name": "adamw"}, method.labels(params), shape)
-  attack = attacks.build("pgd", ThreatModel("linf", 0.1), num_steps=NUM_STEPS)
+  near = {"anchor": {"name": anchor}, "head": "anchor_at_probe"}
+  spec = {"name": "adamw", **near}
+  objective = losses.OBJECTIVES[loss]()
+  awp = step.WeightAttack(gamma)
+  tx = optim.build(spec, method.labels(params), shape)
+  attack = attacks.build("pgd", ThreatModel("linf", 0.1), num_steps=NUM_STEPS,
+                         loss=objective.surrogate)  # fmt: skip
   train_step = step.make_train_step(
-    model, method, losses.At(), attack, schedules.ramp(100), tx
+    model, method, objective, attack, schedules.ramp(100), tx, awp=awp
   )
   return train_step, state.create(params, stats, method.trains(params), tx)
 
@@ -117,6 +122,48 @@ def steps(config: Mapping[str, Any]) -> Iterator[Row]:
         gflops=counted / seconds / 1e9,
         share_of_floor=counted / rate / seconds,
       )
+
+
+# What the field adds to the step: keywords of `_training`.
+RECIPES: dict[str, dict[str, Any]] = {
+  "adamw": {},
+  **{name: {"anchor": name} for name in ("l2sp", "ftp", "spd", "digrap")},
+  **{name: {"loss": name} for name in ("trades", "mart")},
+  "awp": {"gamma": 0.01},
+}
+
+
+def recipes(config: Mapping[str, Any]) -> Iterator[Row]:
+  """Each recipe's full step beside plain AdamW's, all of them taking turns.
+
+  Memory: what the compiled step holds beside its arguments, and the state that
+  it carries from step to step.
+  """
+  model = models.create(config["model"], 10)
+  everywhere = sharding.mesh()
+  size = config["batch_sizes"][0]
+  batch = sharding.put(_batch(model, size), everywhere)
+  calls: dict[str, Any] = {}
+  memory, kept = {}, {}
+  for name, options in RECIPES.items():
+    train_step, now = _training(model, peft.full(), **options)
+    args = (sharding.replicate(now, everywhere), batch, keys.root(0))
+    compiled = jax.jit(train_step).lower(*args).compile()
+    calls[name] = functools.partial(compiled, *args)
+    held: Any = compiled.memory_analysis()
+    memory[name] = held.temp_size_in_bytes / 2**20
+    kept[name] = sum(x.nbytes for x in jax.tree.leaves(now)) / 2**20
+  medians = timing.medians(calls, config["runs"])
+  for name, seconds in medians.items():
+    yield _row(
+      "recipes",
+      f"{name} PGD-{NUM_STEPS} batch {size}",
+      seconds,
+      images_per_s=size / seconds,
+      times_adamw=seconds / medians["adamw"],
+      mib=memory[name],
+      state_mib=kept[name],
+    )
 
 
 def seeds(config: Mapping[str, Any]) -> Iterator[Row]:
@@ -298,6 +345,7 @@ SUITES = {
   "import": imports,
   "compile": compiling,
   "step": steps,
+  "recipes": recipes,
   "seeds": seeds,
   "backbone": backbones,
   "autoattack": searches,

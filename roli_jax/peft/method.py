@@ -25,7 +25,7 @@ class Method:
     groups: path pattern -> `backbone`, `peft`, `head` or `frozen`; the first
       match wins, and every leaf must be covered.
     seams: how it enters a backbone.
-    scale: of LoRA's products.
+    scale: of LoRA's products; 0 where they are no part of what is tested.
     train_mode: whether the backbone itself is in training mode: it drops paths
       and may move running statistics. Methods that freeze most of it keep it
       in evaluation mode, as in the RoLI reference.
@@ -133,20 +133,50 @@ def lora(
   """
   starts = {"standard": modules.UNIFORM, "both_zero": modules.ZEROS}
   start = specs.choose(starts, init, "lora init")
-  _check("lora", rank=rank)
-  if not alpha > 0:
-    raise ValueError(f"lora.alpha must be > 0, got {alpha}")
+  scale = _lora_scale("lora", rank, alpha)
   _check_dropout("lora", dropout)
-  scale = alpha / rank
-  seams = Seams(
-    dense=functools.partial(
-      _lora_dense, rank=rank, scale=scale, init=start, dropout=dropout
-    ),
-    kernel=functools.partial(
-      modules.lora_kernel, rank=rank, scale=scale, init=start
-    ),
-  )
+  seams = _lora_seams(dropout, rank=rank, scale=scale, init=start)
   return Method("lora", (_HEAD, _PEFT, _REST), seams, scale)
+
+
+@_once
+def autolora(rank: int = 8, alpha: float | int = 8) -> Method:
+  """All leaves, and a branch of LoRA that is there in training alone.
+
+  For the loss `autolora` (Xu et al. 2024), whose clean images see the branch.
+  Attacks, validation and tests do not, since they have no keys for dropout: the
+  backbone and the head are what is tested.
+
+  The branch is as that of `lora`. The authors' is in all convolutions of a
+  ResNet's blocks, its a begins as N(0, 1), and its alpha is 1.
+
+  Args:
+    rank: of the product, >= 1; the authors' is 8.
+    alpha: its scale, times the rank.
+
+  Raises:
+    ValueError: a value out of its range.
+  """
+  scale = _lora_scale("autolora", rank, alpha)
+  seams = _lora_seams(
+    0.0, rank=rank, scale=scale, init=modules.UNIFORM, passing=True
+  )
+  groups = (_HEAD, _PEFT, ("backbone/.*", "backbone"))
+  return Method("autolora", groups, seams, train_mode=True)
+
+
+def _lora_scale(method, rank, alpha):
+  _check(method, rank=rank)
+  if not alpha > 0:
+    raise ValueError(f"{method}.alpha must be > 0, got {alpha}")
+  return alpha / rank
+
+
+def _lora_seams(dropout: float | int, **options: Any) -> Seams:
+  return Seams(
+    dense=functools.partial(_lora_dense, dropout=dropout, **options),
+    kernel=functools.partial(modules.lora_kernel, **options),
+  )
 
 
 def _lora_dense(features: int, *, name: str, **options: Any) -> nn.Module:
@@ -217,5 +247,6 @@ def _check_dropout(method, rate):
 
 
 METHODS = {
-  make.__name__: make for make in (linear, full, bias, lora, adapter, vpt)
+  make.__name__: make
+  for make in (linear, full, bias, lora, adapter, vpt, autolora)
 }

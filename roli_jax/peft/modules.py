@@ -51,6 +51,8 @@ class LoraDense(nn.Module):
     scale: of it.
     init: how a starts.
     dropout: of x before a, in training.
+    passing: whether the product is there in training alone, which is where
+      there are keys for dropout.
   """
 
   features: int
@@ -58,6 +60,7 @@ class LoraDense(nn.Module):
   scale: float | int
   init: Init = UNIFORM
   dropout: float | int = 0.0
+  passing: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... e"]:
@@ -67,8 +70,10 @@ class LoraDense(nn.Module):
     bias = self.param("bias", ZEROS, (self.features,))
     a = _leaf(self, "a", self.init, x.shape[-1], self.rank)
     b = _leaf(self, "b", ZEROS, self.rank, self.features)
-    product = _dropped(self, x, self.dropout) @ a @ b
-    return _affine(x, kernel, bias) + self.scale * product
+    plain = _affine(x, kernel, bias)
+    if self.passing and not self.has_rng("dropout"):
+      return plain
+    return plain + self.scale * (_dropped(self, x, self.dropout) @ a @ b)
 
 
 def lora_kernel(
@@ -77,10 +82,16 @@ def lora_kernel(
   rank: int,
   scale: float | int,
   init: Init,
+  passing: bool = False,
 ) -> Float[Array, "i j c d"]:
-  """A convolution's kernel plus scale a b, a [i j c, rank], b [rank, d]."""
+  """A convolution's kernel plus scale a b, a [i j c, rank], b [rank, d].
+
+  If `passing`, the kernel alone where there are no keys for dropout.
+  """
   a = _leaf(module, "a", init, math.prod(kernel.shape[:3]), rank)
   b = _leaf(module, "b", ZEROS, rank, kernel.shape[3])
+  if passing and not module.has_rng("dropout"):
+    return kernel
   return kernel + scale * (a @ b).reshape(kernel.shape)
 
 

@@ -1,15 +1,9 @@
-"""What a step lowers, given the model and not its logits alone.
-
-An objective of `losses` sees clean and adversarial logits. A *criterion* runs
-the model itself: twice, in another mode, beside another model. Each objective
-is one, by `of`.
-"""
+"""What a criterion is given, what it says, and how an objective is one."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from roli_jax import losses, specs, trees
+from roli_jax import losses, trees
 from roli_jax.models import Model
 from roli_jax.types import (
   Array,
@@ -99,7 +93,11 @@ class Criterion(Protocol):
   def needs_clean(self) -> bool: ...
 
   def start(self, params: Params, stats: PyTree) -> PyTree:
-    """What it keeps from step to step, from the model before the first."""
+    """What it keeps from step to step, from the model before the first.
+
+    Raises:
+      ValueError: it can't train such a model.
+    """
     ...
 
   def __call__(
@@ -157,18 +155,3 @@ class OnLogits:
 def of(objective: losses.Objective | Criterion) -> Criterion:
   """The criterion that an objective is; a criterion is its own."""
   return objective if isinstance(objective, Criterion) else OnLogits(objective)
-
-
-CRITERIA: dict[str, Any] = {}
-
-LOSSES = {**losses.OBJECTIVES, **CRITERIA}
-
-
-def build(spec: Mapping[str, Any]) -> Criterion:
-  """The criterion that a config means.
-
-  Args:
-    spec: `{"name": one of LOSSES, ...}`, with the options of all of them.
-  """
-  own = specs.taken(LOSSES, spec, "loss")
-  return of(specs.build(LOSSES, own, "loss"))

@@ -1,0 +1,63 @@
+"""Tables as text: in Markdown, and in the terminal."""
+
+import dataclasses
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A table as text.
+
+  Attributes:
+    title: what it shows.
+    header: of the columns.
+    rows: of cells.
+    note: what the reader has to know.
+  """
+
+  title: str
+  header: tuple[str, ...]
+  rows: Sequence[tuple[str, ...]]
+  note: str = ""
+
+  def markdown(self) -> str:
+    lines = [
+      f"## {self.title}",
+      "",
+      "| " + " | ".join(self.header) + " |",
+      "|" + " --- |" * len(self.header),
+      *("| " + " | ".join(row) + " |" for row in self.rows),
+    ]
+    return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
+
+
+def show(made: Iterable[Table]) -> None:
+  """Prints tables to the terminal."""
+  import rich.console
+  import rich.table
+
+  width = None if sys.stdout.isatty() else 160
+  console = rich.console.Console(width=width, highlight=False)
+  for table in made:
+    shown = rich.table.Table(title=table.title, caption=table.note or None)
+    for name in table.header:
+      shown.add_column(name)
+    for row in table.rows:
+      shown.add_row(*row)
+    console.print(shown)
+
+
+def percent(value: float) -> str:
+  return f"{100 * value:.1f}"
+
+
+def spread(values: Iterable[float]) -> str:
+  values = list(values)
+  if not values:
+    return ""
+  mean = percent(statistics.mean(values))
+  if len(values) < 2:
+    return mean
+  return f"{mean} ± {percent(statistics.stdev(values))}"
