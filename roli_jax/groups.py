@@ -32,7 +32,8 @@ class Group:
     name = f"{self.method} {inits[self.init]}"
     if self.stage != "adapt":
       name = f"{self.method} {self.stage} ({inits[self.init]})"
-    return name + (" small head" if self.head_init == "small" else "")
+    heads = {"small": " small head", "zeroshot": " zero-shot head"}
+    return name + heads.get(self.head_init, "")
 
 
 @dataclasses.dataclass(frozen=True, order=True)

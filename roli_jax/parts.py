@@ -191,6 +191,8 @@ class Parts:
     classes = self.num_classes
     if stage.name == "pretrain":
       model = models.create(backbone["name"], classes)
+    elif stage.head_init == table.ZEROSHOT:
+      model = self._zeroshot(stage.weights).model
     else:
       model = convert.with_classes(self.pretrained(stage.weights), classes)
     options = ("attention", "scan", "remat", "updates_stats")
@@ -233,6 +235,11 @@ class Parts:
   def initial(self, stage: Stage) -> Variables:
     """The pretrained backbone under a random head, or all of it random."""
     model = self.model(stage)
+    if stage.head_init == table.ZEROSHOT:
+      params, _ = self._init(model)(keys.root(stage.seed))
+      bundle = self._zeroshot(stage.weights)
+      taught = bundle.params
+      return dataclasses.replace(taught, peft=params.peft), bundle.stats
     model = convert.with_classes(
       model, model.num_classes, head_init=stage.head_init
     )
@@ -249,7 +256,7 @@ class Parts:
       stage.name, self.method(stage), stage.loss, stage.num_steps,
       stage.epoch_steps, self.model(stage), self.head(stage),
     )  # fmt: skip
-    if not stage.start and criteria.needs_start(program.criterion):
+    if stage.is_random and criteria.needs_start(program.criterion):
       raise ValueError(
         f"{stage.name}.penalty compares with the model that the stage starts"
         f" from, and the head of {stage.cell} is random; start from a probe"
@@ -262,7 +269,7 @@ class Parts:
     spec = self.config[stage.name]["optim"]
     if (spec.get("anchor") or {"name": "none"})["name"] == "none":
       return optim.HEADS[0]  # so that all inits share a program
-    return spec["head"] or optim.HEADS[stage.start is not None]
+    return spec["head"] or optim.HEADS[not stage.is_random]
 
   @property
   def half(self) -> str | None:
@@ -284,13 +291,28 @@ class Parts:
     shapes = jax.eval_shape(fresh, keys.root(0))
     return sharding.shaped(shapes, self.mesh)
 
-  def _load(self, weights):
+  def _zeroshot(self, weights):
+    """The weights with the head of prompts that they came with."""
+    bundle = self._bundle(weights, keeps_head=True)
+    if "projection" not in bundle.params.head:
+      raise ValueError(
+        f"head_init=zeroshot: {weights} has no zero-shot head; make one with"
+        " zeroshot.classifier, and write it with convert.save"
+      )
+    if bundle.model.num_classes != self.num_classes:
+      raise ValueError(
+        f"the zero-shot head of {weights} has {bundle.model.num_classes}"
+        f" classes, {self.config['data']['name']} has {self.num_classes}"
+      )
+    return bundle
+
+  def _load(self, weights, keeps_head=False):
     backbone = self.config["backbone"]
     file = convert.find(backbone["name"], weights, hint=backbone["origin"])
     return convert.load(
       file,
       model=backbone["name"],
-      num_classes=self.num_classes,
+      num_classes=None if keeps_head else self.num_classes,
       image_size=backbone.get("image_size") or None,
     )
 

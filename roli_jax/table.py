@@ -9,6 +9,7 @@ from typing import Any
 from roli_jax import compat
 
 INITS = ("ranli", "roli", "std")
+ZEROSHOT = "zeroshot"  # a head_init: the file's own head, made of prompts
 
 # What a cell of `config.cells` may say; the rest comes from the config.
 _CELL_KEYS = (
@@ -29,13 +30,14 @@ class Stage:
     method: which leaves train, a name in `peft.METHODS`.
     init: of the head. `ranli`: random. `roli`: from an adversarial linear
       probe. `std`: from a clean one. A probe's is what it is a probe for.
-    head_init: the random head's distribution.
+    head_init: the random head's distribution, or `zeroshot`: the head that
+      `zeroshot.classifier` gave the weights.
     train_size: number of training images.
     seed: of the subset, the head, the order and the attacks' noise.
     num_steps: of this stage.
     epoch_steps: those that see every training image once.
     lr: peak learning rate.
-    loss: the objective, a name in `losses.OBJECTIVES`.
+    loss: the criterion, a name in `criteria.LOSSES`.
     start: the stage whose best parameters this one starts from; None starts
       from the weights and a random head.
     curve: whether accuracy is measured along the radii of the curve.
@@ -61,6 +63,11 @@ class Stage:
   def cell(self) -> str:
     """The name that its rows and checkpoints go by."""
     return _cell(self.__dict__)
+
+  @property
+  def is_random(self) -> bool:
+    """Whether it begins at a head that nothing has taught."""
+    return self.start is None and self.head_init != ZEROSHOT
 
   @property
   def directory(self) -> str:

@@ -8,7 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from roli_jax import convert, keys, models, step, trees, zeroshot
+from configs import glyphs_roli
+from roli_jax import (
+  convert,
+  keys,
+  models,
+  optim,
+  parts,
+  sharding,
+  step,
+  trees,
+  zeroshot,
+)
+from roli_jax import state as training
 from roli_jax.models import heads
 from roli_jax.tokenizer import Tokenizer
 
@@ -390,3 +402,65 @@ def test_a_bundle_of_ours_has_no_text_tower(bundle, tmp_path):
   convert.save(bundle, tmp_path / "x.safetensors")
   with pytest.raises(ValueError, match="has no text tower"):
     convert.text_tower(tmp_path / "x.safetensors")
+
+
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory):
+  """A toy CLIP of ten classes as a file, and its bundle."""
+  model = models.create("glyph_clip", 10)
+  model = dataclasses.replace(model, head=models.heads.cosine(10, 8))
+  bundle = convert.Bundle(model, *model.init(keys.root(0)))
+  file = tmp_path_factory.mktemp("prompted") / "clip.safetensors"
+  convert.save(bundle, file)
+  return file, bundle
+
+
+def run_of(file, **changes):
+  config = glyphs_roli.get_config("backbone=glyph_clip,init=ranli")
+  config.backbone.weights = str(file)
+  config.head_init = "zeroshot"
+  config.adapt.batch_size = 16
+  config.adapt.update(changes)
+  made = parts.Parts(config.to_dict())
+  (stage,) = made.stages()
+  return made, stage
+
+
+def test_a_run_can_start_at_a_zero_shot_head_with_m2_mix(prompted):
+  file, bundle = prompted
+  made, stage = run_of(file, penalty={"name": "m2_mix", "weight": 0.05})
+  made.check([stage])
+  params, stats = made.initial(stage)
+  source = made.data["test"]
+  expected = bundle.model.logits(bundle.params, {}, source.pixels(slice(4)))
+  logits = made.model(stage).logits(params, stats, source.pixels(slice(4)))
+  np.testing.assert_allclose(logits, expected, atol=1e-6)
+  program = made.program(stage)
+  now = state_of(made, stage, program)
+  batch = {
+    "image": source.images[:16],
+    "label": source.labels[:16],
+    "index": source.indices[:16],
+  }
+  now, key = sharding.replicate((now, keys.root(0)), made.mesh)
+  now, counts = program.step(now, sharding.put(batch, made.mesh), key)
+  assert np.isfinite(counts.loss) and int(now.memory["penalty"]["steps"]) == 1
+
+
+def state_of(made, stage, program):
+  params, stats = made.initial(stage)
+  now = training.create(
+    params, stats, program.method.trains(params), program.tx,
+    program.criterion.start,
+  )  # fmt: skip
+  return dataclasses.replace(now, opt_state=optim.at_rate(now.opt_state, 1e-3))
+
+
+def test_weights_without_a_zero_shot_head_are_refused(prompted, tmp_path):
+  _, bundle = prompted
+  plain = convert.with_classes(bundle.model, 10)
+  file = tmp_path / "plain.safetensors"
+  convert.save(convert.Bundle(plain, *plain.init(keys.root(0))), file)
+  made, stage = run_of(file)
+  with pytest.raises(ValueError, match="has no zero-shot head"):
+    made.check([stage])

@@ -4,6 +4,7 @@ import functools
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from roli_jax.types import Array, Float
@@ -80,7 +81,7 @@ def cosine(num_classes: int, embed: int) -> Cosine:
   return Cosine(num_classes, embed)
 
 
-def unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+def unit(x: Float[Array | np.ndarray, "*b d"]) -> Float[Array, "*b d"]:
   """Vectors at length 1; one of (almost) no length becomes zeros."""
   squared = (x * x).sum(-1, keepdims=True)
   known = squared > 1e-24
