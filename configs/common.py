@@ -269,6 +269,17 @@ def choose(options: dict, name: str, what: str):
   return options[name]
 
 
+def cells(*given: dict) -> dict:
+  """What a run consists of, as roli_jax/table.py reads it."""
+  return {
+    "cells": given,
+    # Which of them alone runs, from 0; None: all.
+    "only": config_dict.placeholder(int),
+    # Of a stage and the probe it started from: wise_ft, output, vrf.
+    "ensembles": (),
+  }
+
+
 def evaluation() -> dict:
   """What --mode=evaluate looks at."""
   return {

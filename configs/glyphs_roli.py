@@ -15,7 +15,7 @@ Arguments, after a colon:
   compat=true: as RoLI's reference code does it, defects included
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from configs import common
 
@@ -129,7 +129,7 @@ UNSEEN = (
   ("corruptions:glyphs", "", "", 0, SEEDS),
   ("autoattack_fast", "linf", "0.1", 200, 2),
 )
-RECIPE = _each(SEEDS, {**ROLI, "tests": UNSEEN})
+RECIPE = _each(SEEDS, {**ROLI, **CURVE, "tests": UNSEEN})
 RECIPE_GRID = _each(3, {**ROLI, "rates": (3e-3, 1e-2)})
 
 TABLES = {
@@ -177,11 +177,7 @@ def get_config(text: str = "") -> ConfigDict:
       "curve": ("0.025", "0.05", "0.075", "0.125", "0.15", "0.175", "0.2"),
       **common.evaluation(),
       "rates": CHOSEN,
-      # Of a stage and the probe it started from: wise_ft, output, vrf.
-      "ensembles": (),
-      "cells": (),
-      # Which of the cells alone runs, from 0; None: all.
-      "only": config_dict.placeholder(int),
+      **common.cells(),
     }
   )
   if arg.table and (arg.method or arg.init):

@@ -153,6 +153,6 @@ def get_config(text: str = "") -> ConfigDict:
       "curve": (),
       **common.evaluation(),
       "rates": (),
-      "cells": ({"method": method, "init": init, "tests": TESTS},),
+      **common.cells({"method": method, "init": init, "tests": TESTS}),
     }
   )

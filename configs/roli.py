@@ -6,6 +6,8 @@ Arguments, after a colon:
   dataset=cub|stanforddogs|caltech256|cifar10|cifar100|folder
   method=full|linear|bias|lora|adapter|vpt, init=roli|ranli|std
   backbone=swin_b, or any other
+  recipe=l2sp|ftp|spd|digrap|trades|mart|awp|epsilon: what the field adds, at
+      its authors' numbers; none of them tuned here
   compat=true: as the reference's code does it, defects included
 
 A robust Swin-B (ARES), linf, eps 8/255, PGD-7 in training and PGD-10 in tests.
@@ -128,7 +130,7 @@ def _stage(epochs: int, optimizer: str, recipe: tuple[float, float]):
 def get_config(text: str = "", dataset: str = "cub") -> ConfigDict:
   arg = common.parse_arg(
     text, dataset=dataset, backbone="swin_b", method="full", init="roli",
-    table="default", compat="false",
+    table="default", recipe="", compat="false",
   )  # fmt: skip
   common.choose({"default": ()}, arg.table, "table")
   recipes = common.choose(RECIPES, arg.dataset, "dataset")
@@ -145,7 +147,7 @@ def get_config(text: str = "", dataset: str = "cub") -> ConfigDict:
   origin = ORIGIN if arg.backbone == "swin_b" else OTHER_ORIGIN
   methods = common.methods()
   methods["vpt"]["tokens"] = TOKENS.get(arg.dataset, 10)
-  return ConfigDict(
+  config = ConfigDict(
     {
       "seed": 0,
       "cpu_devices": 1,
@@ -165,6 +167,9 @@ def get_config(text: str = "", dataset: str = "cub") -> ConfigDict:
       "curve": (),
       **common.evaluation(),
       "rates": (),
-      "cells": ({"method": method, "init": arg.init},),
+      **common.cells({"method": method, "init": arg.init}),
     }
   )
+  if arg.recipe:
+    common.follow(config, arg.recipe)
+  return config

@@ -13,6 +13,7 @@ from roli_jax.groups import (
   by_group,
   by_seed,
   corrupted,
+  curved,
   is_curve,
   is_member,
 )
@@ -23,7 +24,7 @@ Values = dict[int, float]  # by seed
 
 def tables(rows: Sequence[Row]) -> list[Table]:
   """What a sweep found: its runs' accuracies, and how they differ."""
-  made = [accuracies(rows), differences(rows), frontier(rows),
+  made = [accuracies(rows), differences(rows), frontier(rows), expected(rows),
           corruptions(rows), validation(rows)]  # fmt: skip
   return [table for table in made if table.rows]
 
@@ -148,6 +149,25 @@ def frontier(rows: Sequence[Row]) -> Table:
     ("ensemble", "alpha", *(kind.name for kind in both)),
     lines,
     "alpha 0: what the stage started from; 1: what it ended at.",
+  )
+
+
+def expected(rows: Sequence[Row]) -> Table:
+  """Expected robustness, where accuracy was measured at several radii."""
+  tests = record.where(rows, split="test")
+  lines = []
+  for run in dict.fromkeys(row["run"] for row in tests):
+    for curve, points in curved(record.where(tests, run=run)).items():
+      radii = sorted(points)
+      if not radii[0] and not is_member(curve.group):
+        value = metrics.expected_robustness(radii, [points[e] for e in radii])
+        about = (run, curve.group.name, str(curve.seed), curve.recipe)
+        lines.append((*about, f"{radii[-1]:g} {curve.norm}", percent(value)))
+  return Table(
+    "Expected robustness: percent",
+    ("run", "method", "seed", "attack", "up to", "mean accuracy"),
+    lines,
+    "The mean accuracy over the radii from 0, by trapezia.",
   )
 
 

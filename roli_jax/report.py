@@ -194,7 +194,7 @@ def curves(rows: Sequence[Row]) -> Table:
 
 
 def _expected(points: dict[float, float]) -> str:
-  """Expected robustness of a curve that begins at the clean images."""
+  """Expected robustness of a curve, if it begins at the clean images."""
   radii = sorted(points)
   if radii[0]:
     return ""
