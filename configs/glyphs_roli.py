@@ -46,7 +46,12 @@ CHOSEN = (
 
 # Of each recipe what was chosen on validation (docs/results.md), over the
 # authors' numbers.
-CHOSEN_RECIPES: dict[str, dict] = {}
+CHOSEN_RECIPES: dict[str, dict] = {
+  "ftp": {"lr": 1e-2},
+  "spd": {"optim": {"anchor": {"lam": 0.5}}},
+  "digrap": {"optim": {"anchor": {"mu": 0.1}}},
+  "epsilon": {"radius": {"begin": 0.0, "end": 0.5}},
+}
 
 # What a cell of a table may say; the rest comes from the config.
 LINEAR = {"method": "linear", "init": "roli"}
@@ -130,6 +135,9 @@ UNSEEN = (
   ("autoattack_fast", "linf", "0.1", 200, 2),
 )
 RECIPE = _each(SEEDS, {**ROLI, **CURVE, "tests": UNSEEN})
+# The two best on validation, of the first seed.
+BEST = ("awp", "trades")
+STANDARD_TEST = ("autoattack", "linf", "0.1", 200)
 RECIPE_GRID = _each(3, {**ROLI, "rates": (3e-3, 1e-2)})
 
 TABLES = {
@@ -192,5 +200,8 @@ def get_config(text: str = "") -> ConfigDict:
     config.cells = common.choose(TABLES, table, "table")
     if (arg.recipe, table) == ("adamw", "recipe"):
       config.ensembles = ("wise_ft", "output", "vrf")
+    if arg.recipe in BEST and table == "recipe":
+      tests = (*UNSEEN, STANDARD_TEST)
+      config.cells = ({**RECIPE[0], "tests": tests},)
   config.test = not arg.table.endswith("grid")
   return config

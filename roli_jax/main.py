@@ -23,6 +23,8 @@ Any field of the config can be overridden: --config.adapt.num_steps=120.
 --config.eval_attack.name=NAME. Radii and step sizes are text: 8/255, 0.1.
 --help with a --config prints the config's fields.
 
+Corruptions: --mode=evaluate --config.attack=corruptions:standard, or extra,
+glyphs, guide.
 Attacks: fgsm, pgd, apgd_ce, apgd_dlr, apgd_t, fab, fab_t, square, autoattack,
 autoattack_plus, autoattack_rand, autoattack_fast (not standard), curve.
 
@@ -275,10 +277,11 @@ def _run_one(mode: str) -> None:
     tabular.show(report.write(path))
     print(f"Written to {path}: report.md, figures/, results.jsonl.")
   elif mode == "evaluate":
-    from roli_jax import report, tabular, train
+    from roli_jax import comparison, report, tabular, train
 
     rows = train.evaluate(config, path)
-    tabular.show([report.accuracies(rows)])
+    made = [report.accuracies(rows), comparison.corruptions(rows)]
+    tabular.show(table for table in made if table.rows)
   elif mode == "report":
     from roli_jax import report, tabular
 
