@@ -142,6 +142,8 @@ def _parse(argv: list[str]) -> list[str]:
     if not _given(argv, "config"):
       sys.exit(0)
   try:
+    # ml_collections wants the file before its fields.
+    argv.sort(key=lambda word: bool(re.match(r"--?config\.[^=]+=", word)))
     argv = [_lengthen(word, mode) for word in argv]
     sys.argv[:] = argv  # config_flags looks for a config's fields there
     _define(argv, mode)

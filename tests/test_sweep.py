@@ -131,8 +131,8 @@ def test_what_is_complete_is_skipped_and_a_report_written(swept):
 
 def test_commands_are_printed_for_a_scheduler(tmp_path):
   done = cli.run(
-    "--mode=sweep", "--sweep_print", f"{cli.GLYPHS}:method=full",
-    "--config.seed=0|1|2", f"--workdir={tmp_path / 'a b'}",
+    "--config.seed=0|1|2", "--mode=sweep", "--sweep_print",
+    f"{cli.GLYPHS}:method=full", f"--workdir={tmp_path / 'a b'}",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
