@@ -137,6 +137,7 @@ def step_flops(
   *,
   adversarial: float | int = 1.0,
   needs_clean: bool = False,
+  gradients: int = 1,
 ) -> int:
   """FLOPs per image of a step of adversarial training.
 
@@ -147,12 +148,14 @@ def step_flops(
     adversarial: the share of images that are attacked, see `losses.Objective`.
     needs_clean: whether the clean images are trained on beside the attacked
       ones, whose attack is then led by the clean logits (TRADES).
+    gradients: by the trained leaves; two with AWP.
   """
   attack = adversarial * attack_flops(one, passes)
   update = one.update.flops
   if needs_clean:
-    update += one.update.flops + one.forward
-  return round(attack) + update
+    update += one.update.flops
+    attack += one.forward
+  return round(attack) + gradients * update
 
 
 def evaluation_flops(one: Cost, passes: tuple[int, int]) -> int:

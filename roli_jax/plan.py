@@ -188,6 +188,7 @@ def _flops(parts: Planned, stage: Stage) -> int:
     parts.inner_attack(stage.name, criterion.surrogate).passes,
     adversarial=criterion.adversarial,
     needs_clean=criterion.needs_clean,
+    gradients=2 if section.get("awp", {}).get("gamma") else 1,
   )
   every = section["val_every"] or stage.epoch_steps
   validated = (math.ceil(stage.num_steps / every) + 1) * facts.val

@@ -85,9 +85,10 @@ def test_what_is_chosen_is_the_best_on_validation(whole, family):
 
 def test_every_ensemble_has_all_tests(whole):
   _, _, rows = whole
-  for stage in ("adapt", "wise_ft", "output", "vrf"):
+  for stage in ("adapt", "wise_ft", "vrf"):
     corrupted = record.where(rows, stage=stage, norm="severity", eps=5.0)
     assert len(corrupted) == 5 and {r["n"] for r in corrupted} == {40}
+  assert len(record.where(rows, stage="output", split="test")) == 2
 
 
 def test_no_frontier_is_drawn_of_what_has_no_alpha(whole):

@@ -268,6 +268,7 @@ def test_a_step_is_its_passes():
   assert half == 150 // 2 + 30
   assert cost.step_flops(one, (0, 0), adversarial=0.0) == 30
   assert cost.step_flops(one, (8, 7), needs_clean=True) == 150 + 10 + 60
+  assert cost.step_flops(one, (8, 7), gradients=2) == 150 + 60
   assert cost.evaluation_flops(one, (21, 20)) == 20 * 20 + 10 + 20
 
 
