@@ -1,5 +1,6 @@
 """Many runs side by side, paired by seed, and what one run compares beside."""
 
+import re
 import statistics
 from collections.abc import Sequence
 
@@ -30,25 +31,35 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def lines_of(rows: Sequence[Row]) -> dict[str, tuple[Group, list[Row]]]:
-  """What is compared, by name, of each run; probes that are shared once."""
+  """What is compared, by name: runs that differ in their seed are one.
+
+  A probe that several share stands once.
+  """
+  by_name: dict[str, list[Row]] = {}
+  for row in rows:
+    by_name.setdefault(re.sub(r"-?\bseed=\d+", "", row["run"]), []).append(row)
   found: dict[str, tuple[Group, list[Row]]] = {}
   seen = set()
-  for run in dict.fromkeys(row["run"] for row in rows):
+  for run, of_run in by_name.items():
     groups = {
       group: own
-      for group, own in by_group(record.where(rows, run=run)).items()
+      for group, own in by_group(of_run).items()
       if not is_member(group)
     }
     adapted = [group for group in groups if group.stage != "probe"]
     for group, own in groups.items():
       if group.stage != "probe":
-        name = run if len(adapted) == 1 else f"{run}: {group.name}"
+        alone = run and len(adapted) == 1
+        name = run if alone else f"{run}: {group.name}".removeprefix(": ")
       elif group in seen:
         continue
       else:
         name = group.name
       seen.add(group)
-      found[f"{name}, {group.weights}" if name in found else name] = group, own
+      for field in ("weights", "train_size", "steps", "lr"):
+        if name in found:
+          name = f"{name}, {field} {getattr(group, field)}"
+      found[name] = group, own
   return found
 
 
@@ -103,12 +114,11 @@ def differences(rows: Sequence[Row]) -> Table:
   tests = record.where(rows, split="test")
   if not tests:
     return Table("", (), ())
-  found = {
-    name: own
-    for name, (group, own) in lines_of(tests).items()
-    if group.stage != "probe"
-  }
-  first, *others = found
+  every = lines_of(tests)
+  adapted = [name for name, (of, _) in every.items() if of.stage != "probe"]
+  names = adapted or list(every)
+  found = {name: every[name][1] for name in names}
+  first, *others = names
   lines = []
   for name in others:
     for said, kind in kinds(tests).items():
@@ -195,18 +205,17 @@ def corruptions(rows: Sequence[Row]) -> Table:
 
 def validation(rows: Sequence[Row]) -> Table:
   """Validation accuracies, by which a sweep's parameters are chosen."""
-  held = [
-    row for row in record.where(rows, split="val") if row["stage"] != "probe"
-  ]
+  held = record.where(rows, split="val")
   both = [CLEAN, *attacks(held)[:1]]
   lines = [
-    (name, f"{group.lr:g}", str(len({row["seed"] for row in own})),
-     *(spread(by_seed(own, kind).values()) for kind in both))
-    for run in dict.fromkeys(row["run"] for row in held)
-    for group, own in by_group(record.where(held, run=run)).items()
-    if not is_member(group)
-    for name in [run if group.stage == "adapt" else f"{run}: {group.name}"]
-  ]  # fmt: skip
+    (
+      name,
+      f"{group.lr:g}",
+      str(len({row["seed"] for row in own})),
+      *(spread(by_seed(own, kind).values()) for kind in both),
+    )
+    for name, (group, own) in lines_of(held).items()
+  ]
   return Table(
     "Validation accuracy: percent, mean ± SD of seeds",
     ("run", "lr", "seeds", *(kind.name for kind in both)),

@@ -203,7 +203,7 @@ def _workdir() -> pathlib.Path:
     return pathlib.Path(flags.FLAGS.workdir)
   file, _, arg = _given(sys.argv, "config").partition(":")
   name = "-".join([pathlib.Path(file).stem, *filter(None, arg.split(","))])
-  if flags.FLAGS.mode == "sweep":
+  if _given(sys.argv, "mode") == "sweep":
     name = "sweep-" + re.sub(r"[^\w.=,-]+", "_", name)
   return pathlib.Path("runs", name)
 

@@ -165,10 +165,10 @@ def test_an_attack_on_one_model_overstates_what_both_withstand():
   both = ensembles.output_space(predict, predict)
   attack = attacks.build("pgd", ThreatModel("linf", 0.2), num_steps=20)
   whole = evaluate.run(
-    both, images, labels, attack, params=(first, second, np.float32(0.5))
+    both, images, labels, attack, params=(first, second, jnp.float32(0.5))
   )
   one = evaluate.run(predict, images, labels, attack, params=second)
-  judged = both((first, second, np.float32(0.5)), one.adv)
+  judged = both((first, second, jnp.float32(0.5)), one.adv)
   still = (np.asarray(judged).argmax(-1) == labels).mean()
   assert whole.robust.mean() <= still
 

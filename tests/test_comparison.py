@@ -53,6 +53,18 @@ def test_each_run_is_a_line_and_a_shared_probe_one():
   assert table.rows[2][3:] == ("95.0 ± 0.0", "73.0 ± 1.0", "50.0 ± 0.0")
 
 
+def test_runs_that_differ_in_their_seed_alone_are_one_line():
+  each = [
+    {**row, "run": f"lr=0.1-seed={row['seed']}"}
+    for row in rows()
+    if row["run"] == "recipe=adamw"
+  ]
+  table = comparison.accuracies(each)
+  assert [line[:3] for line in table.rows] == [
+    ("full probe (RoLI)", "0.003", "3"), ("lr=0.1", "0.003", "3"),
+  ]  # fmt: skip
+
+
 def test_differences_are_paired_by_seed():
   table = comparison.differences(rows())
   robust = next(line for line in table.rows if line[1].startswith("PGD"))
@@ -77,6 +89,12 @@ def test_validation_is_what_parameters_are_chosen_by():
   table = comparison.validation(rows())
   assert [line[0] for line in table.rows] == ["recipe=adamw", "recipe=ftp"]
   assert table.rows[1][-1].startswith("82.0")
+
+
+def test_rates_of_one_run_are_lines_of_their_own():
+  faster = [{**row, "lr": 0.01} for row in rows() if row["stage"] == "adapt"]
+  table = comparison.validation([*rows(), *faster])
+  assert len(table.rows) == 4 and len({line[:2] for line in table.rows}) == 4
 
 
 def test_figures_are_drawn_from_the_rows(tmp_path):
