@@ -2,7 +2,7 @@
 
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from roli_jax import metrics, record
 from roli_jax.groups import (
@@ -30,17 +30,23 @@ def tables(rows: Sequence[Row]) -> list[Table]:
   return [table for table in made if table.rows]
 
 
+def runs(rows: Iterable[Row]) -> dict[str, list[Row]]:
+  """Rows by the name of their run, without its seed."""
+  found: dict[str, list[Row]] = {}
+  for row in rows:
+    name = re.sub(r"-?\bseed=\d+", "", row["run"])
+    found.setdefault(name, []).append(row)
+  return found
+
+
 def lines_of(rows: Sequence[Row]) -> dict[str, tuple[Group, list[Row]]]:
   """What is compared, by name: runs that differ in their seed are one.
 
   A probe that several share stands once.
   """
-  by_name: dict[str, list[Row]] = {}
-  for row in rows:
-    by_name.setdefault(re.sub(r"-?\bseed=\d+", "", row["run"]), []).append(row)
   found: dict[str, tuple[Group, list[Row]]] = {}
   seen = set()
-  for run, of_run in by_name.items():
+  for run, of_run in runs(rows).items():
     groups = {
       group: own
       for group, own in by_group(of_run).items()
@@ -145,18 +151,20 @@ def differences(rows: Sequence[Row]) -> Table:
 def frontier(rows: Sequence[Row]) -> Table:
   """Ensembles of a stage and what it started from, at every alpha."""
   tests = record.where(rows, split="test")
-  groups = {g: of for g, of in by_group(tests).items() if is_member(g)}
   both = (CLEAN, *attacks(tests)[:1])
   lines = [
     (
+      f"{run}: {group.method}, {group.weights}",
       *group.stage.split("-"),
       *(spread(by_seed(own, kind).values()) for kind in both),
     )
-    for group, own in groups.items()
+    for run, of_run in runs(tests).items()
+    for group, own in by_group(of_run).items()
+    if is_member(group)
   ]
   return Table(
     "Ensembles by alpha: percent, mean ± SD of seeds",
-    ("ensemble", "alpha", *(kind.name for kind in both)),
+    ("of", "ensemble", "alpha", *(kind.name for kind in both)),
     lines,
     "alpha 0: what the stage started from; 1: what it ended at.",
   )
@@ -166,8 +174,8 @@ def expected(rows: Sequence[Row]) -> Table:
   """Expected robustness, where accuracy was measured at several radii."""
   tests = record.where(rows, split="test")
   lines = []
-  for run in dict.fromkeys(row["run"] for row in tests):
-    for curve, points in curved(record.where(tests, run=run)).items():
+  for run, of_run in runs(tests).items():
+    for curve, points in curved(of_run).items():
       radii = sorted(points)
       if not radii[0] and not is_member(curve.group):
         value = metrics.expected_robustness(radii, [points[e] for e in radii])

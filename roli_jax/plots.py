@@ -114,36 +114,37 @@ def _runs(tests):
 
 def _frontier(tests):
   """Clean against robust accuracy of ensembles, over all alphas."""
-  groups = by_group(tests)
-  if not any(map(is_member, groups)):
+  main = attacks(tests)[:1]
+  lines: dict[str, dict[float, tuple[float, float]]] = {}
+  stars: dict[str, tuple[float, float]] = {}
+  for run, of_run in comparison.runs(tests).items():
+    for group, own in by_group(of_run).items():
+      family, _, alpha = group.stage.partition("-")
+      if is_member(group) or family == "vrf":
+        clean, robust = (
+          100 * statistics.mean(by_seed(own, kind).values())
+          for kind in (CLEAN, *main)
+        )
+        name = f"{family}, {group.method} {group.weights} {run}"
+        if alpha:
+          lines.setdefault(name, {})[float(alpha)] = clean, robust
+        else:
+          stars[name] = clean, robust
+  if not lines:
     return None
-  main = attacks(tests)[0]
-
-  def point(group):
-    return [
-      100 * statistics.mean(by_seed(groups[group], kind).values())
-      for kind in (CLEAN, main)
-    ]
-
   figure = _figure(6, 4.6)
   axis = figure.subplots()
-  families: dict[str, list[Any]] = {}
-  for group in groups:
-    if is_member(group):
-      family, _, alpha = group.stage.partition("-")
-      families.setdefault(family, []).append((float(alpha), point(group)))
-  for family, members in families.items():
-    points = [at for _, at in sorted(members)]
-    axis.plot(*zip(*points, strict=True), "o-", markersize=4, label=family)
-  for alpha, at in sorted(next(iter(families.values()))):
-    if alpha in (0, 1):
-      said = "probe" if alpha == 0 else "fine-tuned"
-      axis.annotate(said, at, fontsize=8, xytext=(4, -10),
+  for name, points in lines.items():
+    at = [points[alpha] for alpha in sorted(points)]
+    axis.plot(*zip(*at, strict=True), "o-", markersize=4, label=name)
+    for alpha, said in ((0, "probe"), (1, "fine-tuned")):
+      axis.annotate(said, points[alpha], fontsize=8, xytext=(4, -10),
                     textcoords="offset points")  # fmt: skip
-  singles = [g for g in groups if g.stage == "vrf"]
-  for group in singles[:1]:
-    axis.plot(*point(group), "*", color="black", markersize=12, label="vrf")
-  axis.set(xlabel="clean accuracy, %", ylabel=f"accuracy under {main.name}, %")
+  for name, point in stars.items():
+    axis.plot(*point, "*", markersize=12, label=name)
+  axis.set(
+    xlabel="clean accuracy, %", ylabel=f"accuracy under {main[0].name}, %"
+  )
   axis.legend(fontsize=8)
   return figure
 

@@ -74,10 +74,11 @@ def test_differences_are_paired_by_seed():
 
 def test_a_frontier_has_a_table_of_its_own():
   table = comparison.frontier(rows())
-  assert [line[:2] for line in table.rows] == [
-    ("wise_ft", "0"), ("wise_ft", "0.5"), ("wise_ft", "1"),
+  of = "recipe=adamw: full, robust"
+  assert [line[:3] for line in table.rows] == [
+    (of, "wise_ft", "0"), (of, "wise_ft", "0.5"), (of, "wise_ft", "1"),
   ]  # fmt: skip
-  assert table.rows[1][3] == "65.0"
+  assert table.rows[1][4] == "65.0"
 
 
 def test_corruptions_are_means_over_severities():
