@@ -91,6 +91,7 @@ def _runs(tests):
   figure = _figure(8, 1.6 + 0.45 * len(lines))
   axis = figure.subplots()
   for i, (name, kind) in enumerate(kinds.items()):
+    label = name
     for y, (_, own) in enumerate(lines.values()):
       values = [100 * x for x in comparison.values(own, kind).values()]
       if values:
@@ -102,8 +103,9 @@ def _runs(tests):
           color=f"C{i}",
           markersize=5,
           capsize=2,
-          label=name if y == 0 else None,
+          label=label,
         )
+        label = ""
   axis.set_yticks(range(len(lines)), list(lines), fontsize=8)
   axis.invert_yaxis()
   axis.grid(axis="x", alpha=0.3)
