@@ -45,6 +45,15 @@ def data(name: str, train_size: int, **changes) -> dict:
   }
 
 
+def mesh() -> dict:
+  """How devices share the work; docs/scaling.md.
+
+  Of `rules` each is a pattern of paths and the axis, `data` or `model`, that
+  splits the leaves there: (".*", "data") for all (FSDP). None: copies.
+  """
+  return {"model": 1, "rules": ()}  # devices along the axis model
+
+
 def recipes() -> dict:
   """What the field adds to adversarial fine-tuning: changes to `adapt` by name.
 

@@ -22,6 +22,7 @@ def get_config(text: str = "") -> ConfigDict:
     {
       "seed": 0,
       "cpu_devices": common.CPU_DEVICES,
+      "mesh": common.mesh(),
       "data": common.data("letters", 74_000),
       "backbone": common.backbone(arg.backbone, ""),
       "head_init": "small",

@@ -164,6 +164,7 @@ def get_config(text: str = "") -> ConfigDict:
       # this one plus k.
       "seed": 0,
       "cpu_devices": common.CPU_DEVICES,
+      "mesh": common.mesh(),
       "data": common.data(arg.dataset, 200),
       "backbone": common.backbone(arg.backbone, "robust"),
       "head_init": "kaiming_fan_out",

@@ -136,6 +136,7 @@ def get_config(text: str = "") -> ConfigDict:
     {
       "seed": 0,
       "cpu_devices": 1,
+      "mesh": common.mesh(),
       "data": common.data(arg.dataset, 0),
       "backbone": backbone,
       # The nearest to PyTorch's own, U(+-1 / sqrt(d)), which the Guide has.

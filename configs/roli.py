@@ -151,6 +151,7 @@ def get_config(text: str = "", dataset: str = "cub") -> ConfigDict:
     {
       "seed": 0,
       "cpu_devices": 1,
+      "mesh": common.mesh(),
       "data": common.data(arg.dataset, 0),
       "backbone": common.backbone(arg.backbone, "ares", origin),
       "head_init": "kaiming_fan_out",

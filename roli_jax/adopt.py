@@ -7,7 +7,7 @@ import shutil
 
 from absl import logging
 
-from roli_jax import checkpoint, record, workdir
+from roli_jax import checkpoint, processes, record, workdir
 from roli_jax.parts import Parts
 from roli_jax.table import Stage
 
@@ -27,6 +27,8 @@ def probe(
 ) -> None:
   """Copies the probe from a run beside this one that has trained the same.
 
+  Of several processes the first looks and copies.
+
   Args:
     parts: of this run.
     stage: the probe.
@@ -34,8 +36,12 @@ def probe(
     log: of its training, which gets the probe's rows.
   """
   directory = checkpoint.directory(path, stage)
-  if directory.exists():
-    return
+  if processes.leads() and not directory.exists():
+    _copy(parts, stage, path, directory, log)
+  processes.wait("adoption")
+
+
+def _copy(parts, stage, path, directory, log):
   for file in sorted(path.absolute().parent.glob("*/config.json")):
     other = file.parent
     try:

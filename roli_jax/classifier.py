@@ -74,7 +74,7 @@ class Classifier:
     for _, real, bucket in self._buckets(*arrays):
       draws = DRAWS if self.stochastic else 1
       out = _judge(self.fn, self.mesh, draws, self.params, key, *bucket)
-      parts.append([np.asarray(x)[real] for x in out])
+      parts.append([x[real] for x in sharding.fetch(out)])
     right, margin, logits = map(np.concatenate, zip(*parts, strict=True))
     return right, margin, logits
 
@@ -91,7 +91,7 @@ class Classifier:
       found = _attack(
         self.fn, self.mesh, self.dtype, attack, self.params, key, *bucket
       )
-      yield rows, np.asarray(found)[real], int((~real).sum())
+      yield rows, sharding.fetch(found)[real], int((~real).sum())
 
   def _buckets(self, *arrays) -> Iterator[tuple[slice, np.ndarray, Any]]:
     """The arrays in pieces of two sizes; the last is padded with copies."""
@@ -103,7 +103,7 @@ class Classifier:
       at = start + np.arange(size)
       piece = tuple(a[np.minimum(at, n - 1)] for a in arrays)
       rows = slice(start, min(start + size, n))
-      yield rows, at < n, sharding.put(piece, self.mesh)
+      yield rows, at < n, sharding.spread(piece, self.mesh)
       start += size
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from roli_jax import data, ensembles, record, score, specs, step
+from roli_jax import data, ensembles, record, score, sharding, specs, step
 from roli_jax.parts import Parts, Variables
 from roli_jax.table import Stage
 
@@ -49,7 +49,9 @@ def check(parts: Parts, stages: Iterable[Stage]) -> None:
   for name in names:
     specs.choose(FAMILIES, name, "ensemble")
   for stage in stages:
-    adds = stage.start and jax.tree.leaves(parts.like(stage).params.peft)
+    adds = stage.start and jax.tree.leaves(
+      parts.program(stage).like.params.peft
+    )
     if "wise_ft" in names and adds:
       raise ValueError(
         f"wise_ft mixes the weights of a probe and of {stage.cell}, and"
@@ -165,7 +167,7 @@ def _in_batches(fn, source: data.Source, size: int = 256) -> Any:
   """What a function says of all of a split's images."""
   rows = np.arange(len(source))
   said = [
-    jax.device_get(fn(source.pixels(rows[start : start + size])))
+    sharding.fetch(fn(source.pixels(rows[start : start + size])))
     for start in range(0, len(rows), size)
   ]
   return jax.tree.map(lambda *x: np.concatenate(x), *said)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from roli_jax import workdir
+from roli_jax import processes, workdir
 
 
 class Journal:
@@ -46,7 +46,7 @@ class Journal:
 
   def add(self, name: str, **arrays: Any) -> None:
     """Another entry of that name."""
-    if self.path is None:
+    if self.path is None or not processes.leads():
       return
     count = len(list(self.path.glob(f"{name}-*.npz")))
     partial = self.path / f"{name}.partial"

@@ -29,6 +29,9 @@ Attacks: fgsm, pgd, apgd_ce, apgd_dlr, apgd_t, fab, fab_t, square, autoattack,
 autoattack_plus, autoattack_rand, autoattack_fast (not standard), curve.
 
 A run that was killed goes on when the same command is given again.
+
+On several hosts each gets the same command. TPU pods and Slurm tell them who
+they are; otherwise add --coordinator=HOST:PORT --num_processes=N --process=K.
 """
 
 import os
@@ -90,6 +93,9 @@ def _define(argv: list[str], mode: str) -> None:
   flags.DEFINE_enum("mode", "train", MODES, "What to do.")
   flags.DEFINE_string("workdir", "", "The run's directory.")
   flags.DEFINE_bool("sweep_print", False, "Prints the commands of a sweep.")
+  flags.DEFINE_string("coordinator", "", "HOST:PORT of a run's process 0.")
+  flags.DEFINE_integer("num_processes", 0, "How many processes a run has.")
+  flags.DEFINE_integer("process", -1, "Which of them this is, from 0.")
   if mode == "sweep":
     return  # its cells have configs
   source = _given(argv, "config")
@@ -209,8 +215,10 @@ def _workdir() -> pathlib.Path:
 
 
 def _prepare_jax(config: dict[str, Any], path: pathlib.Path) -> None:
-  """Keeps compiled programs beside the run, and splits a CPU if asked to."""
+  """Compiled programs beside the run, a CPU split, other processes joined."""
   import jax
+
+  from roli_jax import processes
 
   given = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   if not (given or os.environ.get("JAX_NUM_CPU_DEVICES")):
@@ -219,6 +227,8 @@ def _prepare_jax(config: dict[str, Any], path: pathlib.Path) -> None:
     cache = path.absolute().parent / ".jax_cache"
     jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+  told = flags.FLAGS
+  processes.connect(told.coordinator, told.num_processes, told.process)
 
 
 def _resolve(words: Sequence[str]) -> dict[str, Any]:
@@ -272,16 +282,19 @@ def _run_one(mode: str) -> None:
   _use_own_defaults(config)
   _prepare_jax(config, path)
   if mode == "train":
-    from roli_jax import report, tabular, train
+    from roli_jax import processes, report, tabular, train
 
     if not train.run(config, path):
       raise ValueError(f"the run ended before it had results; see {path}")
-    tabular.show(report.write(path))
-    print(f"Written to {path}: report.md, figures/, results.jsonl.")
+    if processes.leads():
+      tabular.show(report.write(path))
+      print(f"Written to {path}: report.md, figures/, results.jsonl.")
   elif mode == "evaluate":
-    from roli_jax import comparison, report, tabular, train
+    from roli_jax import comparison, processes, report, tabular, train
 
     rows = train.evaluate(config, path)
+    if not processes.leads():
+      return
     made = [report.accuracies(rows), comparison.corruptions(rows)]
     tabular.show(table for table in made if table.rows)
   elif mode == "report":

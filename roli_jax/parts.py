@@ -49,6 +49,7 @@ class Program:
     attack: that finds the images to train on.
     tx: the optimizer; its state holds the learning rate.
     step: `(state, batch, key) -> (state, counts)`, jitted; donates its state.
+    like: the state's shapes, where the config's rules put them.
   """
 
   method: peft.Method
@@ -56,6 +57,7 @@ class Program:
   attack: attacks.Attack
   tx: optax.GradientTransformationExtraArgs
   step: Callable[..., tuple[state.TrainState, Counts]]
+  like: state.TrainState
 
 
 class Parts:
@@ -63,7 +65,8 @@ class Parts:
 
   Attributes:
     config: any nested mapping with the fields of `configs/glyphs_roli.py`.
-    mesh: of all devices.
+    mesh: of all devices, as the config splits them.
+    rules: where the leaves of a stage's state lie, for `sharding.ruled`.
     threat: of training and, unless another radius is asked for, of tests.
     data: the three splits of the data set, each read when first asked for.
     compat: the switches of `compat.SWITCHES`.
@@ -73,7 +76,9 @@ class Parts:
   def __init__(self, config: Mapping[str, Any], diagnoses: bool = False):
     self.config = config
     self.diagnoses = diagnoses
-    self.mesh = sharding.mesh()
+    # Runs of before there were meshes say nothing of them.
+    spec = {"model": 1, "rules": (), **config.get("mesh", {})}
+    self.mesh, self.rules = sharding.mesh(spec["model"]), spec["rules"]
     self.threat = ThreatModel(
       config["threat"]["norm"], eps=specs.number(config["threat"]["eps"])
     )
@@ -278,19 +283,6 @@ class Parts:
     dtype = self.config["backbone"].get("dtype", "float32")
     return specs.choose(known, dtype, "backbone.dtype")
 
-  def like(self, stage: Stage) -> state.TrainState:
-    """The shapes of the stage's state, on every device."""
-    program = self.program(stage)
-
-    def fresh(key):
-      params, stats = self.model(stage).init(key)
-      trains = program.method.trains(params)
-      start = program.criterion.start
-      return state.create(params, stats, trains, program.tx, start)
-
-    shapes = jax.eval_shape(fresh, keys.root(0))
-    return sharding.shaped(shapes, self.mesh)
-
   def _zeroshot(self, weights):
     """The weights with the head of prompts that they came with."""
     bundle = self._bundle(weights, keeps_head=True)
@@ -374,7 +366,6 @@ class Parts:
         f" {name}.loss.name={loss} with method={method.name}"
       )
     params, stats = jax.eval_shape(model.init, keys.root(0))
-    jax.eval_shape(criterion.start, params, stats)  # may refuse the model
     tx = optim.build(
       self.optimizer(name, head),
       method.labels(params),
@@ -391,14 +382,25 @@ class Parts:
       step.WeightAttack(**section.get("awp", {})),
       num_steps,
     )
+
+    def fresh(params, stats):
+      trains = method.trains(params)
+      return state.create(params, stats, trains, tx, criterion.start)
+
+    like = sharding.ruled(
+      jax.eval_shape(fresh, params, stats),
+      self.mesh,
+      self.rules,
+    )
     everywhere = sharding.replicated(self.mesh)
+    places = jax.tree.map(lambda x: x.sharding, like)
     jitted = jax.jit(
       train_step,
-      in_shardings=(everywhere, sharding.split(self.mesh), everywhere),
-      out_shardings=everywhere,
+      in_shardings=(places, sharding.split(self.mesh), everywhere),
+      out_shardings=(places, everywhere),
       donate_argnums=0,
     )
-    return Program(method, criterion, attack, tx, jitted)
+    return Program(method, criterion, attack, tx, jitted, like)
 
 
 class _Splits(dict[str, data.Source]):
@@ -420,8 +422,9 @@ def _check_section(name, section, criterion, mesh):
       f" {section['val_every']} and {section['log_every']}"
     )
   sharding.check_batch(section["batch_size"], mesh)
-  if criterion.adversarial == 0.5 and section["batch_size"] % (2 * mesh.size):
+  parts = mesh.shape["data"]
+  if criterion.adversarial == 0.5 and section["batch_size"] % (2 * parts):
     raise ValueError(
       "half_at needs an even number of images on each device, got"
-      f" {name}.batch_size={section['batch_size']} for {mesh.size} devices"
+      f" {name}.batch_size={section['batch_size']} for {parts} devices"
     )

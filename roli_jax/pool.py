@@ -165,10 +165,10 @@ def run(
     )
     state = pool[1]
     taken, found, done = (
-      np.asarray(x)[slots] for x in (state.i, state.found, state.done)
+      x[slots] for x in sharding.fetch((state.i, state.found, state.done))
     )
     new = int((taken - steps).sum())
-    counts = np.asarray(counts)
+    counts = sharding.fetch(counts)
     work.add(new, int(counts.sum()) * (size // len(counts)) - new,
              attack.step_passes)  # fmt: skip
     steps = taken
@@ -178,7 +178,7 @@ def run(
       claims = ended[found[ended]]
       adv = of.images[rows[ended]].copy()
       if len(claims):
-        adv[found[ended]] = np.asarray(state.adv)[slots[claims]]
+        adv[found[ended]] = sharding.fetch(state.adv)[slots[claims]]
       told = Ended(rows[ended], jobs[ended], found[ended], adv,
                    (taken < attack.length)[ended])  # fmt: skip
       broke, goes_on = settle(told)
@@ -233,11 +233,11 @@ def _filled(on, attack, of, key, pool, size, places, rows, jobs, slots, again,
   fresh[starts] = True
   news = _news(attack, of, size, starts, rows[len(rows) - num_fresh :],
                jobs[len(jobs) - num_fresh :])  # fmt: skip
-  if pool is None:
-    pool = _empty(_of_a_job(attack), key, news)
   used = np.zeros(size, bool)
   used[places] = True
-  arrays = sharding.put((order, retract, fresh, used, news), on.mesh)
+  arrays = sharding.spread((order, retract, fresh, used, news), on.mesh)
+  if pool is None:
+    pool = _empty(_of_a_job(attack), key, arrays[-1])
   return _pack(on.mesh, _of_a_job(attack), key, pool, *arrays)
 
 

@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
+from roli_jax import processes
+
 Update = Callable[..., None]
 
 
@@ -33,7 +35,7 @@ def bar(description: str, total: int, start: int = 0) -> Iterator[Update]:
     *columns,
     console=rich.console.Console(stderr=True),
     transient=True,
-    disable=not sys.stderr.isatty(),
+    disable=not (sys.stderr.isatty() and processes.leads()),
   ) as shown:
     task = shown.add_task(description, total=total, completed=start, said="")
 

@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from roli_jax import processes
+
 FIELDS = (
     "run", "cell", "stage", "init", "head_init", "method", "backbone",
     "weights", "data", "train_size", "lr", "steps", "split", "attack",
@@ -21,7 +23,8 @@ class Record:
   """An append-only file of rows, in which no row stands twice.
 
   Two rows are the same if they agree in all but what they say. A line that a
-  killed process left unfinished is dropped when the file is next opened.
+  killed process left unfinished is dropped when the file is next opened. Of
+  several processes the first writes; all know the rows.
   """
 
   def __init__(
@@ -34,7 +37,7 @@ class Record:
     self._fields = fields
     self._said = said
     whole, torn = _lines(path)
-    if torn:
+    if torn and processes.leads():
       with path.open("rb+") as file:
         file.truncate(sum(len(line) for line in whole))
     self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole]
@@ -50,8 +53,9 @@ class Record:
     whole = {field: _plain(row.get(field)) for field in self._fields}
     if self._key(whole) in self._known:
       return
-    with self.path.open("a", encoding="utf-8") as file:
-      file.write(json.dumps(whole) + "\n")
+    if processes.leads():
+      with self.path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(whole) + "\n")
     self.rows.append(whole)
     self._known.add(self._key(whole))
 

@@ -20,7 +20,9 @@ from roli_jax import (
   diagnosis,
   evaluate,
   keys,
+  processes,
   record,
+  sharding,
   specs,
   step,
   trees,
@@ -211,15 +213,16 @@ def examples(
     said = [logits_fn(x).argmax(-1) for x in (images, adv)]
     return adv, *said
 
-  adv, clean_said, adv_said = look(few.pixels(), few.labels, few.indices)
+  found = look(few.pixels(), few.labels, few.indices)
+  adv, clean_said, adv_said = sharding.fetch(found)
   return {
     "cell": stage.cell,
     "eps": attack.threat.eps,
     "images": few.pixels(),
     "labels": few.labels,
-    "adv": np.asarray(adv),
-    "clean_said": np.asarray(clean_said),
-    "adv_said": np.asarray(adv_said),
+    "adv": adv,
+    "clean_said": clean_said,
+    "adv_said": adv_said,
   }
 
 
@@ -379,6 +382,8 @@ def _diagnosis(parts, predict, variables, stage, test):
 
 def _keep(folder, about, eps, result, found, with_images):
   """The summary of a result, its flags, and its images if asked for."""
+  if not processes.leads():
+    return
   images = {"adv": result.adv} if with_images else {}
   np.savez_compressed(
     folder / "result.npz",

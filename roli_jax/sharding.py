@@ -1,15 +1,41 @@
-"""Where arrays live: batches split over the devices, parameters on each."""
+"""Where arrays live: which device of which process holds what.
 
+Batches are split over the mesh's axis `data`. Parameters and what the optimizer
+keeps of them are on each device, unless rules split them over `data` (FSDP) or
+`model` (as Megatron does). The same program runs on one device, on those of one
+process, and on those of several.
+"""
+
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from roli_jax import trees
 
-def mesh() -> Mesh:
-  """All devices, along the axis `data`."""
-  return Mesh(np.array(jax.devices()), ("data",))
+AXES = ("data", "model")
+
+# A pattern of paths, and how the leaves there are split: over an axis, along
+# the largest dimension that it divides, or an axis or None for each dimension.
+Rule = tuple[str, str | tuple[str | None, ...]]
+
+
+def mesh(model: int = 1) -> Mesh:
+  """All devices, so many of them along `model`, the rest along `data`.
+
+  Raises:
+    ValueError: that number doesn't divide them.
+  """
+  devices = np.array(jax.devices())
+  if model < 1 or devices.size % model:
+    raise ValueError(
+      f"mesh.model must divide the {devices.size} devices, got {model}"
+    )
+  return Mesh(devices.reshape(-1, model), AXES)
 
 
 def replicated(over: Mesh) -> NamedSharding:
@@ -18,21 +44,95 @@ def replicated(over: Mesh) -> NamedSharding:
 
 
 def split(over: Mesh) -> NamedSharding:
-  """Equal parts of the leading axis, one a device."""
+  """Equal parts of the leading axis along `data`."""
   return NamedSharding(over, PartitionSpec("data"))
+
+
+def ruled(shapes: Any, over: Mesh, rules: Sequence[Rule] = ()) -> Any:
+  """The shapes as those of arrays that lie as the rules say.
+
+  The first rule counts whose pattern matches the end of a leaf's path, from a
+  `/` on: the averages of an optimizer lie as the parameters they are of. What
+  no rule names is on each device, and so is a leaf that has no dimension for
+  an axis given alone.
+
+  Example:
+    >>> ((".*", "data"),)  # FSDP
+    >>> (("mlp/fc1/kernel", (None, "model")), ("mlp/fc2/kernel", "model"))
+
+  Raises:
+    ValueError: a rule that can't be: no such axis, or a dimension that the
+      axis doesn't divide.
+  """
+  sizes = dict(over.shape)
+  patterns = [
+    (re.compile(rf"(?:.*/)?(?:{pattern})"), axes) for pattern, axes in rules
+  ]
+  for pattern, axes in rules:
+    for axis in (axes,) if isinstance(axes, str) else axes:
+      if axis is not None and axis not in sizes:
+        raise ValueError(
+          f"mesh.rules: {pattern!r} names the axis {axis!r}; there are"
+          f" {', '.join(sizes)}"
+        )
+
+  def spec(name, shape):
+    for pattern, axes in patterns:
+      if pattern.fullmatch(name):
+        if isinstance(axes, str):
+          return _along(shape, axes, sizes[axes])
+        _check_divides(name, shape, axes, sizes)
+        return PartitionSpec(*axes)
+    return PartitionSpec()
+
+  return trees.map_named(
+    lambda name, x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(over, spec(name, x.shape))
+    ),
+    shapes,
+  )
+
+
+def _along(shape, axis, size):
+  """Along the largest dimension that the axis divides, the last of equals."""
+  fits = [(n, i) for i, n in enumerate(shape) if n % size == 0]
+  if not fits:
+    return PartitionSpec()
+  _, at = max(fits)
+  return PartitionSpec(*[None] * at, axis)
+
+
+def _check_divides(name, shape, axes, sizes):
+  fits = len(axes) <= len(shape) and all(
+    axis is None or n % sizes[axis] == 0
+    for n, axis in zip(shape, axes, strict=False)
+  )
+  if not fits:
+    raise ValueError(
+      f"mesh.rules: {name} has the shape {shape}, which can't be split over"
+      f" {axes} of {sizes}"
+    )
 
 
 def replicate(tree: Any, over: Mesh) -> Any:
   """The tree on every device of the mesh."""
-  return jax.device_put(tree, replicated(over))
+  return jax.tree.map(lambda x: _at(x, replicated(over)), tree)
 
 
-def shaped(shapes: Any, over: Mesh) -> Any:
-  """The shapes as those of arrays that are on every device of the mesh."""
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(over)),
-    shapes,
+def place(tree: Any, like: Any) -> Any:
+  """The tree, the same in each process, where `like` has its leaves."""
+  return jax.tree.map(lambda x, to: _at(x, to.sharding), tree, like)
+
+
+def _at(x, where):
+  is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(
+    x.dtype, jax.dtypes.prng_key
   )
+  if not is_key:
+    return jax.device_put(x, where)
+  # Keys themselves can't be put on other processes' devices.
+  data = jax.device_put(jax.random.key_data(x), where)
+  return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
 
 
 def put(batch: Any, over: Mesh) -> Any:
@@ -42,10 +142,30 @@ def put(batch: Any, over: Mesh) -> Any:
   )
 
 
+def spread(arrays: Any, over: Mesh) -> Any:
+  """Arrays that each process has, their rows split over the devices."""
+  at = split(over)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, at, lambda i: x[i]), arrays
+  )
+
+
+def fetch(tree: Any) -> Any:
+  """The whole arrays, on the host of every process."""
+
+  def whole(x):
+    if x.is_fully_addressable or x.is_fully_replicated:
+      return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.tree.map(whole, tree)
+
+
 def check_batch(batch_size: int, over: Mesh) -> None:
   """Raises a ValueError unless the devices divide the batch."""
-  if batch_size < 1 or batch_size % over.size:
+  size = over.shape["data"]
+  if batch_size < 1 or batch_size % size:
     raise ValueError(
-      f"batch_size must be a multiple of the {over.size} devices,"
-      f" got {batch_size}"
+      f"batch_size must be a multiple of the {size} devices"
+      f"{' along data' * (size < over.size)}, got {batch_size}"
     )

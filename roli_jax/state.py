@@ -8,22 +8,24 @@ import jax.numpy as jnp
 import optax
 
 from roli_jax import trees
-from roli_jax.types import Array, Int, Params, PyTree
+from roli_jax.types import Params, PyTree
 
 
 @trees.tree_class
 class TrainState:
   """All that a step reads and writes.
 
+  JAX also makes trees of this class of shapes, shardings and flags.
+
   Attributes:
-    step: steps taken in this stage.
+    step: steps taken in this stage, int32.
     params: the three trees, trained or not.
     stats: running statistics; `{}` for models without.
     opt_state: of the trained leaves only.
     memory: what the criterion keeps from step to step; `{}` for most.
   """
 
-  step: Int[Array | jax.ShapeDtypeStruct, ""]
+  step: Any
   params: Params
   stats: PyTree
   opt_state: Any

@@ -27,6 +27,7 @@ from roli_jax import (
   models,
   optim,
   peft,
+  processes,
   progress,
   record,
   report,
@@ -73,6 +74,7 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
     logging.warning("%s", warning)
   results = record.Record(path / "results.jsonl")
   log = record.Record(path / "training.jsonl", LOG_FIELDS, LOG_SAID)
+  processes.wait("records")  # that are read before they are written
   score.write_facts(parts, stages, path)
   if parts.config["data"]["name"] in data.IN_FILES:
     tabular.show(report.facts(path))
@@ -142,7 +144,7 @@ def evaluate(
         f"{directory} has a head of {model.num_classes} classes,"
         f" {config['data']['name']} has {classes}"
       )
-    like = sharding.shaped(jax.eval_shape(model.init, keys.root(0)), parts.mesh)
+    like = sharding.ruled(jax.eval_shape(model.init, keys.root(0)), parts.mesh)
     variables = checkpoint.restore(checkpoints, best_step, model=like)["model"]
   results = record.Record(path / "results.jsonl")
   chosen = score.asked(parts)
@@ -187,7 +189,7 @@ def _chosen(parts, path):
 
 def best(parts: Parts, stage: Stage, path: pathlib.Path) -> Variables:
   """The values of a stage's best checkpoint, on every device."""
-  like = parts.like(stage)
+  like = parts.program(stage).like
   directory = checkpoint.directory(path, stage)
   with checkpoint.manager(directory, reading=True) as checkpoints:
     step = checkpoints.best_step()
@@ -201,18 +203,23 @@ def _keep_weights(parts, stage, path):
   """What was pretrained, as a bundle that other configs can name."""
   model = parts.model(stage)
   file = path / f"{model.name}_{stage.weights}.safetensors"
-  if not file.exists():
-    convert.save(convert.Bundle(model, *best(parts, stage, path)), file)
+  bundle = convert.Bundle(model, *best(parts, stage, path))
+  if processes.leads() and not file.exists():
+    convert.save(bundle, file)
 
 
 def _keep_examples(parts, stages, path):
   """Examples of the last stage whose curve is drawn, or of the last one."""
   file = path / "figures" / "examples.npz"
-  if file.exists():
+  there = file.exists()
+  processes.wait("examples")  # before it is written
+  if there:
     return
   stage = ([s for s in stages if s.curve] or stages)[-1]
-  file.parent.mkdir(exist_ok=True)
+  file.parent.mkdir(parents=True, exist_ok=True)
   examples = score.examples(parts, stage, best(parts, stage, path))
+  if not processes.leads():
+    return
   partial = file.with_name("examples.partial.npz")
   np.savez(partial, **examples)
   partial.replace(file)
@@ -290,7 +297,7 @@ class Trainer:
     key = keys.stream(keys.root(self.stage.seed), self.stage.name)
     last = checkpoints.latest_step()
     if last is not None:
-      like = self.parts.like(self.stage)
+      like = self.program.like
       items = checkpoint.restore(
         checkpoints,
         last,
@@ -314,7 +321,8 @@ class Trainer:
     now = dataclasses.replace(
       now, opt_state=optim.at_rate(now.opt_state, self.stage.lr)
     )
-    now, key = sharding.replicate((now, key), self.parts.mesh)
+    now = sharding.place(now, self.program.like)
+    key = sharding.replicate(key, self.parts.mesh)
     return now, key, {"step": None, "history": [], "seconds": 0.0}
 
   def _start(self) -> Variables:
@@ -322,7 +330,7 @@ class Trainer:
     if not self.stage.start:
       return self.parts.initial(self.stage)
     params, stats = best(self.parts, self.stage.start, self.path)
-    if self.parts.like(self.stage).params.peft:
+    if self.program.like.params.peft:
       added = self.parts.initial(self.stage)[0].peft
       params = dataclasses.replace(params, peft=added)
     return params, stats

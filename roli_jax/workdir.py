@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import roli_jax
+from roli_jax import processes
 
 # What config.json says beside the config's own fields; never compared.
 _BESIDE = ("versions", "commit", "workdir")
-# What changes no number: a run may go on with another.
-_FREE = ("data.num_workers",)
+# What changes no number, or its rounding alone: a run may go on with another.
+_FREE = ("data.num_workers", "cpu_devices", "mesh")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -34,11 +35,7 @@ def claim(path: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
     write_json(file, {**ours, **_beside(path)})
     return []
   theirs = read_config(path)
-  differences = [
-    line
-    for line in _differences(theirs, ours)
-    if line.split(":")[0] not in _FREE
-  ]
+  differences = list(_differences(theirs, ours))
   if differences:
     shown = "\n".join(f"  {line}" for line in differences[:3])
     more = len(differences) - 3
@@ -93,7 +90,9 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:
-  """Writes the file whole or not at all."""
+  """Writes the file whole or not at all; of several processes the first."""
+  if not processes.leads():
+    return
   partial = file.with_name(file.name + ".partial")
   partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
   partial.replace(file)
@@ -119,6 +118,8 @@ def _differences(theirs, ours, prefix=""):
   theirs, ours = _tuples(theirs), _tuples(ours)
   for key in sorted(theirs.keys() | ours.keys()):
     a, b = theirs.get(key, "absent"), ours.get(key, "absent")
+    if prefix + key in _FREE:
+      continue
     if isinstance(a, dict) and isinstance(b, dict):
       yield from _differences(a, b, f"{prefix}{key}.")
     elif a != b:

@@ -45,7 +45,7 @@ def devices(monkeypatch):
 
   def use(k: int) -> None:
     mesh = Mesh(np.array(jax.devices()[:k]), ("data",))
-    monkeypatch.setattr(sharding, "mesh", lambda: mesh)
+    monkeypatch.setattr(sharding, "mesh", lambda *_: mesh)
 
   return use
 

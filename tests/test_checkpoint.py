@@ -49,7 +49,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path, scores, best, kept):
 
 def test_all_items_come_back(tmp_path):
   write(tmp_path, (0.1, 0.2))
-  like = sharding.shaped(jax.eval_shape(lambda: tree(0.0)), sharding.mesh())
+  like = sharding.ruled(jax.eval_shape(lambda: tree(0.0)), sharding.mesh())
   with checkpoint.manager(tmp_path, reading=True) as checkpoints:
     items = checkpoint.restore(
       checkpoints, 1, model=like, rest=(jnp.asarray(0), keys.root(0))

@@ -45,7 +45,7 @@ def whole(tmp_path_factory):
   """The run's directory, its parts and rows; few alphas, few a and b."""
   with pytest.MonkeyPatch.context() as patch:
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    patch.setattr(sharding, "mesh", lambda: mesh)
+    patch.setattr(sharding, "mesh", lambda *_: mesh)
     patch.setattr(combine, "ALPHAS", (0.0, 0.5, 1.0))
     patch.setattr(combine, "A", (0.3, 1.0))
     patch.setattr(combine, "B", (0.3,))

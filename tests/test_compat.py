@@ -38,7 +38,7 @@ from tests.contracts.test_methods import filled, net, noisy, quickly
 def _one_device():
   one = Mesh(np.array(jax.devices()[:1]), ("data",))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, "mesh", lambda: one)
+    patch.setattr(sharding, "mesh", lambda *_: one)
     yield
 
 
@@ -481,7 +481,7 @@ def test_the_second_stage_starts_at_the_firsts_function(
   x = parts.data["val"].pixels(slice(0, 16))
   got = jax.jit(parts.model(stage).logits)(*start, x)
   np.testing.assert_array_equal(got, jax.jit(old.model(probe).logits)(*end, x))
-  assert parts.like(stage).params.peft
+  assert parts.program(stage).like.params.peft
 
 
 def test_what_no_probe_hangs_on_leaves_it_to_other_runs(setup, probed):

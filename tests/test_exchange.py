@@ -201,7 +201,7 @@ def finished(tmp_path_factory):
   )
   one = Mesh(np.array(jax.devices()[:1]), ("data",))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, "mesh", lambda: one)
+    patch.setattr(sharding, "mesh", lambda *_: one)
     train.run(config.to_dict(), folder / "run")
     yield folder, config.to_dict()
 

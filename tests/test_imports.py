@@ -8,7 +8,7 @@ import sys
 import pytest
 
 FLOORS = (
-  ("trees", "keys", "specs", "types"),
+  ("trees", "keys", "specs", "types", "processes"),
   (
     "models", "losses", "projections", "threat", "optim", "data",
     "corruptions", "metrics", "sharding", "record", "checkpoint", "progress",

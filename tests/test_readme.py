@@ -93,7 +93,7 @@ def test_every_module_stands_on_the_map(readme, root):
   modules = {path.stem for path in (root / "roli_jax").iterdir()}
   small = {
     "keys", "trees", "specs", "types", "metrics", "sharding", "progress",
-    "journal", "projections",
+    "journal", "projections", "processes",
   }  # fmt: skip
   hidden = {"__init__", "__pycache__", "weights"}
   assert modules - small - hidden <= named

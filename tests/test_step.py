@@ -1,68 +1,227 @@
-"""A training step on one device and on many."""
+"""A training step on one device, on many, and in two processes."""
 
 import dataclasses
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from roli_jax import keys, parts, sharding, state, table, trees
+from roli_jax import parts, record, sharding, trees
+from tests import cli, steps
+
+FSDP = (".*", "data")
+# As Megatron splits a block: columns, then rows, of its two pairs of products.
+MEGATRON = (
+  ("attn/[qkv]/kernel", (None, "model")),
+  ("attn/[qkv]/bias", "model"),
+  ("attn/out/kernel", ("model",)),
+  ("mlp/fc1/kernel", (None, "model")),
+  ("mlp/fc1/bias", "model"),
+  ("mlp/fc2/kernel", ("model",)),
+)
 
 
 @pytest.fixture(scope="module")
-def config():
-  from configs import glyphs_roli
+def one():
+  """The state and the counts of two steps on one device."""
+  with pytest.MonkeyPatch.context() as patch:
+    alone = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    patch.setattr(sharding, "mesh", lambda *_: alone)
+    return steps.two_steps(steps.config())
 
-  return glyphs_roli.get_config("init=ranli").to_dict()
+
+def check_same(one, many):
+  for name, leaf in trees.paths(one.params).items():
+    np.testing.assert_allclose(
+      leaf, trees.paths(many.params)[name], atol=1e-5, err_msg=name
+    )
 
 
-def two_steps(config):
+@pytest.mark.parametrize(
+  ("rules", "model"), [((), 1), ((FSDP,), 1), (MEGATRON, 2)]
+)
+def test_devices_agree_up_to_rounding(one, rules, model):
+  many, counts = steps.two_steps(steps.config(*rules, model=model))
+  assert int(counts.seen) == 64 and int(counts.correct) == int(one[1].correct)
+  check_same(one[0], many)
+
+
+def test_rules_split_parameters_and_what_the_optimizer_keeps(one):
+  now, _ = one
+  made = parts.Parts(steps.config(FSDP))
+  (stage,) = made.stages()
+  for name, leaf in trees.paths(made.program(stage).like).items():
+    spread = [n for n in leaf.shape if n % 8 == 0]
+    own = leaf.sharding.shard_shape(leaf.shape)
+    assert np.prod(own) * (8 if spread else 1) == np.prod(leaf.shape), name
+  assert len(trees.paths(now.params)) < len(trees.paths(now.opt_state))
+
+
+@pytest.mark.parametrize(
+  ("rule", "said"),
+  [
+    ((".*", "modal"), "names the axis 'modal'; there are data, model"),
+    (("fc1/bias", ("data", None)), "can't be split over"),
+    (("head/kernel", (None, "data")), r"shape \(64, 10\), which can't"),
+  ],
+)
+def test_a_rule_that_can_not_be_is_refused(rule, said):
+  made = parts.Parts(steps.config(rule))
+  with pytest.raises(ValueError, match=said):
+    made.check(made.stages())
+
+
+def test_a_mesh_that_can_not_be_is_refused():
+  with pytest.raises(ValueError, match="must divide the 8 devices, got 3"):
+    parts.Parts(steps.config(model=3))
+
+
+COLLECTIVES = re.compile(
+  r"= .* (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+)
+
+
+def loops(program, *args):
+  """The text of the compiled program inside its while loops, and outside."""
+  text = program.lower(*args).compile().as_text()
+  bodies = dict(
+    re.findall(r"^%?([\w.-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S)
+  )
+  inside, reached = (
+    [],
+    list(re.findall(r"(?:body|condition)=%?([\w.-]+)", text)),
+  )
+  seen = set()
+  while reached:
+    name = reached.pop()
+    if name not in seen and name in bodies:
+      seen.add(name)
+      inside.append(bodies[name])
+      reached += re.findall(r"%([\w.-]+)", bodies[name])
+  rest = [body for name, body in bodies.items() if name not in seen]
+  return "\n".join(inside), "\n".join(rest) + text[text.index("ENTRY") :]
+
+
+def arguments(config):
   made = parts.Parts(config)
-  (stage,) = table.expand(config)
-  program = made.program(stage)
-  params, stats = made.initial(stage)
-  now = state.create(params, stats, program.method.trains(params), program.tx)
-  now, key = sharding.replicate((now, keys.root(0)), made.mesh)
-  source = made.train_data(stage)
-  for k in range(2):
-    rows = np.arange(64 * k, 64 * (k + 1))
-    batch = {
-      "image": source.images[rows],
-      "label": source.labels[rows],
-      "index": source.indices[rows],
-    }
-    now, counts = program.step(now, sharding.put(batch, made.mesh), key)
-    jax.block_until_ready(now)
-  assert program.step._cache_size() == 1
-  return now, counts
+  (stage,) = made.stages()
+  program, now, key = steps.begin(made, stage)
+  batch = sharding.put(steps.batch(made.train_data(stage), 0), made.mesh)
+  return program.step, now, batch, key
 
 
-def test_devices_agree_up_to_rounding(config, devices):
-  devices(1)
-  one, counts = two_steps(config)
-  for k in (2, 8):
-    devices(k)
-    many, others = two_steps(config)
-    assert int(others.seen) == 64 and int(others.correct) == int(counts.correct)
-    for name, leaf in trees.paths(one.params).items():
-      np.testing.assert_allclose(
-        leaf, trees.paths(many.params)[name], atol=1e-5, err_msg=name
-      )
+def test_the_attack_needs_no_other_device():
+  inside, outside = loops(*arguments(steps.config()))
+  assert "dot" in inside
+  assert not COLLECTIVES.findall(inside)
+  assert set(COLLECTIVES.findall(outside)) == {"all-reduce"}
 
 
-def test_a_step_donates_its_state_and_leaves_the_weights(config):
-  made = parts.Parts(config)
-  (stage,) = table.expand(config)
-  now, _ = two_steps(config)
-  assert all(not x.is_deleted() for x in jax.tree.leaves(now))
+def test_under_fsdp_parameters_are_gathered_before_the_attack():
+  inside, outside = loops(*arguments(steps.config(FSDP)))
+  assert not COLLECTIVES.findall(inside)
+  assert set(COLLECTIVES.findall(outside)) == {"all-gather", "all-reduce"}
+
+
+def test_as_megatron_splits_blocks_the_attack_reduces_activations():
+  inside, _ = loops(*arguments(steps.config(*MEGATRON, model=2)))
+  assert set(COLLECTIVES.findall(inside)) == {"all-reduce"}
+
+
+def test_to_keep_the_best_of_a_batch_asks_all_devices():
+  config = steps.config()
+  config["compat"] = {**config["compat"], "pgd_best": "batch"}
+  inside, _ = loops(*arguments(config))
+  assert COLLECTIVES.findall(inside) == ["all-reduce"]
+
+
+def test_a_step_donates_its_state_and_leaves_the_weights():
+  made = parts.Parts(steps.config())
+  (stage,) = made.stages()
+  program, now, key = steps.begin(made, stage)
+  batch = sharding.put(steps.batch(made.train_data(stage), 0), made.mesh)
+  after, _ = program.step(now, batch, key)
+  assert all(x.is_deleted() for x in jax.tree.leaves(now.params))
+  assert all(not x.is_deleted() for x in jax.tree.leaves(after))
   params, _ = made.initial(stage)
   assert np.isfinite(np.asarray(params.backbone["positions"])).all()
   changed = dataclasses.replace(stage, head_init="small")
-  assert made.program(changed) is made.program(stage)
+  assert made.program(changed) is program
 
 
-def test_a_batch_that_the_devices_do_not_divide_is_refused(config, devices):
+def test_a_batch_that_the_devices_do_not_divide_is_refused(devices):
   devices(3)
-  (stage,) = table.expand(config)
+  made = parts.Parts(steps.config())
   with pytest.raises(ValueError, match="multiple of the 3 devices"):
-    parts.Parts(config).program(stage)
+    made.program(made.stages()[0])
+
+
+# Two processes of four devices each.
+
+FOUR = {
+  **os.environ,
+  "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=4"),
+}
+
+
+def free_port():
+  with socket.socket() as some:
+    some.bind(("127.0.0.1", 0))
+    return some.getsockname()[1]
+
+
+def start(words):
+  """A process of four devices."""
+  return subprocess.Popen(
+    words, env=FOUR, cwd=cli.ROOT, stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT, text=True,
+  )  # fmt: skip
+
+
+def test_two_processes_are_one(one, tmp_path, devices):
+  file, address = tmp_path / "after.npz", f"127.0.0.1:{free_port()}"
+  words = [sys.executable, "-m", "tests.steps", str(file), address, "2"]
+  both = [start([*words, str(k)]) for k in range(2)]
+  for process in both:
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+  with np.load(file) as after:
+    for name, leaf in trees.paths(one[0].params).items():
+      np.testing.assert_allclose(leaf, after[name], atol=1e-5, err_msg=name)
+    devices(1)
+    images = steps.attacked(steps.config())
+    assert len(images) == 64
+    # A sign may flip where a gradient is zero but for rounding.
+    other = np.mean([(images[i] != after[str(i)]).mean() for i in images])
+    assert other < 1e-3
+
+
+def test_who_loses_a_process_ends_and_another_number_goes_on(tmp_path):
+  run = tmp_path / "run"
+  config = [f"{cli.GLYPHS}:method=full,init=ranli", *cli.TINY]
+  config += ["--config.adapt.num_steps=40", f"--workdir={run}"]
+  address = f"--coordinator=127.0.0.1:{free_port()}"
+  both = [
+    start(cli.command(*config, address, "--num_processes=2", f"--process={k}"))
+    for k in range(2)
+  ]
+  while not list(run.glob("checkpoints/*/adapt/*/0*")):
+    assert both[0].poll() is None, both[0].communicate()[0]
+    time.sleep(0.1)
+  both[1].kill()
+  said, _ = both[0].communicate(timeout=120)
+  assert both[0].returncode != 0 and "error" in said.lower()
+  assert not (run / "results.jsonl").exists()
+  before = record.read(run / "training.jsonl")
+  done = cli.run(*config)
+  assert done.returncode == 0, done.stderr
+  after = record.read(run / "training.jsonl")
+  assert after[: len(before)] == before
+  assert max(row["step"] for row in after) == 40
+  assert len(record.read(run / "results.jsonl")) == 5

@@ -223,7 +223,7 @@ def from_stage(
     meta = checkpoint.restore_meta(checkpoints, step)
     model = enter(models.described(meta["model"]), meta)
     like = jax.eval_shape(model.init, jax.random.key(0))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like
     )

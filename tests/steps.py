@@ -1,0 +1,88 @@
+"""Two training steps on whatever devices there are.
+
+As one of several processes: python -m tests.steps OUT HOST:PORT NUM PROCESS.
+"""
+
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from roli_jax import keys, parts, processes, sharding, state, step, table, trees
+
+
+def config(*rules: tuple, model: int = 1) -> dict[str, Any]:
+  """Full fine-tuning from a random head, by rules on so many devices."""
+  from configs import glyphs_roli
+
+  made = glyphs_roli.get_config("init=ranli").to_dict()
+  return {**made, "mesh": {"model": model, "rules": rules}}
+
+
+def begin(made: parts.Parts, stage: table.Stage) -> tuple[Any, Any, Any]:
+  """The program, and what its step takes first and last."""
+  program = made.program(stage)
+  params, stats = made.initial(stage)
+  now = state.create(params, stats, program.method.trains(params), program.tx)
+  key = sharding.replicate(keys.root(0), made.mesh)
+  return program, sharding.place(now, program.like), key
+
+
+def batch(source: Any, k: int) -> dict[str, np.ndarray]:
+  """This process's part of the 64 images of the batch k."""
+  rows = np.arange(64 * k, 64 * (k + 1))
+  rows = rows[jax.process_index() :: jax.process_count()]
+  return {
+    "image": source.images[rows],
+    "label": source.labels[rows],
+    "index": source.indices[rows],
+  }
+
+
+def two_steps(config: dict[str, Any]) -> tuple[Any, Any]:
+  """The state and the counts after two steps."""
+  made = parts.Parts(config)
+  (stage,) = made.stages()
+  program, now, key = begin(made, stage)
+  source = made.train_data(stage)
+  for k in range(2):
+    placed = sharding.put(batch(source, k), made.mesh)
+    with jax.transfer_guard("disallow"):
+      now, counts = program.step(now, placed, key)
+    jax.block_until_ready(now)
+  assert program.step._cache_size() == 1
+  return now, counts
+
+
+def attacked(config: dict[str, Any]) -> dict[int, np.ndarray]:
+  """The first batch's images, attacked before any step, by who they are."""
+  made = parts.Parts(config)
+  (stage,) = made.stages()
+  program, now, key = begin(made, stage)
+  predict = step.make_predict(made.model(stage))
+
+  @jax.jit
+  def attack(variables, key, images, labels, indices):
+    image_keys = keys.per_image(key, indices)
+    return program.attack(
+      lambda x: predict(variables, x), images, labels, image_keys
+    )
+
+  of = batch(made.train_data(stage), 0)
+  arrays = (of["image"] / np.float32(16), of["label"], of["index"])
+  placed = sharding.put(arrays, made.mesh)
+  found = attack((now.params, now.stats), key, *placed)
+  who, images = sharding.fetch((placed[2], found))
+  return dict(zip(who.tolist(), images, strict=True))
+
+
+if __name__ == "__main__":
+  out, address, num, process = sys.argv[1:]
+  processes.connect(address, int(num), int(process))
+  images = attacked(config())
+  after = sharding.fetch(two_steps(config())[0].params)
+  if processes.leads():
+    named = {str(i): image for i, image in images.items()}
+    np.savez(pathlib.Path(out), **named, **trees.paths(after))
