@@ -175,6 +175,7 @@ def stage(num_steps: int, **changes) -> ConfigDict:
       "num_steps": num_steps,  # 0: `epochs` says
       "epochs": 0,
       "batch_size": 64,
+      "accumulate": 1,  # parts that a batch is worked on in, one after another
       # None: the rate chosen for the cell, in config.rates.
       "lr": config_dict.placeholder(float),
       # Validated, and saved, every so many steps (0: an epoch's), at the start

@@ -381,6 +381,7 @@ class Parts:
       self.data["train"].white,
       step.WeightAttack(**section.get("awp", {})),
       num_steps,
+      section.get("accumulate", 1),
     )
 
     def fresh(params, stats):
@@ -421,10 +422,15 @@ def _check_section(name, section, criterion, mesh):
       f"{name}.val_every must be >= 0 and {name}.log_every >= 1, got"
       f" {section['val_every']} and {section['log_every']}"
     )
-  sharding.check_batch(section["batch_size"], mesh)
-  parts = mesh.shape["data"]
-  if criterion.adversarial == 0.5 and section["batch_size"] % (2 * parts):
+  size, turns = section["batch_size"], section.get("accumulate", 1)
+  if turns < 1 or size % turns:
     raise ValueError(
-      "half_at needs an even number of images on each device, got"
-      f" {name}.batch_size={section['batch_size']} for {parts} devices"
+      f"{name}.accumulate must divide {name}.batch_size={size}, got {turns}"
+    )
+  sharding.check_batch(size // turns, mesh)
+  parts = mesh.shape["data"] * turns
+  if criterion.adversarial == 0.5 and size % (2 * parts):
+    raise ValueError(
+      "half_at needs an even number of images on each device at a time, got"
+      f" {name}.batch_size={size} for {parts} shares"
     )

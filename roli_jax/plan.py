@@ -80,7 +80,8 @@ def make(config: Mapping[str, Any]) -> dict[str, Any]:
     parts.schedule(last),
   )
   optimizer = jax.eval_shape(tx.init, trained)
-  batch = config[last.name]["batch_size"]
+  section = config[last.name]
+  batch = section["batch_size"] // section.get("accumulate", 1)
   total = sum(_flops(parts, stage) for stage in stages)
   return {
     "dataset": config["data"]["name"],

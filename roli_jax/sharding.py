@@ -166,6 +166,6 @@ def check_batch(batch_size: int, over: Mesh) -> None:
   size = over.shape["data"]
   if batch_size < 1 or batch_size % size:
     raise ValueError(
-      f"batch_size must be a multiple of the {size} devices"
-      f"{' along data' * (size < over.size)}, got {batch_size}"
+      "batch_size (a part of it, with accumulate) must be a multiple of the"
+      f" {size} devices{' along data' * (size < over.size)}, got {batch_size}"
     )

@@ -20,7 +20,6 @@ from roli_jax.types import (
   Float,
   Images,
   Key,
-  Labels,
   Logits,
   Params,
   PyTree,
@@ -108,6 +107,14 @@ class WeightAttack:
     return jax.tree.map(move, trained, grads)
 
 
+def _dealt(num_parts: int, rows: Array) -> Array:
+  """Rows [b, ...] as parts [num_parts, b / num_parts, ...].
+
+  Each part has its share of each device's rows, so that none has to move.
+  """
+  return rows.reshape(-1, num_parts, *rows.shape[1:]).swapaxes(0, 1)
+
+
 def make_train_step(
   model: Model,
   method: Method,
@@ -118,6 +125,7 @@ def make_train_step(
   white: int = 255,
   awp: WeightAttack = WeightAttack(),
   num_steps: int = 1,
+  num_parts: int = 1,
 ) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Counts]]:
   """A step of adversarial training.
 
@@ -135,6 +143,10 @@ def make_train_step(
     white: the value of a white pixel.
     awp: what is done to the weights.
     num_steps: of the whole stage.
+    num_parts: a batch is attacked, and its gradient taken, in so many parts of
+      equal size, one after another (gradient accumulation): memory is a part's.
+      The gradient is the whole batch's, to rounding; running statistics and
+      the criterion's memory move with each part.
 
   Returns:
     `(state, batch, key) -> (state, counts)`. The key is the stage's own; the
@@ -166,35 +178,66 @@ def make_train_step(
     mixed = jnp.stack([adv, clean[:, 1]], 1).reshape(images.shape)
     return mixed, images
 
-  def train_step(state, batch, key):
-    adv, clean = inputs(state, batch, key)
-    labels: Labels = batch["label"]
-    trained, frozen = method.split(state.params)
-    dropout = keys.stream(key, "dropout", state.step)
+  def gradient(trained, frozen, moving, part, draws):
+    """The gradient of a part's mean loss, its counts, and what has moved."""
+    (adv, clean), labels, indices = part
+    dropout, drawn = draws
     forward = criteria.Forward(model, method.train_mode, dropout)
     views = criteria.Views(
-      clean=clean,
-      adv=adv,
-      labels=labels,
-      indices=batch["index"],
-      key=keys.stream(key, "criterion", state.step),
+      clean=clean, adv=adv, labels=labels, indices=indices, key=drawn
     )
 
     def loss(trained):
       params = trees.merge(trained, frozen)
-      out = criterion(forward, params, state.stats, state.memory, views)
+      out = criterion(forward, params, *moving, views)
       counts = Counts(
         loss=out.values.sum(),
         correct=losses.correct(out.logits, labels).sum(),
         seen=jnp.asarray(len(labels)),
       )
-      return out.values.mean(), (counts, out.stats, out.memory)
+      return out.values.mean(), (counts, (out.stats, out.memory))
 
-    gradient = jax.grad(loss, has_aux=True)
-    grads, (counts, stats, memory) = gradient(trained)
+    return jax.grad(loss, has_aux=True)(trained)
+
+  def train_step(state, batch, key):
+    trained, frozen = method.split(state.params)
+    streams = tuple(
+      keys.stream(key, name, state.step) for name in ("dropout", "criterion")
+    )
+    batch = {name: batch[name] for name in ("image", "label", "index")}
+    if num_parts == 1:
+      part = (inputs(state, batch, key), batch["label"], batch["index"])
+
+      def gradient_at(trained):
+        moving = (state.stats, state.memory)
+        grads, rest = gradient(trained, frozen, moving, part, streams)
+        return grads, *rest
+    else:
+      parts = jax.tree.map(functools.partial(_dealt, num_parts), batch)
+      seen = jax.lax.map(lambda part: inputs(state, part, key), parts)
+
+      def gradient_at(trained):
+        def add(sums, turn):
+          (grads, counts, moving), (part, k) = sums, turn
+          draws = tuple(jax.random.fold_in(stream, k) for stream in streams)
+          more, (count, moving) = gradient(trained, frozen, moving, part, draws)
+          more = jax.tree.map(lambda g: g / num_parts, more)
+          added = jax.tree.map(jnp.add, (grads, counts), (more, count))
+          return (*added, moving), None
+
+        none = Counts(loss=jnp.zeros(()), correct=0, seen=0)
+        start = (
+          jax.tree.map(jnp.zeros_like, trained),
+          jax.tree.map(jnp.asarray, none),
+          (state.stats, state.memory),
+        )
+        each = ((seen, parts["label"], parts["index"]), jnp.arange(num_parts))
+        return jax.lax.scan(add, start, each)[0]
+
+    grads, counts, (stats, memory) = gradient_at(trained)
     if awp.gamma:
       begun = jnp.where(state.step >= awp.begin * num_steps, 1.0, 0.0)
-      grads, _ = gradient(awp.moved(trained, grads, begun))
+      grads, *_ = gradient_at(awp.moved(trained, grads, begun))
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
     state = TrainState(

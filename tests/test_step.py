@@ -52,6 +52,26 @@ def test_devices_agree_up_to_rounding(one, rules, model):
   check_same(one[0], many)
 
 
+def test_a_batch_in_parts_is_the_batch_up_to_rounding():
+  whole = steps.config()
+  whole["adapt"] = {**whole["adapt"], "awp": {"gamma": 0.01, "begin": 0.0}}
+  parted = {**whole, "adapt": {**whole["adapt"], "accumulate": 4}}
+  one, counts = steps.two_steps(whole)
+  many, others = steps.two_steps(parted)
+  assert int(others.seen) == 64 and int(others.correct) == int(counts.correct)
+  np.testing.assert_allclose(others.loss, counts.loss, rtol=1e-5)
+  check_same(one, many)
+
+
+@pytest.mark.parametrize("turns", [0, 3, 16])
+def test_parts_that_can_not_be_are_refused(turns):
+  config = steps.config()
+  config["adapt"] = {**config["adapt"], "accumulate": turns}
+  made = parts.Parts(config)
+  with pytest.raises(ValueError, match=r"accumulate.* must"):
+    made.program(made.stages()[0])
+
+
 def test_rules_split_parameters_and_what_the_optimizer_keeps(one):
   now, _ = one
   made = parts.Parts(steps.config(FSDP))
@@ -90,14 +110,10 @@ COLLECTIVES = re.compile(
 def loops(program, *args):
   """The text of the compiled program inside its while loops, and outside."""
   text = program.lower(*args).compile().as_text()
-  bodies = dict(
-    re.findall(r"^%?([\w.-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S)
-  )
-  inside, reached = (
-    [],
-    list(re.findall(r"(?:body|condition)=%?([\w.-]+)", text)),
-  )
-  seen = set()
+  whole = re.compile(r"^%?([\w.-]+) \([^\n]*\{\n(.*?)^\}", re.M | re.S)
+  bodies = dict(whole.findall(text))
+  reached = re.findall(r"(?:body|condition)=%?([\w.-]+)", text)
+  inside, seen = [], set()
   while reached:
     name = reached.pop()
     if name not in seen and name in bodies:
