@@ -1,6 +1,7 @@
 """A training step on one device, on many, and in two processes."""
 
 import dataclasses
+import math
 import os
 import re
 import socket
@@ -16,6 +17,8 @@ from roli_jax import parts, record, sharding, trees
 from tests import cli, steps
 
 FSDP = (".*", "data")
+# What AdamW keeps, and nothing else.
+ZERO = ("(mu|nu)/.*", "data")
 # As Megatron splits a block: columns, then rows, of its two pairs of products.
 MEGATRON = (
   ("attn/[qkv]/kernel", (None, "model")),
@@ -44,7 +47,7 @@ def check_same(one, many):
 
 
 @pytest.mark.parametrize(
-  ("rules", "model"), [((), 1), ((FSDP,), 1), (MEGATRON, 2)]
+  ("rules", "model"), [((), 1), ((FSDP,), 1), ((ZERO,), 1), (MEGATRON, 2)]
 )
 def test_devices_agree_up_to_rounding(one, rules, model):
   many, counts = steps.two_steps(steps.config(*rules, model=model))
@@ -103,8 +106,20 @@ def test_a_mesh_that_can_not_be_is_refused():
 
 
 COLLECTIVES = re.compile(
-  r"= .* (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+  r"= (\S+|\(.*?\)) (all-reduce|all-gather|reduce-scatter|all-to-all"
+  r"|collective-permute|collective-broadcast)(?:-start)?\("
 )
+
+
+def kinds(text):
+  return [kind for _, kind in COLLECTIVES.findall(text)]
+
+
+def sent(text):
+  """How many numbers all collectives together send."""
+  shapes = " ".join(shapes for shapes, _ in COLLECTIVES.findall(text))
+  axes = re.findall(r"\w\[([\d,]*)\]", shapes)
+  return sum(math.prod(map(int, filter(None, x.split(",")))) for x in axes)
 
 
 def loops(program, *args):
@@ -132,29 +147,31 @@ def arguments(config):
   return program.step, now, batch, key
 
 
-def test_the_attack_needs_no_other_device():
+def test_the_attack_needs_no_other_device(one):
   inside, outside = loops(*arguments(steps.config()))
   assert "dot" in inside
-  assert not COLLECTIVES.findall(inside)
-  assert set(COLLECTIVES.findall(outside)) == {"all-reduce"}
+  assert not kinds(inside)
+  assert set(kinds(outside)) == {"all-reduce"}
+  # The gradients, the loss, and the number of correct images.
+  assert sent(outside) == trees.size(one[0].params) + 2
 
 
 def test_under_fsdp_parameters_are_gathered_before_the_attack():
   inside, outside = loops(*arguments(steps.config(FSDP)))
-  assert not COLLECTIVES.findall(inside)
-  assert set(COLLECTIVES.findall(outside)) == {"all-gather", "all-reduce"}
+  assert not kinds(inside)
+  assert set(kinds(outside)) == {"all-gather", "all-reduce"}
 
 
 def test_as_megatron_splits_blocks_the_attack_reduces_activations():
   inside, _ = loops(*arguments(steps.config(*MEGATRON, model=2)))
-  assert set(COLLECTIVES.findall(inside)) == {"all-reduce"}
+  assert set(kinds(inside)) == {"all-reduce"}
 
 
 def test_to_keep_the_best_of_a_batch_asks_all_devices():
   config = steps.config()
   config["compat"] = {**config["compat"], "pgd_best": "batch"}
   inside, _ = loops(*arguments(config))
-  assert COLLECTIVES.findall(inside) == ["all-reduce"]
+  assert kinds(inside) == ["all-reduce"]
 
 
 def test_a_step_donates_its_state_and_leaves_the_weights():
