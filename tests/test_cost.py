@@ -111,7 +111,8 @@ def test_what_is_not_asked_for_is_not_counted():
 @pytest.mark.parametrize(
   "name, giga",
   [
-    ("vit_b16", 17.56),
+    # But for what the last block would compute of the patches' tokens.
+    ("vit_b16", 17.56 - 196 * (10 * 768**2 + 2 * 197 * 768) / 1e9),
     ("swin_b", 15.43),
     ("convnext_b", 15.36),
     ("resnet50", 4.09),
@@ -137,17 +138,17 @@ def test_xla_counts_the_same_and_what_is_elementwise():
 
 
 def test_vit_s_costs_what_was_measured_before():
-  """GF of a batch of 8: forward 73.6, by the pixels 79.3, by the weights 67.9.
+  """GF of a batch of 8: forward 68.5, by the pixels 73.7, by the weights 63.2.
 
   The weights' are without the gradient by the pixels through the patches.
   """
   model = models.create("vit_s16", 1000)
   one = cost.of(model, peft.full())
   patches = 2 * 8 * 196 * 16 * 16 * 3 * 384
-  assert 8 * one.forward == pytest.approx(73.6e9, rel=0.002)
-  assert 8 * one.attack.flops == pytest.approx(73.6e9 + 79.3e9, rel=0.002)
+  assert 8 * one.forward == pytest.approx(68.5e9, rel=0.002)
+  assert 8 * one.attack.flops == pytest.approx(68.5e9 + 73.7e9, rel=0.002)
   assert 8 * one.update.flops + patches == pytest.approx(
-    73.6e9 + 79.3e9 + 67.9e9, rel=0.002
+    68.5e9 + 73.7e9 + 63.2e9, rel=0.002
   )
 
 
@@ -164,7 +165,8 @@ def test_the_gradient_by_the_pixels_is_two_passes_and_attention_again():
   """Both factors of q k^T and of p v have a gradient, frozen weights none."""
   tokens, width, depth = 64 + 1, 64, 4
   one = cost.of(_small(depth), peft.linear())
-  attention = depth * 2 * 2 * tokens**2 * width
+  # In the last block the class token alone asks.
+  attention = 2 * 2 * ((depth - 1) * tokens + 1) * tokens * width
   assert one.attack.flops == 2 * one.forward + attention
   assert one.update.flops == one.forward + 2 * width * 10
 

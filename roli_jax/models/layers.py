@@ -16,11 +16,11 @@ from roli_jax.types import Array, Float
 
 @jax.custom_vjp
 def attention(
-  q: Float[Array | np.ndarray, "*b n h c"],
+  q: Float[Array | np.ndarray, "*b m h c"],
   k: Float[Array | np.ndarray, "*b n h c"],
   v: Float[Array | np.ndarray, "*b n h c"],
   bias: Any = 0.0,
-) -> Float[Array, "*b n h c"]:
+) -> Float[Array, "*b m h c"]:
   """softmax(q k^T / sqrt(c) + bias) v, the softmax in float32 or wider.
 
   Its gradient is written out, which takes less time than what JAX makes of it
@@ -62,10 +62,10 @@ attention.defvjp(_attend, _attend_backward)
 
 
 def xla_attention(
-  q: Float[Array, "b n h c"],
+  q: Float[Array, "b m h c"],
   k: Float[Array, "b n h c"],
   v: Float[Array, "b n h c"],
-) -> Float[Array, "b n h c"]:
+) -> Float[Array, "b m h c"]:
   """JAX's own, whose softmax is float32 whatever it is given.
 
   The numbers of the shipped weights are made with it, to the last bit.
@@ -74,10 +74,10 @@ def xla_attention(
 
 
 def fused_attention(
-  q: Float[Array, "b n h c"],
+  q: Float[Array, "b m h c"],
   k: Float[Array, "b n h c"],
   v: Float[Array, "b n h c"],
-) -> Float[Array, "b n h c"]:
+) -> Float[Array, "b m h c"]:
   """The same in one kernel of cuDNN, which keeps no [n, n] array.
 
   On NVIDIA GPUs, in half precision, with heads of a multiple of 8 and at most
@@ -92,14 +92,17 @@ def fused_attention(
       f"fused attention computes in bfloat16 or float16, got {q.dtype}; set"
       " the model's dtype to bfloat16, or take attention=plain"
     )
-  b, n = q.shape[:2]
-  pad = ((0, 0), (0, n % 2), (0, 0), (0, 0))
+
+  def even(x):
+    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+  b, n = k.shape[:2]
   mixed = jax.nn.dot_product_attention(
-    *(jnp.pad(x, pad) for x in (q, k, v)),
+    *map(even, (q, k, v)),
     key_value_seq_lengths=jnp.full(b, n, jnp.int32) if n % 2 else None,
     implementation="cudnn",
   )
-  return mixed[:, :n]
+  return mixed[:, : q.shape[1]]
 
 
 ATTENTIONS: dict[str, Callable[..., Any]] = {
@@ -116,21 +119,25 @@ class Attention(nn.Module):
     num_heads: divides the width.
     seams: where a method may enter.
     kind: which of `ATTENTIONS`.
+    first: how many tokens, from the first, the result is of; None: all.
   """
 
   num_heads: int
   seams: Seams = Seams()
   kind: str = "plain"
+  first: int | None = None
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    heads = (*x.shape[:2], self.num_heads, -1)
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
+    asking = x[:, : self.first]
     q, k, v = (
-      self.seams.dense(x.shape[-1], name=name)(x).reshape(heads)
-      for name in ("q", "k", "v")
+      self.seams.dense(x.shape[-1], name=name)(tokens).reshape(
+        *tokens.shape[:2], self.num_heads, -1
+      )
+      for name, tokens in (("q", asking), ("k", x), ("v", x))
     )
     mixed = ATTENTIONS[self.kind](q, k, v)
-    return nn.Dense(x.shape[-1], name="out")(mixed.reshape(x.shape))
+    return nn.Dense(x.shape[-1], name="out")(mixed.reshape(asking.shape))
 
 
 @jax.custom_jvp

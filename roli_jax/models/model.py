@@ -105,7 +105,8 @@ class Model:
   ) -> dict[str, Any]:
     """What each module of the backbone returns, by its path: `block3/attn`.
 
-    The backbone's own output, the features, stands under "".
+    The backbone's own output, the features, stands under "". Where a ViT's is
+    the class token, its last block returns no other.
     """
     plain = dataclasses.replace(self, backbone=self.backbone.clone(scan=False))
     _, seen = plain._apply(

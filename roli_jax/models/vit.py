@@ -13,7 +13,11 @@ from roli_jax.types import Array, Float
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  """x + attention(norm(x)), then x + mlp(norm(x)).
+
+  With `first`, of that many tokens alone: nobody reads the others of the last
+  block, where the feature is the class token.
+  """
 
   num_heads: int
   hidden: int
@@ -22,6 +26,7 @@ class Block(nn.Module):
   start: int
   attention: str
   act: Callable[..., Any]
+  first: int | None = None
 
   @nn.compact
   def __call__(
@@ -29,7 +34,7 @@ class Block(nn.Module):
     x: Float[Array, "b n d"],
     prompts: Float[Array, "b p d"] | None,
     rate: Any,
-  ) -> Float[Array, "b n d"]:
+  ) -> Float[Array, "b m d"]:
     """The tokens after it.
 
     Args:
@@ -42,9 +47,9 @@ class Block(nn.Module):
       x = jnp.concatenate([x[:, : self.start], prompts, x[:, end:]], 1)
     y = nn.LayerNorm(epsilon=self.eps, name="norm1")(x)
     attention = layers.Attention(
-      self.num_heads, self.seams, self.attention, name="attn"
+      self.num_heads, self.seams, self.attention, self.first, name="attn"
     )
-    x = x + layers.drop_path(self, attention(y), rate)
+    x = x[:, : self.first] + layers.drop_path(self, attention(y), rate)
     y = nn.LayerNorm(epsilon=self.eps, name="norm2")(x)
     y = layers.Mlp(self.hidden, act=self.act, name="mlp")(y)
     y = layers.drop_path(self, y, rate)
@@ -119,8 +124,11 @@ class Vit(nn.Module):
     )  # fmt: skip
     names = [f"block{i}" for i in range(self.depth)]
     (rates,) = layers.drop_rates(self.drop_path, [self.depth])
-    x = layers.repeat(
-      self, make, names, x, prompts, rates, scan=self.scan, remat=self.remat
-    )
+    last = functools.partial(make, first=start or None)
+    for block, few in ((make, slice(-1)), (last, slice(-1, None))):
+      x = layers.repeat(
+        self, block, names[few], x, prompts[few], rates[few],
+        scan=self.scan, remat=self.remat,
+      )  # fmt: skip
     x = nn.LayerNorm(epsilon=self.eps, name="norm")(x)
     return x[:, 0] if self.pool == "token" else x.mean(1)
