@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
         "import",
         "compile",
         "step",
+        "against_torch",  # a line says so where torch is not installed
         "recipes",
         "seeds",
         "backbone",
@@ -24,6 +25,13 @@ def get_config() -> ConfigDict:
       "methods": ("full", "linear"),
       "batch_sizes": (64, 128),
       "runs": 20,
+      "torch_models": ("vit_s16", "vit_b16"),
+      "torch_batch": 8,  # on a CPU
+      "torch_pairs": 10,  # of a step of ours and one of each of PyTorch's
+      # On a GPU. Let JAX leave some of its memory to PyTorch:
+      # XLA_PYTHON_CLIENT_PREALLOCATE=false.
+      "torch_batch_sizes_gpu": (64, 128, 256),
+      "torch_attention_gpu": "fused",  # of ours: see models.with_options
       "backbones": ("vit_s16", "vit_b16", "swin_b", "convnext_b", "resnet50"),
       "backbone_batch": 8,
       "backbone_runs": 5,

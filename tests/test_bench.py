@@ -1,12 +1,16 @@
 """Measurements: that they are made, not what they are."""
 
 import json
+import sys
+import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+from configs import bench as configured
 from roli_jax import bench, models, peft
-from roli_jax.bench import suites, timing
+from roli_jax.bench import eager, suites, timing
 from tests import cli
 
 CONFIG = {
@@ -23,6 +27,12 @@ def test_medians_take_turns():
   calls = {name: lambda name=name: order.append(name) for name in "ab"}
   times = timing.medians(calls, 3)
   assert order == ["a", "b"] * 4 and times.keys() == {"a", "b"}
+
+
+def test_ratios_are_of_the_same_turn():
+  assert timing.ratios([2.0, 8.0, 6.0], [1.0, 2.0, 6.0]) == (1.5, 2.0, 3.0)
+  assert timing.ratios([1.5, 15.0], [1.0, 10.0]) == (1.5, 1.5, 1.5)
+  assert timing.ratios([3.0], [2.0]) == (1.5, 1.5, 1.5)
 
 
 def test_flops_of_a_product_are_counted():
@@ -53,7 +63,93 @@ def test_a_bench_writes_its_rows(tmp_path, capsys, devices):
     "linear PGD-7 batch 8",
   ]
   assert 0 < rows[1]["share_of_floor"] < 1
-  assert "linear PGD-7" in capsys.readouterr().out
+  shown = capsys.readouterr().out
+  assert "linear PGD-7" in shown and "share_of_floor" in shown
+  assert "times_adamw" not in shown  # no row of this suite has it
+
+
+def test_the_shipped_config_runs_every_suite():
+  assert set(configured.get_config().suites) == set(suites.SUITES)
+
+
+def test_without_torch_a_row_says_so(tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
+  bench.run({**CONFIG, "suites": ("against_torch",)}, tmp_path)
+  (row,) = (tmp_path / "bench.jsonl").read_text().splitlines()
+  said = "skipped: torch is not installed"
+  assert json.loads(row) == {"suite": "against_torch", "name": said}
+  assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "where, sees_gpu, runs",
+  [
+    ("cpu", False, True),
+    ("cpu", True, True),
+    ("gpu", False, False),
+    ("gpu", True, True),
+    ("tpu", True, False),
+  ],
+)
+def test_torch_runs_where_jax_does_or_not_at_all(
+  where, sees_gpu, runs, monkeypatch
+):
+  cuda = types.SimpleNamespace(is_available=lambda: sees_gpu)
+  torch = types.SimpleNamespace(cuda=cuda)
+  monkeypatch.setitem(sys.modules, "torch", torch)
+  monkeypatch.setattr(jax, "default_backend", lambda: where)
+  assert (eager.lacking() == "") == runs
+
+
+@pytest.fixture
+def beside(monkeypatch):
+  """`beside(passes)` gives the rows beside a torch that does nothing."""
+
+  def rows(passes):
+    monkeypatch.setattr(eager, "lacking", lambda: "")
+    monkeypatch.setattr(eager, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(eager, "like", lambda model, params: None)
+    monkeypatch.setattr(eager, "passes", lambda net, step: passes)
+    monkeypatch.setattr(eager, "make_step", lambda *_: lambda: 0.0)
+    for module, name in ((suites, "_product"), (eager, "product")):
+      monkeypatch.setattr(module, name, lambda *_: lambda: 0.0)
+    config = {
+      **configured.get_config().to_dict(),
+      "torch_models": ("glyph_vit_token",),
+      "torch_batch": 2,
+      "torch_pairs": 3,
+      "runs": 1,
+    }
+    return list(suites.against_torch(config))
+
+  return rows
+
+
+def test_our_step_stands_beside_torchs_in_both_forms(beside):
+  rows = beside((9, 8))
+  names = [row["name"] for row in rows]
+  assert names[:2] == ["matmul 2048, JAX", "matmul 2048, torch"]
+  assert names[2:] == [
+    f"glyph_vit_token {method} PGD-7 batch 2, {which}"
+    for method in ("full", "linear")
+    for which in ("ours", "torch, as written", "torch, frozen in the attack")
+  ]
+  for row in rows[2:]:
+    low, high = row["quartiles"]
+    assert low <= row["times_ours"] <= high
+    assert (row["times_ours"] == 1) == row["name"].endswith("ours")
+    assert row["passes"] == 17 and row["pairs"] == 3 and row["threads"] > 0
+
+
+def test_a_torch_of_other_passes_is_not_compared(beside):
+  with pytest.raises(AssertionError, match="passes"):
+    beside((8, 8))
+
+
+@pytest.mark.parametrize("name", ["glyph_vit", "glyph_clip", "glyph_swin"])
+def test_torch_has_vits_with_a_class_token_alone(name):
+  with pytest.raises(ValueError, match="class token"):
+    eager.vit(models.create(name, 10))
 
 
 def test_an_unknown_suite_lists_the_known(tmp_path):

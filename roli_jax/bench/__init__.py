@@ -1,5 +1,6 @@
 """Speed, measured: `--mode=bench --config=configs/bench.py`."""
 
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -16,6 +17,10 @@ _COLUMNS = {
   "gflops": "{:.1f}",
   "share_of_floor": "{:.0%}",
   "times_adamw": "{:.2f}",
+  "times_ours": "{:.2f}",
+  "quartiles": "{0[0]:.2f}-{0[1]:.2f}",
+  "pairs": "{:d}",
+  "threads": "{:d}",
   "mib": "{:.1f}",
   "state_mib": "{:.1f}",
   "passes_per_s": "{:.0f}",
@@ -26,29 +31,20 @@ _COLUMNS = {
 
 
 def run(config: Mapping[str, Any], path: pathlib.Path) -> None:
-  """Measures the config's suites, prints a table and writes `bench.jsonl`.
+  """Measures the config's suites; prints tables, and writes `bench.jsonl`.
 
   Raises:
     ValueError: an unknown suite.
   """
-  chosen = [
-    specs.choose(suites.SUITES, name, "suite") for name in config["suites"]
-  ]
+  chosen = {
+    name: specs.choose(suites.SUITES, name, "suite")
+    for name in config["suites"]
+  }
   path.mkdir(parents=True, exist_ok=True)
-  rows = [row for suite in chosen for row in suite(config)]
+  rows = {name: list(suite(config)) for name, suite in chosen.items()}
   with (path / "bench.jsonl").open("w") as file:
-    file.writelines(json.dumps(row) + "\n" for row in rows)
-  lines = [
-    (
-      row["suite"],
-      row["name"],
-      *(
-        form.format(row[column]) if column in row else ""
-        for column, form in _COLUMNS.items()
-      ),
-    )
-    for row in rows
-  ]
+    for row in itertools.chain(*rows.values()):
+      file.write(json.dumps(row) + "\n")
   device = jax.devices()[0]
   note = (
     f"Medians, on {jax.device_count()} x {device.device_kind}, jax"
@@ -56,5 +52,25 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> None:
     " of the square matmul; of an attack, its passes made alone, in eights."
     " Programs: compiled in the first run, small ones included."
   )
-  header = ("suite", "what", *_COLUMNS)
-  tabular.show([tabular.Table("Speed", header, lines, note)])
+  tabular.show(_table(name, of_suite) for name, of_suite in rows.items())
+  print(note)
+
+
+def _table(suite, rows):
+  """Its rows, in the columns that one of them fills."""
+  columns = {
+    column: form
+    for column, form in _COLUMNS.items()
+    if any(column in row for row in rows)
+  }
+  lines = [
+    (
+      row["name"],
+      *(
+        form.format(row[column]) if column in row else ""
+        for column, form in columns.items()
+      ),
+    )
+    for row in rows
+  ]
+  return tabular.Table(f"Speed: {suite}", ("what", *columns), lines)

@@ -1,6 +1,7 @@
 """What is measured, each beside its floor or its baseline."""
 
 import functools
+import itertools
 import statistics
 import subprocess
 import sys
@@ -28,12 +29,14 @@ from roli_jax import (
   step,
   trees,
 )
-from roli_jax.bench import loader, timing
+from roli_jax.bench import eager, loader, timing
+from roli_jax.data.source import num_cores
 from roli_jax.optim import schedules
 from roli_jax.threat import ThreatModel
 
 Row = dict[str, Any]
 NUM_STEPS = 7  # of PGD in a training step, as in RoLI
+EPS = 0.1  # its radius, in Linf
 
 
 def _batch(model, size):
@@ -46,6 +49,11 @@ def _batch(model, size):
   }
 
 
+def _attack(loss="ce"):
+  return attacks.build("pgd", ThreatModel("linf", EPS), num_steps=NUM_STEPS,
+                       loss=loss)  # fmt: skip
+
+
 def _training(model, method, *, loss="at", anchor="none", gamma=0.0):
   """A PGD step, and the state before it; nothing is donated."""
   model = method.enter(model)
@@ -56,8 +64,7 @@ def _training(model, method, *, loss="at", anchor="none", gamma=0.0):
   objective = losses.OBJECTIVES[loss]()
   awp = step.WeightAttack(gamma)
   tx = optim.build(spec, method.labels(params), shape)
-  attack = attacks.build("pgd", ThreatModel("linf", 0.1), num_steps=NUM_STEPS,
-                         loss=objective.surrogate)  # fmt: skip
+  attack = _attack(objective.surrogate)
   train_step = step.make_train_step(
     model, method, objective, attack, schedules.ramp(100), tx, awp=awp
   )
@@ -89,11 +96,15 @@ def _counted(model, method, now, batch):
 
 def matmul(runs: int, side: int = 2048) -> tuple[Row, float]:
   """This machine's rate at a large square product, in FLOP/s."""
-  a = jnp.ones((side, side))
-  product = jax.jit(jnp.matmul)
-  seconds = timing.medians({"": lambda: product(a, a)}, runs)[""]
+  seconds = timing.medians({"": _product(side)}, runs)[""]
   rate = 2 * side**3 / seconds
   return _row("step", f"matmul {side}", seconds, gflops=rate / 1e9), rate
+
+
+def _product(side, dtype="float32"):
+  a = jnp.ones((side, side), dtype)
+  product = jax.jit(jnp.matmul)
+  return lambda: product(a, a)
 
 
 def steps(config: Mapping[str, Any]) -> Iterator[Row]:
@@ -122,6 +133,93 @@ def steps(config: Mapping[str, Any]) -> Iterator[Row]:
         gflops=counted / seconds / 1e9,
         share_of_floor=counted / rate / seconds,
       )
+
+
+def against_torch(config: Mapping[str, Any]) -> Iterator[Row]:
+  """The PGD step beside PyTorch's, with the same weights and passes, in turns.
+
+  On a CPU both compute in float32, with a thread for each core; on a GPU in
+  bfloat16, and PyTorch's network is compiled. `times_ours`: PyTorch's seconds
+  over ours, of the same turn; the median, and the quartiles around it. The
+  floor is that of the work that has to be done, at the rate of the faster
+  library's square matmul: gradients by weights inside an attack are not in it.
+
+  Nothing else may run meanwhile. PyTorch's threads wait for each other, and on
+  a machine that others use it loses up to ten times as much as we do.
+  """
+  reason = eager.lacking()
+  if reason:
+    yield {"suite": "against_torch", "name": f"skipped: {reason}"}
+    return
+  threads = num_cores()  # as many as XLA has
+  eager.set_num_threads(threads)
+  side, dtype, sizes = 2048, "float32", (config["torch_batch"],)
+  options = {}
+  if jax.default_backend() == "gpu":
+    side, dtype, sizes = 8192, "bfloat16", config["torch_batch_sizes_gpu"]
+    options = {"dtype": dtype, "attention": config["torch_attention_gpu"]}
+  products = {"JAX": _product(side, dtype), "torch": eager.product(side, dtype)}
+  rate = 0.0
+  for name, seconds in timing.medians(products, config["runs"]).items():
+    here = 2 * side**3 / seconds
+    rate = max(rate, here)
+    yield _row(
+      "against_torch", f"matmul {side}, {name}", seconds, gflops=here / 1e9,
+      threads=threads,
+    )  # fmt: skip
+  for name, size, method in itertools.product(
+    config["torch_models"], sizes, ("full", "linear")
+  ):
+    counted, passes, calls = _both(name, size, method, options)
+    times = timing.turns(calls, config["torch_pairs"])
+    for which, values in times.items():
+      seconds = statistics.median(values)
+      low, ratio, high = timing.ratios(values, times["ours"])
+      yield _row(
+        "against_torch",
+        f"{name} {method} PGD-{NUM_STEPS} batch {size}, {which}",
+        seconds,
+        images_per_s=size / seconds,
+        share_of_floor=counted / rate / seconds,
+        times_ours=ratio,
+        quartiles=(low, high),
+        passes=passes,
+        pairs=config["torch_pairs"],
+        threads=threads,
+      )
+
+
+def _both(name, size, method, options):
+  """A step's FLOPs, its passes, and calls of it: ours, and PyTorch's."""
+  model = models.create(name, 10)
+  batch = _batch(model, size)
+  train_step, now = _training(
+    models.with_options(model, **options), peft.METHODS[method]()
+  )
+  counted = _counted(model, peft.METHODS[method](), now, batch)
+  in_attack = _attack().passes
+  passes = (in_attack[0] + 1, in_attack[1] + 1)  # and the update's
+  net = eager.like(model, now.params)
+  calls = {"ours": _carried(train_step, now, batch)}
+  for form, frozen in eager.FORMS.items():
+    call = eager.make_step(net, method, batch, EPS, NUM_STEPS, frozen)
+    made = eager.passes(net, call)
+    assert made == passes, f"torch makes {made} passes, we make {passes}"
+    calls[f"torch, {form}"] = call
+  return counted, sum(passes), calls
+
+
+def _carried(train_step, now, batch):
+  """A call of the step from where the last has left; its state is donated."""
+  jitted = jax.jit(train_step, donate_argnums=0)
+  batch, key = jax.device_put((batch, keys.root(0)))
+
+  def call():
+    nonlocal now
+    now, counts = jitted(now, batch, key)
+    return now, counts
+
+  return call
 
 
 # What the field adds to the step: keywords of `_training`.
@@ -345,6 +443,7 @@ SUITES = {
   "import": imports,
   "compile": compiling,
   "step": steps,
+  "against_torch": against_torch,
   "recipes": recipes,
   "seeds": seeds,
   "backbone": backbones,
@@ -353,5 +452,5 @@ SUITES = {
 }
 
 
-def _row(suite: str, name: str, seconds: float, **more: float) -> Row:
+def _row(suite: str, name: str, seconds: float, **more: Any) -> Row:
   return {"suite": suite, "name": name, "seconds": seconds, **more}

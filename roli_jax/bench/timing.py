@@ -1,15 +1,18 @@
-"""Times of calls: compiled before, blocked on, medians."""
+"""Times of calls: compiled before, blocked on, medians and paired ratios."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 
-def medians(calls: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-  """The median seconds of each call, the calls taking turns.
+def turns(
+  calls: Mapping[str, Callable[[], Any]], runs: int
+) -> dict[str, list[float]]:
+  """The seconds of each call, the calls taking turns.
 
   Each is called once before, so that nothing compiles under the clock. Turns
   let a machine whose speed drifts treat all calls alike.
@@ -22,7 +25,28 @@ def medians(calls: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
       started = time.perf_counter()
       jax.block_until_ready(call())
       times[name].append(time.perf_counter() - started)
+  return times
+
+
+def medians(
+  calls: Mapping[str, Callable[[], Any]], runs: int
+) -> dict[str, float]:
+  """The median seconds of each call; see `turns`."""
+  times = turns(calls, runs)
   return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ratios(
+  times: Sequence[float], others: Sequence[float]
+) -> tuple[float, float, float]:
+  """Quartiles of the ratios of one call's seconds to another's, of each turn.
+
+  The middle one is the median. Neighbours in time are compared, so that a drift
+  of the machine's speed divides out.
+  """
+  of_turns = np.divide(times, others)
+  low, middle, high = np.quantile(of_turns, (0.25, 0.5, 0.75)).tolist()
+  return low, middle, high
 
 
 def flops(fn: Callable[..., Any], *args: Any) -> float:
