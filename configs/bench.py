@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
         "compile",
         "step",
         "against_torch",  # a line says so where torch is not installed
+        "memory",
         "recipes",
         "seeds",
         "backbone",
@@ -32,6 +33,9 @@ def get_config() -> ConfigDict:
       # XLA_PYTHON_CLIENT_PREALLOCATE=false.
       "torch_batch_sizes_gpu": (64, 128, 256),
       "torch_attention_gpu": "fused",  # of ours: see models.with_options
+      "memory_models": ("vit_b16", "swin_b"),
+      "memory_methods": ("full", "linear", "lora"),
+      "memory_batch": 64,
       "backbones": ("vit_s16", "vit_b16", "swin_b", "convnext_b", "resnet50"),
       "backbone_batch": 8,
       "backbone_runs": 5,

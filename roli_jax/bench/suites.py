@@ -54,7 +54,9 @@ def _attack(loss="ce"):
                        loss=loss)  # fmt: skip
 
 
-def _training(model, method, *, loss="at", anchor="none", gamma=0.0):
+def _training(
+  model, method, *, loss="at", anchor="none", gamma=0.0, num_parts=1
+):
   """A PGD step, and the state before it; nothing is donated."""
   model = method.enter(model)
   params, stats = model.init(keys.root(0))
@@ -66,8 +68,9 @@ def _training(model, method, *, loss="at", anchor="none", gamma=0.0):
   tx = optim.build(spec, method.labels(params), shape)
   attack = _attack(objective.surrogate)
   train_step = step.make_train_step(
-    model, method, objective, attack, schedules.ramp(100), tx, awp=awp
-  )
+    model, method, objective, attack, schedules.ramp(100), tx, awp=awp,
+    num_parts=num_parts,
+  )  # fmt: skip
   return train_step, state.create(params, stats, method.trains(params), tx)
 
 
@@ -264,6 +267,47 @@ def recipes(config: Mapping[str, Any]) -> Iterator[Row]:
     )
 
 
+# What may save memory in a step: options of the model, and parts of the batch.
+SAVINGS: dict[str, tuple[dict[str, Any], int]] = {
+  "as it is": ({}, 1),
+  "bfloat16": ({"dtype": "bfloat16"}, 1),
+  "remat": ({"remat": True}, 1),
+  "remat and scan": ({"remat": True, "scan": True}, 1),
+  "accumulate 4": ({}, 4),
+}
+
+
+def memory(config: Mapping[str, Any]) -> Iterator[Row]:
+  """What a compiled step holds beside its arguments; it is not run.
+
+  As the XLA of where this runs plans it: a CPU's keeps more than an
+  accelerator's. Full fine-tuning also with what saves memory. `seconds` are of
+  compiling.
+  """
+  size = config["memory_batch"]
+  for name, method, saving in itertools.product(
+    config["memory_models"], config["memory_methods"], SAVINGS
+  ):
+    if method != "full" and saving != "as it is":
+      continue
+    options, num_parts = SAVINGS[saving]
+    model = models.with_options(models.create(name, 10), **options)
+    train_step, now = _training(
+      model, peft.METHODS[method](), num_parts=num_parts
+    )
+    started = time.perf_counter()
+    stepped = jax.jit(train_step, donate_argnums=0)
+    lowered = stepped.lower(now, _batch(model, size), keys.root(0))
+    held: Any = lowered.compile().memory_analysis()
+    yield _row(
+      "memory",
+      f"{name} {method} batch {size}, {saving}",
+      time.perf_counter() - started,
+      mib=held.temp_size_in_bytes / 2**20,
+      state_mib=sum(x.nbytes for x in jax.tree.leaves(now)) / 2**20,
+    )
+
+
 def seeds(config: Mapping[str, Any]) -> Iterator[Row]:
   """Five seeds by vmap against one after another, the same total work."""
   model = models.create(config["model"], 10)
@@ -444,6 +488,7 @@ SUITES = {
   "compile": compiling,
   "step": steps,
   "against_torch": against_torch,
+  "memory": memory,
   "recipes": recipes,
   "seeds": seeds,
   "backbone": backbones,
