@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,119 @@ def write_sweep(
   folder.mkdir(exist_ok=True)
   tests = record.where(rows, split="test")
   return _save({"runs": _runs(tests), "frontier": _frontier(tests)}, folder)
+
+
+def examples(
+  images: np.ndarray,
+  adv: np.ndarray,
+  labels: np.ndarray,
+  clean_said: np.ndarray,
+  adv_said: np.ndarray,
+  *,
+  eps: float | int,
+  title: str = "",
+) -> Any:
+  """Clean images, what was added to them, and what came out.
+
+  Args:
+    images: [n, h, w, c] in [0, 1], n at least 1.
+    adv: the adversarial ones, likewise.
+    labels: [n], classes or their names.
+    clean_said: [n], what the model says of the clean images.
+    adv_said: [n], and of the adversarial ones.
+    eps: a change that is drawn black or white; grey is none.
+    title: above it all.
+
+  Returns:
+    A figure of matplotlib's.
+  """
+  figure = _figure(1.1 * len(images) + 1, 4.2)
+  axes = figure.subplots(3, len(images), squeeze=False)
+  added = (adv - images) / (2 * eps) + 0.5
+  kinds = {"clean": images, f"change (±{eps:.2g})": added, "adversarial": adv}
+  for line, (name, shown) in zip(axes, kinds.items(), strict=True):
+    for axis, image in zip(line, shown, strict=True):
+      axis.imshow(np.clip(image, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
+      axis.set(xticks=[], yticks=[])
+    line[0].set_ylabel(name)
+  for line, said in ((axes[0], clean_said), (axes[2], adv_said)):
+    for axis, label, guess in zip(line, labels, said, strict=True):
+      right = label == guess
+      between = " " if len(f"{guess}{label}") < 8 else "\n"
+      axis.set_title(
+        f"{guess}" if right else f"{guess}{between}(is {label})",
+        color="black" if right else "#d1495b",
+        fontsize=9,
+      )
+  figure.suptitle(title, fontsize=9)
+  return figure
+
+
+def broken(summaries: Sequence[Row], names: Sequence[str]) -> Any:
+  """What became of each evaluation's images: a bar, its parts the attacks.
+
+  Args:
+    summaries: of results, as `evaluate.Result.summary` makes them.
+    names: of the bars.
+
+  Returns:
+    A figure of matplotlib's.
+  """
+  figure = _figure(9, 1.4 + 0.5 * len(summaries))
+  axis = figure.subplots()
+  known = {name: None for one in summaries for name in one["broken_by"]}
+  order = ["", *(n for n in known if n not in ("", "clean")), "clean"]
+  colours = dict(zip(order[1:-1], _ATTACK_COLOURS * 3, strict=False))
+  colours |= {"": "#00798c", "clean": "#bbbbbb"}
+  labels = {"": "robust", "clean": "misclassified before"}
+  for y, one in enumerate(summaries):
+    left = 0.0
+    for name in order:
+      share = 100 * one["broken_by"].get(name, 0) / one["n"]
+      label = labels.get(name, f"broken by {name}") if y == 0 else None
+      axis.barh(y, share, left=left, color=colours[name], label=label)
+      left += share
+    low, high = (100 * one["robust"][k] for k in ("low", "high"))
+    axis.plot([low, high], [y, y], color="black", linewidth=1.5)
+  axis.set_yticks(range(len(names)), list(names), fontsize=7)
+  axis.set(
+    xlabel="% of test images; line: 95% interval of robust", xlim=(0, 100)
+  )
+  axis.invert_yaxis()
+  figure.legend(fontsize=7, ncols=4, loc="outside upper center")
+  return figure
+
+
+def by_radius(
+  lines: Mapping[str, Mapping[float, float | int]],
+  norm: str,
+  eps: float | int,
+) -> Any:
+  """Accuracy against the radius.
+
+  Args:
+    lines: by name, the accuracy at each radius, in [0, 1].
+    norm: of the radii.
+    eps: the one that is marked.
+
+  Returns:
+    A figure of matplotlib's.
+  """
+  figure = _figure(5.5, 4)
+  axis = figure.subplots()
+  for name, points in lines.items():
+    radii = sorted(points)
+    axis.plot(
+      radii,
+      [100 * points[radius] for radius in radii],
+      "o-" if len(radii) < 20 else "-",
+      label=name,
+    )
+  axis.axvline(eps, color="black", linewidth=0.8, linestyle=":")
+  axis.set(xlabel=f"eps ({norm})", ylabel="accuracy, %", ylim=(0, 100))
+  axis.grid(alpha=0.3)
+  axis.legend(fontsize=8)
+  return figure
 
 
 def _save(figures, folder):
@@ -248,34 +361,10 @@ def _curve(rows):
 
 
 def _evaluations(evaluated):
-  """What became of each evaluation's images: a bar, its parts the attacks."""
+  """What became of each evaluation's images, under the names of cells."""
   if not evaluated:
     return None
-  figure = _figure(9, 1.4 + 0.5 * len(evaluated))
-  axis = figure.subplots()
-  names = {name: None for one in evaluated for name in one["broken_by"]}
-  order = ["", *(n for n in names if n not in ("", "clean")), "clean"]
-  colours = dict(zip(order[1:-1], _ATTACK_COLOURS * 3, strict=False))
-  colours |= {"": "#00798c", "clean": "#bbbbbb"}
-  labels = {"": "robust", "clean": "misclassified before"}
-  for y, one in enumerate(evaluated):
-    left = 0.0
-    for name in order:
-      share = 100 * one["broken_by"].get(name, 0) / one["n"]
-      label = labels.get(name, f"broken by {name}") if y == 0 else None
-      axis.barh(y, share, left=left, color=colours[name], label=label)
-      left += share
-    low, high = (100 * one["robust"][k] for k in ("low", "high"))
-    axis.plot([low, high], [y, y], color="black", linewidth=1.5)
-  axis.set_yticks(
-    range(len(evaluated)), [_title(one) for one in evaluated], fontsize=7
-  )
-  axis.set(
-    xlabel="% of test images; line: 95% interval of robust", xlim=(0, 100)
-  )
-  axis.invert_yaxis()
-  figure.legend(fontsize=7, ncols=4, loc="outside upper center")
-  return figure
+  return broken(evaluated, [_title(one) for one in evaluated])
 
 
 def _title(one):
@@ -309,6 +398,7 @@ def _training(rows, log):
         list(points),
         [statistics.mean(values) for values in points.values()],
         "-" if group.weights == "robust" else "--",
+        marker="" if len(points) > 1 else ".",
         color=_colour(group),
         label=f"{_label(group, curves)}, {group.weights}".replace("\n", ", "),
       )
@@ -324,26 +414,10 @@ _SPLITS = {"train": "training", "val": "adversarial validation"}
 
 
 def _examples(file):
-  """Clean images, what was added to them, and what came out."""
+  """What was kept of the last stage, as a picture."""
   shown = np.load(file)
-  clean, adv, labels = shown["images"], shown["adv"], shown["labels"]
-  eps = float(shown["eps"])
-  figure = _figure(1.1 * len(clean) + 1, 4.2)
-  axes = figure.subplots(3, len(clean), squeeze=False)
-  added = (adv - clean) / (2 * eps) + 0.5  # grey: nothing
-  kinds = {"clean": clean, f"change (±{eps:g})": added, "adversarial": adv}
-  for line, (name, images) in zip(axes, kinds.items(), strict=True):
-    for axis, image in zip(line, images, strict=True):
-      axis.imshow(np.clip(image, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
-      axis.set(xticks=[], yticks=[])
-    line[0].set_ylabel(name)
-  for line, said in ((axes[0], "clean_said"), (axes[2], "adv_said")):
-    for axis, label, guess in zip(line, labels, shown[said], strict=True):
-      right = label == guess
-      axis.set_title(
-        f"{guess}" if right else f"{guess} (is {label})",
-        color="black" if right else "#d1495b",
-        fontsize=9,
-      )
-  figure.suptitle(f"{shown['cell']}: what the model says", fontsize=9)
-  return figure
+  return examples(
+    shown["images"], shown["adv"], shown["labels"],
+    shown["clean_said"], shown["adv_said"],
+    eps=float(shown["eps"]), title=f"{shown['cell']}: what the model says",
+  )  # fmt: skip

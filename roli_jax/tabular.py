@@ -32,6 +32,10 @@ class Table:
     ]
     return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
 
+  def _repr_markdown_(self) -> str:
+    """What a notebook shows."""
+    return self.markdown()
+
 
 def show(made: Iterable[Table]) -> None:
   """Prints tables to the terminal."""
