@@ -398,7 +398,6 @@ def _training(rows, log):
         list(points),
         [statistics.mean(values) for values in points.values()],
         "-" if group.weights == "robust" else "--",
-        marker="" if len(points) > 1 else ".",
         color=_colour(group),
         label=f"{_label(group, curves)}, {group.weights}".replace("\n", ", "),
       )
