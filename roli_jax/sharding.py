@@ -65,16 +65,7 @@ def ruled(shapes: Any, over: Mesh, rules: Sequence[Rule] = ()) -> Any:
       axis doesn't divide.
   """
   sizes = dict(over.shape)
-  patterns = [
-    (re.compile(rf"(?:.*/)?(?:{pattern})"), axes) for pattern, axes in rules
-  ]
-  for pattern, axes in rules:
-    for axis in (axes,) if isinstance(axes, str) else axes:
-      if axis is not None and axis not in sizes:
-        raise ValueError(
-          f"mesh.rules: {pattern!r} names the axis {axis!r}; there are"
-          f" {', '.join(sizes)}"
-        )
+  patterns = [(_compiled(rule, sizes), rule[1]) for rule in rules]
 
   def spec(name, shape):
     for pattern, axes in patterns:
@@ -91,6 +82,28 @@ def ruled(shapes: Any, over: Mesh, rules: Sequence[Rule] = ()) -> Any:
     ),
     shapes,
   )
+
+
+def _compiled(rule, axes):
+  """The rule's pattern, which the end of a path may match."""
+  if isinstance(rule, str) or len(rule) != 2:
+    raise ValueError(
+      'mesh.rules is a tuple of pairs, as ((".*", "data"),); one of them is'
+      f" {rule!r}"
+    )
+  pattern, named = rule
+  for axis in (named,) if isinstance(named, str) else named:
+    if axis is not None and axis not in axes:
+      raise ValueError(
+        f"mesh.rules: {pattern!r} names the axis {axis!r}; there are"
+        f" {', '.join(axes)}"
+      )
+  try:
+    return re.compile(rf"(?:.*/)?(?:{pattern})")
+  except re.error as error:
+    raise ValueError(
+      f"mesh.rules: {pattern!r} is no pattern: {error}"
+    ) from error
 
 
 def _along(shape, axis, size):

@@ -91,6 +91,8 @@ def test_rules_split_parameters_and_what_the_optimizer_keeps(one):
   [
     ((".*", "modal"), "names the axis 'modal'; there are data, model"),
     (("fc1/bias", ("data", None)), "can't be split over"),
+    (("fc[", "data"), r"'fc\[' is no pattern"),
+    ("data", "is a tuple of pairs"),
     (("head/kernel", (None, "data")), r"shape \(64, 10\), which can't"),
   ],
 )
