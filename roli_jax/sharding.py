@@ -19,10 +19,6 @@ from roli_jax import trees
 
 AXES = ("data", "model")
 
-# A pattern of paths, and how the leaves there are split: over an axis, along
-# the largest dimension that it divides, or an axis or None for each dimension.
-Rule = tuple[str, str | tuple[str | None, ...]]
-
 
 def mesh(model: int = 1) -> Mesh:
   """All devices, so many of them along `model`, the rest along `data`.
@@ -48,10 +44,12 @@ def split(over: Mesh) -> NamedSharding:
   return NamedSharding(over, PartitionSpec("data"))
 
 
-def ruled(shapes: Any, over: Mesh, rules: Sequence[Rule] = ()) -> Any:
+def ruled(shapes: Any, over: Mesh, rules: Sequence[Any] = ()) -> Any:
   """The shapes as those of arrays that lie as the rules say.
 
-  The first rule counts whose pattern matches the end of a leaf's path, from a
+  A rule is a pattern of paths, and how the leaves there are split: over an
+  axis, along the largest dimension that it divides, or an axis or None for each
+  dimension. The first rule counts whose pattern matches the end of a leaf's path, from a
   `/` on: the averages of an optimizer lie as the parameters they are of. What
   no rule names is on each device, and so is a leaf that has no dimension for
   an axis given alone.
