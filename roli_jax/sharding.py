@@ -49,10 +49,10 @@ def ruled(shapes: Any, over: Mesh, rules: Sequence[Any] = ()) -> Any:
 
   A rule is a pattern of paths, and how the leaves there are split: over an
   axis, along the largest dimension that it divides, or an axis or None for each
-  dimension. The first rule counts whose pattern matches the end of a leaf's path, from a
-  `/` on: the averages of an optimizer lie as the parameters they are of. What
-  no rule names is on each device, and so is a leaf that has no dimension for
-  an axis given alone.
+  dimension. The first rule counts whose pattern matches the end of a leaf's
+  path, from a `/` on: the averages of an optimizer lie as the parameters they
+  are of. What no rule names is on each device, and so is a leaf that has no
+  dimension for an axis given alone.
 
   Example:
     >>> ((".*", "data"),)  # FSDP
