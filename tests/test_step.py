@@ -211,15 +211,25 @@ def free_port():
     return some.getsockname()[1]
 
 
-def start(words):
-  """A process of four devices."""
-  return subprocess.Popen(
-    words, env=FOUR, cwd=cli.ROOT, stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT, text=True,
-  )  # fmt: skip
+@pytest.fixture
+def start():
+  """Starts a process of four devices; none outlives the test."""
+  started = []
+
+  def go(words):
+    process = subprocess.Popen(
+      words, env=FOUR, cwd=cli.ROOT, stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    started.append(process)
+    return process
+
+  yield go
+  for process in started:
+    process.kill()
 
 
-def test_two_processes_are_one(one, tmp_path, devices):
+def test_two_processes_are_one(one, start, tmp_path, devices):
   file, address = tmp_path / "after.npz", f"127.0.0.1:{free_port()}"
   words = [sys.executable, "-m", "tests.steps", str(file), address, "2"]
   both = [start([*words, str(k)]) for k in range(2)]
@@ -237,7 +247,7 @@ def test_two_processes_are_one(one, tmp_path, devices):
     assert other < 1e-3
 
 
-def test_who_loses_a_process_ends_and_another_number_goes_on(tmp_path):
+def test_who_loses_a_process_ends_and_another_number_goes_on(start, tmp_path):
   run = tmp_path / "run"
   config = [f"{cli.GLYPHS}:method=full,init=ranli", *cli.TINY]
   config += ["--config.adapt.num_steps=40", f"--workdir={run}"]
@@ -246,8 +256,10 @@ def test_who_loses_a_process_ends_and_another_number_goes_on(tmp_path):
     start(cli.command(*config, address, "--num_processes=2", f"--process={k}"))
     for k in range(2)
   ]
+  most = time.monotonic() + 300
   while not list(run.glob("checkpoints/*/adapt/*/0*")):
     assert both[0].poll() is None, both[0].communicate()[0]
+    assert time.monotonic() < most
     time.sleep(0.1)
   both[1].kill()
   said, _ = both[0].communicate(timeout=120)
