@@ -124,8 +124,9 @@ class Vit(nn.Module):
     )  # fmt: skip
     names = [f"block{i}" for i in range(self.depth)]
     (rates,) = layers.drop_rates(self.drop_path, [self.depth])
-    last = functools.partial(make, first=start or None)
-    for block, few in ((make, slice(-1)), (last, slice(-1, None))):
+    alike = self.depth - start
+    last = functools.partial(make, first=start)
+    for block, few in ((make, slice(alike)), (last, slice(alike, None))):
       x = layers.repeat(
         self, block, names[few], x, prompts[few], rates[few],
         scan=self.scan, remat=self.remat,
