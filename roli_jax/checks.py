@@ -7,16 +7,15 @@ that do are in `diagnosis`.
 """
 
 import dataclasses
-import functools
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roli_jax import keys
-from roli_jax.classifier import SMALLEST, Classifier
+from roli_jax import losses
+from roli_jax.classifier import Classifier
 
 MOST = 64  # images that are looked at
 
@@ -55,11 +54,25 @@ def judged(
   return Check(name, verdict if images else "pass", said, images)
 
 
+VERDICTS = ("pass", "info", "warn", "fail")  # each worse than the last
+
+
+def worst(each: Iterable[Iterable[Check]]) -> list[Check]:
+  """Of several evaluations' checks, by name the one of the worst verdict."""
+  found: dict[str, Check] = {}
+  for check in itertools.chain.from_iterable(each):
+    known = found.setdefault(check.name, check)
+    if VERDICTS.index(check.verdict) > VERDICTS.index(known.verdict):
+      found[check.name] = check
+  return list(found.values())
+
+
 def of_outputs(
   on: Classifier,
   images: np.ndarray,
   labels: np.ndarray,
   indices: np.ndarray,
+  clean: np.ndarray,
   logits: np.ndarray,
 ) -> list[Check]:
   """What the outputs on clean images say, from a few passes more.
@@ -69,13 +82,14 @@ def of_outputs(
     images: the clean ones; the first 64 are looked at.
     labels: their classes.
     indices: who they are.
+    clean: whom the judge found right.
     logits: of all of them.
   """
   few = slice(0, MOST)
   images, labels, indices = images[few], labels[few], indices[few]
-  logits = logits[few].astype(np.float64)
+  clean, logits = clean[few], logits[few].astype(np.float64)
   return [
-    _accuracy(logits, labels, indices),
+    _accuracy(clean, logits.shape[1], indices),
     _alone(on, images, labels, indices, logits),
     _logits(logits, indices),
     _scale(logits, indices),
@@ -83,35 +97,58 @@ def of_outputs(
   ]
 
 
-def _accuracy(logits, labels, indices):
-  right = (logits.argmax(1) == labels).mean()
-  chance = 1 / logits.shape[1]
+def _accuracy(clean, num_classes, indices):
+  right, chance = clean.mean(), 1 / num_classes
   return judged(
     "clean accuracy",
     "warn",
-    f"{100 * right:.1f}% of {len(labels)} images, chance is {100 * chance:.1f}%"
+    f"{100 * right:.1f}% of {len(clean)} images, chance is {100 * chance:.1f}%"
     + ("" if right > chance else ": do labels and preprocessing fit?"),
     indices if right <= chance else (),
   )
 
 
-def _unit(logits):
-  length = np.linalg.norm(logits, axis=1, keepdims=True)
-  return logits / np.maximum(length, 1e-12)
+def moved(logits: np.ndarray, others: np.ndarray) -> np.ndarray:
+  """How far each image's logits lie apart, as a share of their length.
+
+  Args:
+    logits: [n, k].
+    others: [n, k], of the same images.
+
+  Returns:
+    [n], inf where one of them masks a class (-inf) and the other doesn't, or
+    is no number.
+  """
+  masked = np.isneginf(logits)
+  a, b = (np.where(masked, 0, x.astype(np.float64)) for x in (logits, others))
+  length = np.maximum(np.linalg.norm(a, axis=1), 1e-12)
+  with np.errstate(invalid="ignore", over="ignore"):
+    apart = np.linalg.norm(b - a, axis=1) / length
+  same = (masked == np.isneginf(others)).all(1)
+  return np.where(same & np.isfinite(apart), apart, np.inf)
 
 
 def _alone(on, images, labels, indices, logits):
   """Whether an image's logits depend on who stands beside it."""
   if on.stochastic:
     return Check("batch", "info", "each image of a random function is alone")
-  *_, mixed = on.judge(images[::-1], labels[::-1], indices[::-1])
-  off = np.abs(_unit(mixed[::-1].astype(np.float64)) - _unit(logits)).max(1)
+  # In another order, which takes every group of eight apart, and each beside
+  # its negative, without which a single group would keep its members.
+  order = np.concatenate([np.arange(k, len(images), 8) for k in range(8)])
+  negatives = images.min() + images.max() - images
+  beside = np.stack([images, negatives], 1)[order]
+  *_, mixed = on.judge(
+    beside.reshape(-1, *images.shape[1:]),
+    labels[order].repeat(2),
+    indices[order].repeat(2),
+  )
+  off = moved(logits[order], mixed[::2])
   return judged(
     "batch",
     "fail",
     f"in another batch logits move by {off.max():.1e} of their length"
     + ("" if off.max() <= 1e-3 else ": is batch norm in training mode?"),
-    indices[off > 1e-3],
+    np.sort(indices[order][off > 1e-3]),
   )
 
 
@@ -132,7 +169,8 @@ def _logits(logits, indices):
 
 
 def _scale(logits, indices):
-  spread = float(np.median(logits.max(1) - logits.min(1)))
+  least = np.min(logits, axis=1, initial=np.inf, where=logits > -np.inf)
+  spread = float(np.median(logits.max(1) - least))
   bad = not 0.1 <= spread <= 1e3
   return judged(
     "scale",
@@ -146,11 +184,10 @@ def _scale(logits, indices):
 def _deterministic(on, images, labels, indices, logits):
   if on.stochastic:
     return Check("deterministic", "info", "random, as declared: 20 draws judge")
-  unit, worst = _unit(logits), np.zeros(len(logits))
+  worst = np.zeros(len(logits))
   for _ in range(4):
     *_, again = on.judge(images, labels, indices)
-    moved = np.linalg.norm(_unit(again.astype(np.float64)) - unit, axis=1)
-    worst = np.maximum(worst, moved)
+    worst = np.maximum(worst, moved(logits, again))
   return judged(
     "deterministic",
     "fail",
@@ -160,11 +197,39 @@ def _deterministic(on, images, labels, indices, logits):
   )
 
 
+def of_gradients(
+  on: Classifier, images: np.ndarray, labels: np.ndarray, indices: np.ndarray
+) -> Check:
+  """Whether there are gradients for attacks to climb, at these clean images.
+
+  Costs a forward and a backward pass of each.
+  """
+  name = "gradients finite"
+  if on.programs.no_slope:
+    return Check(
+      name, "info",
+      f"the function has no derivative ({on.programs.no_slope}): only attacks"
+      " that need none can be made",
+    )  # fmt: skip
+  if not len(images):
+    return Check(name, "info", "no image to look at is classified as labelled")
+  strange, flat = on.slopes(images, labels, indices)
+  many = flat.sum() > max(1, 0.01 * len(flat))
+  said = f"of {len(images)} images {strange.sum()} have gradients with values"
+  said += f" that are not finite, {flat.sum()} gradients that are all 0"
+  if strange.any():
+    said += "; attacks take such values for 0, and may be blind"
+  if many:
+    said += "; attacks that climb them stand still"
+  return judged(name, "warn", said, indices[strange | (flat & many)])
+
+
 def of_result(
   clean: np.ndarray,
   broken_by: np.ndarray,
   indices: np.ndarray,
   invalid: np.ndarray,
+  strange: np.ndarray,
 ) -> list[Check]:
   """What the outcome of attacks says.
 
@@ -173,6 +238,7 @@ def of_result(
     broken_by: of each image, the attack's name.
     indices: who they are.
     invalid: for whom an attack left the ball or the box.
+    strange: who was broken by logits that are NaN or infinite.
   """
   count = max(int(clean.sum()), 1)
   by_square = np.flatnonzero(broken_by == "square")
@@ -192,37 +258,53 @@ def of_result(
       + (": gradients may be masked" if many else ""),
       indices[by_square] if many else (),
     ),
+    judged(
+      "finite logits",
+      "warn",
+      f"{int(strange.sum())} of {count} images count as broken by logits that"
+      " are NaN or infinite",
+      indices[strange],
+    ),
   ]
 
 
-@functools.partial(jax.jit, static_argnums=0)  # its shapes are remembered
-def _outputs(fn, params, images, image_keys):
-  return fn(params, images, image_keys)
-
-
 def check_numbers(logits: np.ndarray, indices: np.ndarray) -> None:
-  """Raises a ValueError for logits that are not numbers."""
-  bad = np.isnan(logits).any(1)
-  if bad.any():
-    raise ValueError(
-      f"the logits of {int(bad.sum())} of {len(bad)} clean images are not"
-      f" numbers (NaN), first of image {indices[bad][0]}: attacks would mean"
-      " nothing"
+  """Raises a ValueError for logits that say of no class that it is first.
+
+  -inf is the lowest logit: of a class that is masked.
+  """
+  bad = ~losses.is_ranking(logits)
+  if not bad.any():
+    return
+  of = logits[bad]
+  seen = [
+    what
+    for what, found in (
+      ("NaN", np.isnan(of).any()),
+      ("+inf", np.isposinf(of).any()),
+      ("-inf for every class", np.isneginf(of).all(1).any()),
     )
+    if found
+  ]
+  raise ValueError(
+    f"the logits of {int(bad.sum())} of {len(bad)} clean images are not numbers"
+    f" ({', '.join(seen)}), first of image {indices[bad][0]}: attacks would"
+    " mean nothing. Does a low precision overflow?"
+  )
+
+
+def check_shape(images: np.ndarray) -> None:
+  """Raises a ValueError for what is no batch of images."""
+  if images.ndim < 2 or not len(images):
+    raise ValueError(f"expected images [n, h, w, c], got {images.shape}")
 
 
 def check_inputs(
-  on: Classifier,
-  images: np.ndarray,
-  labels: np.ndarray,
-  indices: np.ndarray,
-  attack: Any,
+  images: np.ndarray, labels: np.ndarray, indices: np.ndarray, attack: Any
 ) -> None:
-  """Raises a ValueError for inputs, or a function, that can't be meant."""
+  """Raises a ValueError for images, labels, indices or radii of no sense."""
   n = len(images)
-  if n == 0 or images.ndim < 2:
-    raise ValueError(f"expected images [n, h, w, c], got {images.shape}")
-  if not np.issubdtype(images.dtype, np.floating):
+  if not jnp.issubdtype(images.dtype, jnp.floating):
     raise ValueError(
       f"expected floating-point images in [0, 1], got {images.dtype};"
       " divide by 255?"
@@ -241,21 +323,22 @@ def check_inputs(
   eps = np.asarray(attack.threat.eps) if attack else np.zeros(())
   if eps.shape not in ((), (n,)):
     raise ValueError(f"expected one eps, or {n} of them, got {eps.shape}")
-  b = SMALLEST
-  piece = jax.ShapeDtypeStruct((b, *images.shape[1:]), jnp.float32)
-  image_keys = jax.eval_shape(keys.per_image, keys.root(0), jnp.arange(b))
-  out = jax.eval_shape(
-    functools.partial(_outputs, on.fn), on.params, piece, image_keys
-  )
-  if getattr(out, "ndim", None) != 2 or out.shape[0] != b:
+
+
+def check_function(on: Classifier, labels: np.ndarray, attack: Any) -> None:
+  """Raises a ValueError for labels or an attack that the function can't bear.
+
+  Attacks without a backward pass need no derivative.
+  """
+  num_classes = on.programs.num_classes
+  if labels.min() < 0 or labels.max() >= num_classes:
     raise ValueError(
-      f"expected logits [{b}, classes] for {b} images, got"
-      f" {getattr(out, 'shape', type(out).__name__)}"
-    )
-  if out.shape[1] < 2:
-    raise ValueError("expected logits of at least 2 classes, got 1")
-  if labels.min() < 0 or labels.max() >= out.shape[1]:
-    raise ValueError(
-      f"expected labels in [0, {out.shape[1]}), the width of the logits, got"
+      f"expected labels in [0, {num_classes}), the width of the logits, got"
       f" {labels.min()} to {labels.max()}"
+    )
+  if on.programs.no_slope and attack is not None and attack.passes[1]:
+    raise ValueError(
+      f"{attack.name} climbs gradients, and the function has none"
+      f" ({on.programs.no_slope}); take `square`, or give it a derivative with"
+      " jax.custom_vjp (docs/evaluation.md)"
     )

@@ -5,7 +5,6 @@ with, nor on how many devices there are.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from roli_jax import keys, losses, sharding
-from roli_jax.attacks import search
+from roli_jax import keys, losses, sharding, tracing
 
 SMALLEST = 8  # images a device: smaller batches take other kernels
 DRAWS = 20  # of a randomised function, to judge an image
@@ -26,8 +24,7 @@ class Classifier:
   """A function `(params, images, keys) -> logits` with all that it needs.
 
   Attributes:
-    fn: from `normal`; the same object for the same user's function, since
-      programs are remembered by it.
+    programs: the function, and what is compiled for it.
     params: of it, on every device.
     mesh: of the devices.
     batch_size: images at once, rounded up to what the devices divide.
@@ -39,7 +36,7 @@ class Classifier:
     seed: of the judge's draws.
   """
 
-  fn: Callable[..., Any]
+  programs: tracing.Programs
   params: Any
   mesh: Mesh
   batch_size: int
@@ -73,7 +70,8 @@ class Classifier:
     arrays = (images, labels, indices.astype(np.uint32))
     for _, real, bucket in self._buckets(*arrays):
       draws = DRAWS if self.stochastic else 1
-      out = _judge(self.fn, self.mesh, draws, self.params, key, *bucket)
+      judge = self.programs.compiled(_judge, static_argnums=(0, 1))
+      out = judge(self.mesh, draws, self.params, key, *bucket)
       parts.append([x[real] for x in sharding.fetch(out)])
     right, margin, logits = map(np.concatenate, zip(*parts, strict=True))
     return right, margin, logits
@@ -88,10 +86,27 @@ class Classifier:
     """
     arrays = (images, labels, indices.astype(np.uint32), eps)
     for rows, real, bucket in self._buckets(*arrays):
-      found = _attack(
-        self.fn, self.mesh, self.dtype, attack, self.params, key, *bucket
-      )
+      craft = self.programs.compiled(_attack, static_argnums=(0, 1))
+      found = craft(self.mesh, self.dtype, attack, self.params, key, *bucket)
       yield rows, sharding.fetch(found)[real], int((~real).sum())
+
+  def slopes(
+    self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """For which images the gradient that attacks climb is of no use.
+
+    Returns:
+      Where values of it are not finite, and where all of them are 0.
+    """
+    parts: list[Any] = []
+    key = keys.stream(keys.root(self.seed), "slopes")
+    arrays = (images, labels, indices.astype(np.uint32))
+    for _, real, bucket in self._buckets(*arrays):
+      slopes = self.programs.compiled(_slopes, static_argnums=(0, 1))
+      out = slopes(self.mesh, self.dtype, self.params, key, *bucket)
+      parts.append([x[real] for x in sharding.fetch(out)])
+    strange, flat = map(np.concatenate, zip(*parts, strict=True))
+    return strange, flat
 
   def _buckets(self, *arrays) -> Iterator[tuple[slice, np.ndarray, Any]]:
     """The arrays in pieces of two sizes; the last is padded with copies."""
@@ -110,36 +125,41 @@ class Classifier:
 def make(
   logits_fn: Callable[..., Any],
   params: Any,
+  shape: tuple[int, ...],
   batch_size: int,
   *,
   stochastic: bool = False,
   dtype: str | None = None,
   seed: int = 0,
+  pure: bool = False,
 ) -> Classifier:
   """A user's function, `([params,] images[, key]) -> logits`, on all devices.
 
+  Args:
+    logits_fn: the function.
+    params: its first argument; None where it takes none.
+    shape: (h, w, c) of an image.
+    batch_size: images at once.
+    stochastic: whether it takes a key last.
+    dtype: of the attacks' passes.
+    seed: of the judge's draws.
+    pure: whether it is known to read nothing but its arguments: then it isn't
+      traced anew to see what it reads.
+
   Raises:
-    ValueError: a batch size below 1, or an unknown dtype.
+    ValueError: a batch size below 1, an unknown dtype, params that are no
+      arrays, or a function that gives no logits or that JAX can't trace.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size must be >= 1, got {batch_size}")
   if dtype not in (None, "bfloat16", "float32"):
     raise ValueError(f"dtype is None, 'bfloat16' or 'float32', got {dtype!r}")
   mesh = sharding.mesh()
-  fn = _normal(logits_fn, params is not None, stochastic)
+  programs = tracing.programs(
+    logits_fn, params, (SMALLEST, *shape), stochastic=stochastic, pure=pure
+  )
   placed = sharding.replicate(() if params is None else params, mesh)
-  return Classifier(fn, placed, mesh, batch_size, stochastic, dtype, seed)
-
-
-@functools.lru_cache(maxsize=64)
-def _normal(logits_fn, with_params, stochastic):
-  """The function as one of params, images and keys; the same for the same."""
-
-  def fn(params, images, image_keys):
-    own = functools.partial(logits_fn, params) if with_params else logits_fn
-    return search.keyed(own, stochastic)(images, image_keys)
-
-  return fn
+  return Classifier(programs, placed, mesh, batch_size, stochastic, dtype, seed)
 
 
 def lowered(fn: Callable[..., Any], dtype: str | None) -> Callable[..., Any]:
@@ -159,7 +179,6 @@ def lowered(fn: Callable[..., Any], dtype: str | None) -> Callable[..., Any]:
   return low
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _attack(fn, mesh, dtype, attack, params, key, images, labels, indices, eps):
   def adversarial(whole, images, labels, indices, eps):
     attack, params, key = whole
@@ -177,7 +196,23 @@ def _attack(fn, mesh, dtype, attack, params, key, images, labels, indices, eps):
   return by_eights(adversarial, mesh, (attack, params, key), parts)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _slopes(fn, mesh, dtype, params, key, images, labels, indices):
+  """Whether each image's gradient has values that are not finite; all 0."""
+
+  def looked_at(whole, images, labels, indices):
+    params, key = whole
+    image_keys = keys.per_image(key, indices)
+
+    def climb(x):
+      logits = lowered(fn, dtype)(params, x, image_keys)
+      return losses.SURROGATES["ce"].climb(logits, labels).sum()
+
+    grads = jax.grad(climb)(images).reshape(len(images), -1)
+    return ~jnp.isfinite(grads).all(1), (grads == 0).all(1)
+
+  return by_eights(looked_at, mesh, (params, key), (images, labels, indices))
+
+
 def _judge(fn, mesh, draws, params, key, images, labels, indices):
   """Whether each image is classified as labelled, margins and logits."""
 

@@ -89,7 +89,7 @@ def run(
     if family.is_frontier and parts.config["test"]:
       for label, variables in family.members.items():
         member = dataclasses.replace(stage, name=f"{name}-{label}")
-        test = score.Test(parts.attack("eval_attack"))
+        test = measure.Test(parts.attack("eval_attack"))
         score.add_tests(
           parts, member, results, family.predict, variables, [test]
         )
@@ -98,7 +98,7 @@ def run(
 
 def _best(parts, chosen, results, family):
   """The member of the highest robust accuracy on validation."""
-  test = score.Test(parts.attack("val_attack"))
+  test = measure.Test(parts.attack("val_attack"))
   robust = {}
   for label, variables in family.members.items():
     member = dataclasses.replace(chosen, name=f"{chosen.name}-{label}")
@@ -122,7 +122,7 @@ def _wise_ft(parts, stage, first, second):
 def _output(parts, stage, first, second):
   predicts = (step.make_predict(parts.model(s)) for s in (stage.start, stage))
   return Family(
-    ensembles.output_space(*predicts),
+    _output_space(*predicts),
     {f"{a:g}": (first, second, np.float32(a)) for a in ALPHAS},
     is_frontier=True,
   )
@@ -157,10 +157,15 @@ def _vrf(parts, stage, first, second):
     for b in B
   }
   return Family(
-    ensembles.vrf(probe, both),
+    _vrf_space(probe, both),
     {label: (first, second, of) for label, of in members.items()},
     is_frontier=False,
   )
+
+
+# The same function for the same two, so that it compiles once.
+_output_space = functools.cache(ensembles.output_space)
+_vrf_space = functools.cache(ensembles.vrf)
 
 
 def _in_batches(fn, source: data.Source, size: int = 256) -> Any:

@@ -15,7 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from roli_jax import attacks, classifier, evaluate, keys, losses, metrics
+from roli_jax import (
+  attacks,
+  checks,
+  classifier,
+  evaluate,
+  keys,
+  losses,
+  metrics,
+)
 from roli_jax.checks import MOST, Check, judged
 from roli_jax.threat import ThreatModel
 
@@ -51,19 +59,31 @@ def run(
   Raises:
     ValueError: as `evaluate.run` does.
   """
+  images = np.asarray(images)
+  checks.check_shape(images)
+  on = classifier.make(
+    logits_fn, params, images.shape[1:], batch_size, stochastic=stochastic,
+    seed=seed,
+  )  # fmt: skip
+  return run_on(on, images, labels, threat, indices=indices)
+
+
+def run_on(
+  on: classifier.Classifier,
+  images: np.ndarray,
+  labels: np.ndarray,
+  threat: ThreatModel,
+  *,
+  indices: np.ndarray | None = None,
+) -> list[Check]:
+  """`run`, of a function that is a classifier on the devices already."""
   indices = np.arange(len(images)) if indices is None else np.asarray(indices)
   images, labels, indices = (
     np.asarray(x)[:MOST] for x in (images, labels, indices)
   )
-  on = classifier.make(
-    logits_fn, params, batch_size, stochastic=stochastic, seed=seed
-  )
   attack = functools.partial(
-    evaluate.run,
-    logits_fn, images, labels,
-    params=params, seed=seed, batch_size=batch_size, indices=indices,
-    stochastic=stochastic,
-  )  # fmt: skip
+    evaluate.run_on, on, images, labels, indices=indices
+  )
   model = _Model(on, images.astype(np.float32), labels, indices, threat)
   tried = _Tried(attack, threat)
   return [
@@ -100,8 +120,8 @@ class _Model:
   def climbs(self, x: np.ndarray, loss: str) -> tuple[np.ndarray, np.ndarray]:
     """The values of a loss that attacks climb, and its gradients."""
     image_keys = keys.per_image(keys.root(self.on.seed), self.indices)
-    value, grads = _climb(self.on.fn, loss, self.on.params, x, self.labels,
-                          image_keys)  # fmt: skip
+    climb = self.on.programs.compiled(_climb, static_argnums=0)
+    value, grads = climb(loss, self.on.params, x, self.labels, image_keys)
     return np.asarray(value, np.float64), np.asarray(grads, np.float64)
 
   def somewhere(self, k: int) -> np.ndarray:
@@ -111,7 +131,6 @@ class _Model:
     return np.asarray(self.threat.sample(image_keys, self.images))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _climb(fn, loss, params, images, labels, image_keys):
   def values(x):
     with jax.default_matmul_precision("highest"):

@@ -11,7 +11,6 @@ now and then an attack on one model finds what that on the whole misses. Judge
 the ensemble on both, and on a black-box attack.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import field, replace
@@ -102,7 +101,7 @@ def temperature(logits: Logits, labels: Labels) -> float:
     labels: of these.
 
   Raises:
-    ValueError: no images, or logits that are not finite.
+    ValueError: no images, or logits that are +inf or NaN.
   """
   logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
   if not len(labels) or len(labels) != len(logits):
@@ -110,8 +109,8 @@ def temperature(logits: Logits, labels: Labels) -> float:
       "a temperature needs labelled images, got"
       f" {len(logits)} rows of logits and {len(labels)} labels"
     )
-  if not np.isfinite(logits).all():
-    raise ValueError("a temperature needs finite logits, got inf or NaN")
+  if not losses.is_ranking(logits).all():
+    raise ValueError("a temperature needs finite logits, got +inf or NaN")
   accuracy = (logits.argmax(1) == labels).mean()
   below = logits - logits.max(1, keepdims=True)
 
@@ -343,7 +342,6 @@ def vrf_predict(
   )
 
 
-@functools.cache  # the same function for the same two, so that it compiles once
 def output_space(first: Predict, second: Predict) -> Predict:
   """`(params, images) -> log probabilities` of `ose`.
 
@@ -363,7 +361,6 @@ def output_space(first: Predict, second: Predict) -> Predict:
   return predict
 
 
-@functools.cache
 def vrf(first: Predict, second: Both) -> Predict:
   """`(params, images) -> log probabilities` of `vrf_predict`.
 

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from roli_jax import processes, workdir
@@ -14,24 +15,36 @@ from roli_jax import processes, workdir
 class Journal:
   """A directory of numbered entries, each of which is whole or not there.
 
-  Args:
+  Attributes:
     path: the directory; None keeps nothing.
-    about: what the entries are of, plain values.
+    about: what the entries are of, as it stands there.
+
+  Args:
+    path: the directory.
+    about: what entries will be of, plain values. What an older version didn't
+      write is not compared.
+    older: what it wrote beside, which is not written any more.
 
   Raises:
     ValueError: the directory holds entries of something else, or can't be
       written to.
   """
 
-  def __init__(self, path: pathlib.Path | None, about: Mapping[str, Any]):
-    self.path = path
+  def __init__(
+    self,
+    path: pathlib.Path | None,
+    about: Mapping[str, Any],
+    older: Mapping[str, Any],
+  ):
+    self.path, self.about = path, dict(about)
     if path is None:
       return
     file = path / "about.json"
     try:
       path.mkdir(parents=True, exist_ok=True)
       if file.exists():
-        _check_same(path, json.loads(file.read_text()), about)
+        self.about = json.loads(file.read_text())
+        check_same(path, self.about, {**about, **older})
       else:
         workdir.write_json(file, about)
     except OSError as error:
@@ -55,21 +68,32 @@ class Journal:
     partial.replace(self.path / f"{name}-{count:06d}.npz")
 
 
-def digest(*arrays: np.ndarray) -> str:
-  """A hash of what the arrays hold."""
+def digest(*arrays: Any) -> str:
+  """A hash of what the arrays hold; keys count as their data."""
   total = hashlib.sha256()
   for array in arrays:
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+      array = jax.random.key_data(array)
+    array = np.ascontiguousarray(array)
     total.update(f"{array.dtype}{array.shape}".encode())
-    total.update(np.ascontiguousarray(array).tobytes())
+    total.update(array.tobytes())
   return total.hexdigest()[:16]
 
 
-def _check_same(path, theirs, ours):
+def check_same(
+  path: pathlib.Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]
+) -> None:
+  """Raises the ValueError of a directory that holds something else.
+
+  Args:
+    path: the directory.
+    theirs: what it holds.
+    ours: what it should hold; what only one of the two says is not compared.
+  """
   ours = json.loads(json.dumps(ours))
-  for name in sorted(theirs.keys() | ours.keys()):
-    a, b = theirs.get(name), ours.get(name)
-    if a != b:
+  for name in sorted(theirs.keys() & ours.keys()):
+    if theirs[name] != ours[name]:
       raise ValueError(
-        f"{path} holds progress of another evaluation: its {name} is {a}, not"
-        f" {b}. Give another directory."
+        f"{path} holds progress of another evaluation: its {name} is"
+        f" {theirs[name]}, not {ours[name]}. Give another directory."
       )

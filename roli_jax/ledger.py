@@ -23,6 +23,8 @@ class Ledger:
     said: its class.
     margin: of it, NaN where nothing was judged.
     outside: whether a job left the ball or the box.
+    strange: whether `adv` was judged by logits that are NaN or infinite, of
+      classes that the clean image's don't mask.
     work: what was computed.
   """
 
@@ -37,6 +39,7 @@ class Ledger:
     self.said = np.zeros(n, np.int64)
     self.margin = np.full(n, np.nan)
     self.outside = np.zeros(n, bool)
+    self.strange = np.zeros(n, bool)
     self.best = np.full(n, np.inf)
     self.work = pool.Work()
 
@@ -66,12 +69,13 @@ class Ledger:
       if wins and found is not None:
         self.first[row], self.best[row] = job, far
         self.adv[row], self.said[row] = found, entry["said"][i]
+        self.strange[row] = entry["strange"][i]
       if wins or self.first[row] == self.far.shape[1]:
         self.margin[row] = entry["margin"][i]
 
   def take(self, other: "Ledger") -> None:
     """Takes over what another attack found nearer."""
     nearer = other.best < self.best
-    for name in ("adv", "said", "margin", "best"):
+    for name in ("adv", "said", "margin", "best", "strange"):
       getattr(self, name)[nearer] = getattr(other, name)[nearer]
     self.outside |= other.outside

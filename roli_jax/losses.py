@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from roli_jax.types import Array, Bool, Float, Integer, Labels, Logits
 
@@ -19,25 +20,41 @@ from roli_jax.types import Array, Bool, Float, Integer, Labels, Logits
 def correct(logits: Logits, labels: Labels) -> Bool[Array, "b"]:
   """Whether each image's largest logit is its label's.
 
-  A tie goes to the lower class. Logits that are not numbers are not correct.
+  A tie goes to the lower class. Logits that rank nothing are not correct.
   """
-  return (jnp.argmax(logits, -1) == labels) & jnp.isfinite(logits).all(-1)
+  return (jnp.argmax(logits, -1) == labels) & is_ranking(logits)
+
+
+def is_ranking(
+  logits: Float[Array | np.ndarray, "*b k"],
+) -> Bool[Array | np.ndarray, "*b"]:
+  """Whether logits say which class is first: no NaN, no +inf, not all -inf.
+
+  -inf is the lowest logit there is: of a class that is masked. NumPy in, NumPy
+  out.
+  """
+  xp = np if isinstance(logits, np.ndarray) else jnp
+  strange = xp.isnan(logits) | (logits == xp.inf)
+  return ~strange.any(-1) & (logits > -xp.inf).any(-1)
 
 
 def cross_entropy(logits: Logits, labels: Labels) -> Float[Array, "b"]:
   """-log softmax of the label's logit."""
-  return jax.nn.logsumexp(logits, axis=-1) - _own(logits, labels)
+  return jax.nn.logsumexp(logits, axis=-1) - own(logits, labels)
 
 
 def margin(logits: Logits, labels: Labels) -> Float[Array, "b"]:
   """The best other logit minus the label's: positive where misclassified."""
-  return _others(logits, labels).max(-1) - _own(logits, labels)
+  return _others(logits, labels).max(-1) - own(logits, labels)
 
 
 def kl(logits: Logits, target: Logits) -> Float[Array, "b"]:
   """KL(softmax(target) || softmax(logits)), TRADES' inner loss."""
   log_p = jax.nn.log_softmax(target)
-  return (jnp.exp(log_p) * (log_p - jax.nn.log_softmax(logits))).sum(-1)
+  apart = log_p - jax.nn.log_softmax(logits)
+  # A class that the target masks with -inf has no share, and -inf - -inf none.
+  masked = jnp.isneginf(log_p)
+  return (jnp.exp(log_p) * jnp.where(masked, 0, apart)).sum(-1)
 
 
 def log_odds(logits: Logits, labels: Labels) -> Float[Array, "b"]:
@@ -49,7 +66,7 @@ def log_odds(logits: Logits, labels: Labels) -> Float[Array, "b"]:
   the model. The log odds go on.
   """
   others = jax.nn.logsumexp(_others(logits, labels), axis=-1)
-  return others - _own(logits, labels)
+  return others - own(logits, labels)
 
 
 def dlr(logits: Logits, labels: Labels) -> Float[Array, "b"]:
@@ -62,14 +79,14 @@ def dlr(logits: Logits, labels: Labels) -> Float[Array, "b"]:
   if logits.shape[-1] < 3:
     return margin(logits, labels)
   top, _ = jax.lax.top_k(logits, 3)
-  return margin(logits, labels) / (top[:, 0] - top[:, 2] + TINY)
+  return _ratio(margin(logits, labels), top[:, 0] - top[:, 2])
 
 
 def margin_towards(
   logits: Logits, labels: Labels, targets: Labels
 ) -> Float[Array, "b"]:
   """The target's logit minus the label's."""
-  return _own(logits, targets) - _own(logits, labels)
+  return own(logits, targets) - own(logits, labels)
 
 
 def cross_entropy_towards(
@@ -93,7 +110,14 @@ def dlr_towards(
   if logits.shape[-1] < 4:
     return towards
   top, _ = jax.lax.top_k(logits, 4)
-  return towards / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + TINY)
+  return _ratio(towards, top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
+
+
+def _ratio(gap, width):
+  """Their ratio; the gap alone where too few classes are not masked."""
+  # Chosen before dividing: gradients of gap / inf are 0 / inf and inf / inf.
+  few = jnp.isinf(width)
+  return gap / (jnp.where(few, 1.0, width) + jnp.where(few, 0.0, TINY))
 
 
 def rivals(
@@ -110,8 +134,8 @@ def _is_own(logits: Logits, labels: Labels) -> Bool[Array, "b k"]:
   return jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
 
 
-def _own(logits: Logits, labels: Labels) -> Float[Array, "b"]:
-  """The logit of the label."""
+def own(logits: Logits, labels: Labels) -> Float[Array, "b"]:
+  """Each image's logit of its label."""
   return jnp.where(_is_own(logits, labels), logits, 0).sum(-1)
 
 

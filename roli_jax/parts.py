@@ -142,25 +142,35 @@ class Parts:
       return attacks.build(name, threat)
     return self._attack(self.config[kind], threat)
 
-  def inner_attack(self, name: str, surrogate: str) -> attacks.Attack:
+  def inner_attack(
+    self, name: str, criterion: criteria.Criterion
+  ) -> attacks.Attack:
     """The attack in the training of the section of that name.
 
     Args:
       name: of the section; what its `attack` says goes before `config.attack`.
-      surrogate: `kl`: that is the loss it raises, if it can and the config
-        names no other.
+      criterion: that is lowered; the loss it asks for is raised, if the attack
+        can and the config names no other. A criterion of clean images alone
+        asks for nothing.
+
+    Raises:
+      ValueError: the attack can't train.
     """
     said = self.config[name].get("attack", {})
     own = {k: v for k, v in said.items() if v not in (None, "")}
     base = self.config["attack"]
     if own.get("name", base["name"]) != base["name"]:
       base = {}
-    attack: Any = self._attack({**base, **own}, self.threat)
-    if isinstance(attack, attacks.Apgd):
-      attack = attacks.Highest(attack)
-    elif surrogate == "kl" and "loss" not in own:
-      attack = dataclasses.replace(attack, loss="kl")
-    return attack
+    attack = self._attack({**base, **own}, self.threat)
+    if not criterion.adversarial:
+      return attack
+    if not isinstance(attack, attacks.TrainingAttack):
+      raise ValueError(
+        f"{attack.name} can't train: it looks for misclassified images, and"
+        " training wants each image's point of highest loss; take pgd, fgsm,"
+        " apgd_ce or apgd_dlr"
+      )
+    return attack.for_training("" if "loss" in own else criterion.surrogate)
 
   def _attack(self, section, threat):
     fields = specs.taken(attacks.ATTACKS, section, "attack")
@@ -358,7 +368,7 @@ class Parts:
   ):
     section = self.config[name]
     criterion = self.criterion(name, loss, epoch_steps)
-    attack = self.inner_attack(name, criterion.surrogate)
+    attack = self.inner_attack(name, criterion)
     _check_section(name, section, criterion, self.mesh)
     if (loss == "autolora") != (method.name == "autolora"):
       raise ValueError(

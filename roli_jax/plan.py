@@ -186,7 +186,7 @@ def _flops(parts: Planned, stage: Stage) -> int:
   criterion = parts.criterion(stage.name, stage.loss)
   a_step = cost.step_flops(
     one,
-    parts.inner_attack(stage.name, criterion.surrogate).passes,
+    parts.inner_attack(stage.name, criterion).passes,
     adversarial=criterion.adversarial,
     needs_clean=criterion.needs_clean,
     gradients=2 if section.get("awp", {}).get("gamma") else 1,

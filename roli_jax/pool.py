@@ -31,7 +31,7 @@ class Subjects:
     labels: their classes.
     indices: who each is.
     eps: the radius of each.
-    rivals: [n, k], the classes beside the label, largest clean logit first.
+    towards: [n, k], the classes aimed at, by the number of the target.
     noise: what searches start from; None draws it.
   """
 
@@ -39,7 +39,7 @@ class Subjects:
   labels: np.ndarray
   indices: np.ndarray
   eps: np.ndarray
-  rivals: np.ndarray
+  towards: np.ndarray
   noise: np.ndarray | None = None
 
 
@@ -160,8 +160,11 @@ def run(
                    again, len(fresh))  # fmt: skip
     slots = places
     every = math.ceil(math.sqrt(attack.length))
-    pool, counts = _advance(
-      on.fn, on.mesh, on.dtype, _of_a_job(attack), on.params, every, *pool
+    advance = on.programs.compiled(
+      _advance, static_argnums=(0, 1), donate_argnums=(5, 6)
+    )
+    pool, counts = advance(
+      on.mesh, on.dtype, _of_a_job(attack), on.params, every, *pool
     )
     state = pool[1]
     taken, found, done = (
@@ -243,11 +246,11 @@ def _filled(on, attack, of, key, pool, size, places, rows, jobs, slots, again,
 
 def _news(attack, of, size, starts, rows, jobs):
   """Arrays of new jobs at their places; zeros elsewhere."""
-  targets = np.minimum(jobs // attack.num_restarts, of.rivals.shape[1] - 1)
+  targets = np.minimum(jobs // attack.num_restarts, of.towards.shape[1] - 1)
   values = {
     "images": of.images[rows],
     "labels": of.labels[rows].astype(np.int32),
-    "targets": of.rivals[rows, targets].astype(np.int32),
+    "targets": of.towards[rows, targets].astype(np.int32),
     "restart": (jobs % attack.num_restarts).astype(np.int32),
     "eps": of.eps[rows].astype(np.float32),
     "indices": of.indices[rows].astype(np.uint32),
@@ -296,7 +299,6 @@ def _pack(mesh, attack, key, pool, order, retract, fresh, used, news):
   return jax.lax.with_sharding_constraint(packed, sharding.split(mesh))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(6, 7))
 def _advance(fn, mesh, dtype, attack, params, most, job, state, fresh):
   """At most so many steps of each job.
 

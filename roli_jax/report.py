@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 from roli_jax import comparison, data, metrics, record
+from roli_jax.checks import VERDICTS
 from roli_jax.groups import (
   CLEAN,
   Attacked,
@@ -253,6 +254,42 @@ def evaluations(kept: Iterable[Row]) -> list[Table]:
   return [table for table in made if table.rows]
 
 
+def quick(path: pathlib.Path) -> Table:
+  """What the checks of a run's other tests say, the worst of each.
+
+  Args:
+    path: the run's directory.
+  """
+  files = sorted((path / "evaluations").rglob("checks-*.json"))
+  found: dict[str, list[tuple[int, Row, Row]]] = {}
+  for file in files:
+    kept = json.loads(file.read_text())
+    for name, check in kept["checks"].items():
+      rank = VERDICTS.index(check["verdict"])
+      found.setdefault(name, []).append((rank, check, kept["row"]))
+  lines = []
+  for name, each in found.items():
+    rank, check, row = max(each, key=lambda one: one[0])
+    of = sum(one[0] == rank for one in each)
+    lines.append(
+      (
+        name,
+        check["verdict"],
+        f"{of} of {len(each)}",
+        row["cell"],
+        row["attack"],
+        check["said"],
+        _some(check["images"]),
+      )
+    )
+  return Table(
+    "Checks of the other tests: is the number to be trusted?",
+    ("check", "worst verdict", "tests", "one of them", "attack",
+     "what was seen", "images"),
+    lines,
+  )  # fmt: skip
+
+
 def _some(images: Sequence[int], most: int = 8) -> str:
   more = f" and {len(images) - most} more" if len(images) > most else ""
   return " ".join(map(str, images[:most])) + more
@@ -361,6 +398,8 @@ def write(path: pathlib.Path) -> list[Table]:
     raise ValueError(f"there are no rows in {path / 'results.jsonl'}")
   evaluated = kept(path)
   made = [*tables(rows), *evaluations(evaluated), *facts(path)]
+  checked = quick(path)
+  made += [checked] if checked.rows else []
   figures = plots.write(
     rows,
     record.read(path / "training.jsonl"),

@@ -1,15 +1,14 @@
 """How well a trained stage does, as rows of results."""
 
-import dataclasses
 import functools
-import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from roli_jax import (
   attacks,
@@ -18,7 +17,6 @@ from roli_jax import (
   cost,
   data,
   diagnosis,
-  evaluate,
   keys,
   processes,
   record,
@@ -28,13 +26,9 @@ from roli_jax import (
   trees,
   workdir,
 )
+from roli_jax.measure import Corruption, Test
 from roli_jax.parts import Parts, Variables
 from roli_jax.table import Stage
-
-_PIECE = 2**30  # bytes of pixels that are attacked at once
-
-CLEAN: dict[str, Any] = {"attack": "none"}
-
 
 # By the name that follows `corruptions:`.
 CORRUPTIONS = {
@@ -43,150 +37,6 @@ CORRUPTIONS = {
   "glyphs": corruptions.GLYPHS,
   "guide": ("guide",),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Test:
-  """An attack on a split, and the rows that come of it.
-
-  Attributes:
-    attack: the attack.
-    num_images: how many of the split's first images; 0 for all.
-    radii: at which accuracy is told, of an attack that finds distances; none
-      for the attack's own.
-  """
-
-  attack: Any
-  num_images: int = 0
-  radii: tuple[float, ...] = ()
-
-  def about(self) -> list[dict[str, Any]]:
-    """What tells its rows from others: clean, and one for each radius."""
-    attack = self.attack
-    attacked = {
-      "attack": attack.name,
-      "attack_steps": attack.num_steps,
-      "restarts": attack.num_restarts,
-      "norm": attack.threat.norm,
-    }
-    radii = self.radii or (float(attack.threat.eps),)
-    return [CLEAN, *({**attacked, "eps": eps} for eps in radii)]
-
-  def pixels(self, source: data.Source, rows: np.ndarray) -> np.ndarray:
-    """The images that are attacked."""
-    return source.pixels(rows)
-
-  def values(self, result: evaluate.Result) -> list[float]:
-    """Clean accuracy, and the robust one at each radius."""
-    at = [result.robust_at(eps) for eps in self.radii] or [result.robust]
-    return [float(flags.mean()) for flags in (result.clean, *at)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Corruption:
-  """A common corruption of a split; its row says the severity as `eps`.
-
-  Attributes:
-    name: one of `corruptions.CORRUPTIONS`; `guide`: each image its own type.
-    severity: 1 to 5.
-    num_images: how many of the split's first images; 0 for all.
-  """
-
-  name: str
-  severity: int
-  num_images: int = 0
-  attack: ClassVar[None] = None
-
-  def about(self) -> list[dict[str, Any]]:
-    """What tells its row from others."""
-    severity = float(self.severity)
-    return [{"attack": self.name, "norm": "severity", "eps": severity}]
-
-  def pixels(self, source: data.Source, rows: np.ndarray) -> np.ndarray:
-    """The corrupted images, each by who it is."""
-    clean = np.rint(255 * source.pixels(rows)).astype(np.uint8)
-    corrupted = [
-      corruptions.apply(self._type(row, source), image, self.severity, index)
-      for row, image, index in zip(
-        rows.tolist(), clean, source.indices[rows].tolist(), strict=True
-      )
-    ]
-    return np.stack(corrupted) / np.float32(255)
-
-  def _type(self, row, source):
-    if self.name == "guide":
-      return corruptions.guide(row, len(source))
-    return self.name
-
-  def values(self, result: evaluate.Result) -> list[float]:
-    """Accuracy."""
-    return [float(result.clean.mean())]
-
-
-def measure(
-  parts: Parts,
-  predict: Callable[..., Any],
-  variables: Any,
-  seed: int,
-  split: str,
-  test: Test | Corruption,
-  save: pathlib.Path | None = None,
-) -> evaluate.Result:
-  """One test on one split of the run's data; progress goes to `save`.
-
-  Without `save`, a split whose pixels take much memory is attacked in pieces,
-  and the result holds no adversarial images.
-
-  Args:
-    parts: of the run.
-    predict: `(variables, images) -> logits`.
-    variables: of a model, or of several.
-    seed: of the attack's noise.
-    split: which.
-    test: what is done to it.
-    save: a directory; None keeps nothing.
-  """
-  source: data.Source = parts.data[split]
-  rows = np.arange(len(source))[: test.num_images or None]
-  batch = parts.config["eval_batch_size"]
-  batches = _PIECE // (4 * math.prod(source.shape) * batch)
-  at_once = max(batches, 1) * batch
-  pieces = range(0, len(rows), at_once)
-  each = [rows] if save else [rows[i : i + at_once] for i in pieces]
-  return _joined(
-    [
-      evaluate.run(
-        predict,
-        test.pixels(source, few),
-        source.labels[few],
-        test.attack,
-        params=variables,
-        seed=seed,
-        batch_size=batch,
-        indices=source.indices[few],
-        save=save,
-        dtype=parts.half,
-      )
-      for few in each
-    ]
-  )
-
-
-def _joined(results):
-  """The result of all pieces."""
-  if len(results) == 1:
-    return results[0]
-  whole = {
-    name: np.concatenate([getattr(result, name) for result in results])
-    for name, value in vars(results[0]).items()
-    if isinstance(value, np.ndarray) and name != "adv"
-  }
-  return dataclasses.replace(
-    results[-1],
-    adv=results[0].adv[:0],
-    seconds=sum(result.seconds for result in results),
-    **whole,
-  )
 
 
 def examples(
@@ -342,10 +192,18 @@ def add_tests(
     folder = None
     if not isinstance(test.attack, attacks.Pgd | attacks.Fgsm | None):
       folder = _folder(results.path.parent, stage, test)
-    result = measure(
+    result = measure.run(
       parts, predict, variables, stage.seed, split, test,
       folder and folder / "progress",
     )  # fmt: skip
+    for check in result.checks:
+      if check.verdict in ("warn", "fail"):
+        logging.warning(
+          "%s, %s: %s: %s: %s", stage.cell, about[-1]["attack"], check.verdict,
+          check.name, check.said,
+        )  # fmt: skip
+    if test.attack is not None and not folder:
+      _keep_checks(results.path.parent, stage, split, about[-1], result)
     if folder:
       attack: Any = test.attack
       found = _diagnosis(parts, predict, variables, stage, test)
@@ -361,6 +219,25 @@ def _folder(root, stage, test):
   return root / "evaluations" / stage.directory / name
 
 
+def _keep_checks(root, stage, split, about, result):
+  """What there is to say of a test that leaves nothing else."""
+  if not processes.leads():
+    return
+  name = "-".join(
+    f"{about[field]:g}" if field == "eps" else str(about[field])
+    for field in ("attack", "attack_steps", "restarts", "norm", "eps")
+  )
+  folder = root / "evaluations" / stage.directory
+  folder.mkdir(parents=True, exist_ok=True)
+  workdir.write_json(
+    folder / f"checks-{split}-{name}.json",
+    {
+      "row": about,
+      "checks": {check.name: check.plain() for check in result.checks},
+    },
+  )
+
+
 def _diagnosis(parts, predict, variables, stage, test):
   """Checks that need attacks of their own, where they are asked for."""
   ensemble = isinstance(test.attack, attacks.AutoAttack | attacks.Curve)
@@ -368,14 +245,11 @@ def _diagnosis(parts, predict, variables, stage, test):
     return []
   source = parts.data["test"]
   few = slice(0, checks.MOST)
-  return diagnosis.run(
-    predict,
+  return diagnosis.run_on(
+    measure.on_devices(parts, predict, variables, stage.seed),
     source.pixels(few),
     source.labels[few],
     test.attack.threat,
-    params=variables,
-    seed=stage.seed,
-    batch_size=parts.config["eval_batch_size"],
     indices=source.indices[few],
   )
 

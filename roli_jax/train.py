@@ -338,13 +338,13 @@ class Trainer:
   def _validate(self, now, meta, started):
     """What is known at this step: its validation joins the history."""
     attack = self.parts.attack("val_attack")
-    result = score.measure(
+    result = measure.run(
       self.parts,
       step.make_predict(self.parts.model(self.stage)),
       (now.params, now.stats),
       self.stage.seed,
       "val",
-      score.Test(attack),
+      measure.Test(attack),
     )
     entry = {
       "step": int(now.step),

@@ -120,6 +120,11 @@ class Apgd(search.Search):
   def step_passes(self) -> tuple[int, int]:
     return self.eot, self.eot
 
+  def for_training(self, surrogate: str) -> "Highest":
+    """Each image's point of highest loss, of the loss that it has."""
+    del surrogate  # it starts at a random image and can't raise KL
+    return Highest(self)
+
   def notes(self, num_classes: int) -> list[str]:
     needed = 4 if self.num_targets else 3
     substitutes = []
@@ -321,6 +326,11 @@ class Highest:
   def scaled(self, ratio: float | Float[Array, ""]) -> "Highest":
     """The same attack at `ratio` times the radius."""
     return Highest(self.apgd.scaled(ratio))
+
+  def for_training(self, surrogate: str) -> "Highest":
+    """Itself."""
+    del surrogate
+    return self
 
   def __call__(
     self,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from roli_jax import losses, projections, trees
-from roli_jax.attacks import search
+from roli_jax.attacks import base, search
 from roli_jax.attacks.search import Classify, Job
 from roli_jax.keys import fold
 from roli_jax.threat import TINY, per_image
@@ -157,7 +157,7 @@ def _towards(classify, job, x, draws):
     return gap.sum(), gap
 
   normal, gap = jax.grad(value, has_aux=True)(x)
-  return gap, normal
+  return gap, base.finite(normal)
 
 
 def _nearest(classify, job, x, draws, norm):
@@ -167,13 +167,14 @@ def _nearest(classify, job, x, draws, norm):
   """
   logits, pull = jax.vjp(lambda x: classify(x, draws), x)
   own = jax.nn.one_hot(job.labels, logits.shape[1], dtype=logits.dtype)
+  own_logit = losses.own(logits, job.labels)
 
   def look(k, carry):
     nearest, gap, normal = carry
     one_hot = jax.nn.one_hot(k, logits.shape[1], dtype=logits.dtype)
     towards = one_hot.reshape(1, -1) - own
-    own_gap = (logits * towards).sum(1)
-    (own_normal,) = pull(towards)
+    own_gap = logits[:, k] - own_logit
+    own_normal = base.finite(pull(towards)[0])
     flat = own_normal.reshape(len(x), -1)
     dual = {
       "linf": lambda: jnp.abs(flat).sum(1),

@@ -102,6 +102,10 @@ class Pgd:
     step_size = None if self.step_size is None else self.step_size * ratio
     return dataclasses.replace(self, threat=threat, step_size=step_size)
 
+  def for_training(self, surrogate: str) -> "Pgd":
+    """The same attack, on KL if the objective asks for that."""
+    return dataclasses.replace(self, loss="kl") if surrogate == "kl" else self
+
   def __call__(
     self,
     logits_fn: LogitsFn,
@@ -122,7 +126,7 @@ class Pgd:
       x, best = carry
       grads, values = jax.grad(climb, has_aux=True)(x)
       best = self._better(best, x, values)
-      x = x + step_size * self.threat.steepest(grads, x)
+      x = x + step_size * self.threat.steepest(base.finite(grads), x)
       return self.threat.project(x, images), best
 
     def restart(i, best):
@@ -186,6 +190,10 @@ class Fgsm(base.Scaled):
   def name(self) -> str:
     """As it stands in rows."""
     return "fgsm_rs" if self.random_start else "fgsm"
+
+  def for_training(self, surrogate: str) -> "Fgsm":
+    """The same attack, on KL if the objective asks for that."""
+    return dataclasses.replace(self, loss="kl") if surrogate == "kl" else self
 
   def __call__(
     self,

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from roli_jax import losses, trees
 from roli_jax.attacks import base
@@ -23,6 +24,7 @@ from roli_jax.types import (
   Float,
   Images,
   Int,
+  Integer,
   Keys,
   Labels,
   Logits,
@@ -141,6 +143,19 @@ class Search(base.Scaled):
     """How many jobs an image has."""
     return max(1, self.targets(num_classes)) * self.num_restarts
 
+  def reachable(
+    self,
+    logits: Float[Array | np.ndarray, "b k"],
+    targets: Integer[Array | np.ndarray, "b"],
+  ) -> Bool[Array | np.ndarray, "b"]:
+    """For which images jobs towards these classes make sense.
+
+    Not towards a class whose clean logit is -inf: it is masked.
+    """
+    if not self.num_targets:
+      return targets == targets
+    return logits[np.arange(len(targets)), targets] > -np.inf
+
   def notes(self, num_classes: int) -> list[str]:
     """What is done in another way than the name says, for so few classes."""
     count = self.targets(num_classes)
@@ -212,7 +227,9 @@ class Search(base.Scaled):
         keys=fold(keys, j),
       )
       state = self.begin(job)
-      state = dataclasses.replace(state, done=over)
+      state = dataclasses.replace(
+        state, done=over | ~self.reachable(logits, job.targets)
+      )
       state, _ = proceed(self, classify, job, state, self.length)
       wins = ~over & (state.merit > merit)
       best = jnp.where(at_pixels(wins, best), self.pick(job, state), best)
@@ -325,7 +342,7 @@ def ascent(
 
   Of several draws the means, and whether most are misclassified. (Official
   AutoAttack takes the mean of the gradients alone, the rest of the last draw.)
-  A gradient that is not finite is no direction: 0.
+  Values of a gradient that are not finite are 0.
   """
 
   def values(x, keys):
@@ -343,7 +360,7 @@ def ascent(
   if num_draws > 1:
     total = jax.lax.fori_loop(1, num_draws, draw, total)
   value, grads, wrong = jax.tree.map(lambda x: x / num_draws, total)
-  return value, jnp.where(jnp.isfinite(grads), grads, 0), wrong > 0.5
+  return value, base.finite(grads), wrong > 0.5
 
 
 def noise(job: Job, norm: str) -> Images:
