@@ -1,5 +1,6 @@
 """Many runs side by side, paired by seed, and what one run compares beside."""
 
+import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,8 @@ from roli_jax.groups import (
 from roli_jax.tabular import Table, percent, spread
 
 Values = dict[int, float]  # by seed
+
+_LEVEL = 0.05  # of error, at which two are called separated
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -116,36 +119,101 @@ def accuracies(rows: Sequence[Row]) -> Table:
 
 
 def differences(rows: Sequence[Row]) -> Table:
-  """Each run minus the first, paired by seed, with bootstrap intervals."""
+  """Each run minus the first, paired by seed, in each kind of accuracy."""
   tests = record.where(rows, split="test")
   if not tests:
     return Table("", (), ())
   every = lines_of(tests)
   adapted = [name for name, (of, _) in every.items() if of.stage != "probe"]
   names = adapted or list(every)
-  found = {name: every[name][1] for name in names}
   first, *others = names
-  lines = []
-  for name in others:
-    for said, kind in kinds(tests).items():
-      ours, theirs = (values(found[run], kind) for run in (name, first))
-      seeds = sorted(ours.keys() & theirs.keys())
-      if len(seeds) < 2:
-        continue
-      each = [100 * (ours[seed] - theirs[seed]) for seed in seeds]
-      low, high = metrics.bootstrap(each)
-      lines.append((
-          name, said, f"{statistics.mean(each):+.1f}",
-          f"[{low:+.1f}, {high:+.1f}]", " ".join(f"{x:+.1f}" for x in each),
-      ))  # fmt: skip
-  return Table(
-    f"Differences from {first}",
-    ("run", "accuracy", "mean", "95% interval", "each seed"),
-    lines,
-    "In points, paired by seed. Percentile bootstrap of the mean over seeds,"
-    " 10,000 draws: of few seeds it is too narrow. Not corrected for the number"
-    " of comparisons.",
+  base = every[first][1]
+  pairs = [
+    ((name, said), values(every[name][1], kind), values(base, kind))
+    for name in others
+    for said, kind in kinds(tests).items()
+  ]
+  return paired(f"Differences from {first}", ("run", "accuracy"), pairs)
+
+
+def paired(
+  title: str,
+  names: tuple[str, ...],
+  pairs: Iterable[tuple[tuple[str, ...], Values, Values]],
+  note: str = "",
+) -> Table:
+  """The difference of each pair: every table of differences is made here.
+
+  Only seeds that both sides have count. A pair has no line where one of its
+  sides was not measured at all.
+
+  Args:
+    title: of the table.
+    names: of the columns that say what is compared.
+    pairs: for each line the cells of those columns, then the accuracies by
+      seed, in [0, 1], of what is compared and of what is subtracted.
+    note: what else the reader has to know.
+  """
+  measured = [pair for pair in pairs if pair[1] and pair[2]]
+  each = [_points(ours, theirs) for _, ours, theirs in measured]
+  corrected = metrics.holm([metrics.t_test(points) for points in each])
+  lines = [
+    (*pair[0], *_judged(points, p_holm))
+    for pair, points, p_holm in zip(measured, each, corrected, strict=True)
+  ]
+  header = (*names, "mean", "95% Student interval", "each seed", "p_holm",
+            "verdict")  # fmt: skip
+  count = sum(not math.isnan(p_holm) for p_holm in corrected)
+  said = (
+    "In points, paired by the seeds that both have. The interval is Student's"
+    " with seeds - 1 degrees of freedom, of each line alone; p_holm is the p"
+    f" value after Holm's correction for the {count} comparisons of this table."
+    f" A verdict says what it rests on: p_holm below {_LEVEL:g}, or the"
+    " interval only, which chance gives one line in twenty."
   )
+  return Table(title, header, lines, f"{said} {note}".strip())
+
+
+def _points(ours: Values, theirs: Values) -> list[float]:
+  """Differences in points, of the seeds that both have.
+
+  Rounded, so that accuracies that differ alike have equal differences: what
+  floating point leaves between them would pass for a spread.
+  """
+  seeds = sorted(ours.keys() & theirs.keys())
+  return [round(100 * (ours[seed] - theirs[seed]), 9) for seed in seeds]
+
+
+def _judged(points: list[float], p_holm: float) -> tuple[str, ...]:
+  """Mean, interval, each seed, corrected p value and verdict, as text."""
+  if not points:
+    return "", "", "", "", "no seed in common"
+  mean, low, high = metrics.t_interval(points)
+  return (
+    f"{mean:+.1f}",
+    f"[{low:+.1f}, {high:+.1f}]" if math.isfinite(high - low) else "",
+    " ".join(f"{value:+.1f}" for value in points),
+    "" if math.isnan(p_holm) else f"{p_holm:.3g}",
+    _verdict(points, low, high, p_holm),
+  )
+
+
+def _verdict(
+  points: list[float], low: float, high: float, p_holm: float
+) -> str:
+  """Whether the two are separated, and by which: p_holm or the interval."""
+  if len(points) < 2:
+    return "one seed"
+  if math.isnan(p_holm):
+    return "not finite"
+  side = "higher" if low + high > 0 else "lower"
+  if p_holm < _LEVEL:
+    return f"{side} (p_holm)"
+  if low <= 0 <= high:
+    return "not separated"
+  if len(set(points)) == 1:
+    return "no spread, not tested"
+  return f"{side} (interval only)"
 
 
 def frontier(rows: Sequence[Row]) -> Table:

@@ -407,8 +407,8 @@ def _worst_case(tried, indices):
   return Check(
     "worst_case", "info",
     f"{stands.sum()} of {len(stands)} stand against each of {len(at_eps)}"
-    f" attacks: {100 * stands.mean():.1f}%, 95% [{100 * low:.1f},"
-    f" {100 * high:.1f}]",
+    f" attacks: {100 * stands.mean():.1f}%, 95% Wilson interval"
+    f" [{100 * low:.1f}, {100 * high:.1f}]",
   )  # fmt: skip
 
 

@@ -51,20 +51,35 @@ def t_interval(
   return mean, mean - half, mean + half
 
 
-def bootstrap(
-  values: Sequence[float], level: float = 0.95, draws: int = 10_000
-) -> tuple[float, float]:
-  """The percentile interval of the mean (Efron 1979), the same each time.
+def t_test(values: Sequence[float]) -> float:
+  """The two-sided p value of Student's t test that the mean is 0.
 
-  Of fewer than two values it is unbounded; of a few it is too narrow.
+  Equal values have p value 1: where a few agree, their spread of 0 is no
+  estimate, and dividing by it would make any mean certain. Of fewer than two
+  values, and of any that is not finite, it is NaN.
   """
-  if len(values) < 2:
-    return -math.inf, math.inf
-  rng = np.random.default_rng(0)
-  rows = rng.integers(0, len(values), (draws, len(values)))
-  means = np.asarray(values)[rows].mean(1)
-  low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
-  return float(low), float(high)
+  from scipy import stats
+
+  if len(values) < 2 or not np.isfinite(values).all():
+    return math.nan
+  if np.ptp(values) == 0:
+    return 1.0
+  return float(stats.ttest_1samp(values, 0.0).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+  """P values corrected for the number of them (Holm 1979), each in its place.
+
+  Rejecting those below a level keeps the chance of any false rejection at or
+  below that level, whatever their dependence. NaN is no test: it stays NaN and
+  is not counted.
+  """
+  given = np.asarray(p_values, float)
+  order = np.argsort(given)[: np.isfinite(given).sum()]  # NaN sorts last
+  factors = np.arange(len(order), 0, -1)
+  corrected = np.full(len(given), math.nan)
+  corrected[order] = np.maximum.accumulate(factors * given[order]).clip(max=1)
+  return corrected.tolist()
 
 
 def expected_robustness(

@@ -147,7 +147,8 @@ def broken(summaries: Sequence[Row], names: Sequence[str]) -> Any:
     axis.plot([low, high], [y, y], color="black", linewidth=1.5)
   axis.set_yticks(range(len(names)), list(names), fontsize=7)
   axis.set(
-    xlabel="% of test images; line: 95% interval of robust", xlim=(0, 100)
+    xlabel="% of test images; line: 95% Wilson interval of robust",
+    xlim=(0, 100),
   )
   axis.invert_yaxis()
   figure.legend(fontsize=7, ncols=4, loc="outside upper center")

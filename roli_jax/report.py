@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -83,35 +82,19 @@ def differences(rows: Sequence[Row]) -> Table:
   tests = record.where(rows, split="test")
   groups = {g: of for g, of in by_group(tests).items() if not is_member(g)}
   kinds = dict(zip(("clean", "robust"), (CLEAN, *attacks(tests)), strict=False))
-  lines = []
-  for ours, theirs in _pairs(list(groups)):
-    for kind, attack in kinds.items():
-      a, b = (by_seed(groups[group], attack) for group in (ours, theirs))
-      seeds = sorted(a.keys() & b.keys())
-      if not seeds:
-        continue
-      each = [100 * (a[seed] - b[seed]) for seed in seeds]
-      mean, low, high = metrics.t_interval(each)
-      lines.append(
-        (
-          _pair(ours, theirs),
-          str(ours.train_size),
-          kind,
-          f"{mean:+.1f}",
-          f"[{low:+.1f}, {high:+.1f}]" if len(seeds) > 1 else "",
-          " ".join(f"{value:+.1f}" for value in each),
-          _verdict(low, high),
-        )
-      )
-  header = ("difference", "images", "accuracy", "mean", "95% interval",
-            "each seed", "verdict")  # fmt: skip
+  pairs = [
+    (
+      (_pair(ours, theirs), str(ours.train_size), kind),
+      by_seed(groups[ours], attack),
+      by_seed(groups[theirs], attack),
+    )
+    for ours, theirs in _pairs(list(groups))
+    for kind, attack in kinds.items()
+  ]
   main = attacks(tests)[0].name if attacks(tests) else ""
-  note = (
-    f"In points, paired by seed; robust: {main}. Student's interval with seeds"
-    " - 1 degrees of freedom, not corrected for the number of comparisons."
-    f" {_CAVEAT}"
-  )
-  return _narrowed(Table("Paired differences", header, lines, note))
+  names = ("difference", "images", "accuracy")
+  note = f"Robust: {main}. {_CAVEAT}"
+  return _narrowed(comparison.paired("Paired differences", names, pairs, note))
 
 
 def _narrowed(table: Table) -> Table:
@@ -138,12 +121,6 @@ def _pair(ours: "Group", theirs: "Group") -> str:
     return f"{ours.name}: {ours.weights} − {theirs.weights}"
   steps = f" of {theirs.steps} steps" if theirs.steps != ours.steps else ""
   return f"{ours.name} − {theirs.name}{steps}, {ours.weights}"
-
-
-def _verdict(low: float, high: float) -> str:
-  if math.isinf(low):
-    return "one seed"
-  return "higher" if low > 0 else "lower" if high < 0 else "not separated"
 
 
 def _pairs(groups: list["Group"]) -> Iterator[tuple["Group", "Group"]]:

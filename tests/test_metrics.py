@@ -37,6 +37,46 @@ def test_one_value_bounds_nothing():
   assert metrics.t_interval([0.5]) == (0.5, -math.inf, math.inf)
 
 
+def test_the_p_value_is_students():
+  t = 2 * math.sqrt(3)  # of 1, 2, 3; by hand for two degrees of freedom
+  expected = 1 - t / math.sqrt(2 + t * t)
+  assert metrics.t_test([1.0, 2.0, 3.0]) == pytest.approx(expected)
+  assert metrics.t_test([-3.0, -1.0, -2.0]) == pytest.approx(expected)
+  assert metrics.t_test([-1.0, 1.0]) == pytest.approx(1)
+
+
+def test_the_p_value_is_below_a_level_where_the_interval_excludes_zero():
+  rng = np.random.default_rng(0)
+  seen = set()
+  for _ in range(200):
+    values = rng.normal(0.8, 1, int(rng.integers(2, 7))).tolist()
+    _, low, high = metrics.t_interval(values)
+    seen.add(low > 0 or high < 0)
+    assert (metrics.t_test(values) < 0.05) == (low > 0 or high < 0)
+  assert seen == {True, False}
+
+
+def test_where_there_is_no_test_there_is_no_certainty():
+  assert metrics.t_test([2.0, 2.0]) == metrics.t_test([0.0] * 5) == 1
+  for values in ([], [3.0], [1.0, math.nan], [1.0, math.inf]):
+    assert math.isnan(metrics.t_test(values))
+
+
+def test_holm_multiplies_by_what_is_left_and_never_falls():
+  # Sorted: .005 x 4, .01 x 3, .03 x 2, and .04 x 1, no less than before it.
+  assert metrics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx(
+    [0.03, 0.06, 0.06, 0.02]
+  )
+  assert metrics.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+  assert metrics.holm([0.03]) == [0.03] and metrics.holm([]) == []
+
+
+def test_holm_does_not_count_what_was_not_tested():
+  corrected = metrics.holm([math.nan, 0.02, math.nan, 0.01])
+  assert np.isnan(corrected)[[0, 2]].all()
+  assert corrected[1::2] == pytest.approx([0.02, 0.02])
+
+
 def test_expected_robustness_is_the_mean_under_the_curve():
   value = metrics.expected_robustness(
     [0, 1, 2, 3, 4], [0.8, 0.6, 0.4, 0.3, 0.2]

@@ -34,6 +34,7 @@ def test_a_bar_is_all_images_in_the_order_of_attacks():
     "robust", "broken by apgd_ce", "broken by square", "misclassified before",
   ]  # fmt: skip
   assert [t.get_text() for t in axis.get_yticklabels()] == ["mine", "yours"]
+  assert "95% Wilson interval" in axis.get_xlabel()
 
 
 def test_accuracy_by_radius_is_in_percent_and_sorted():

@@ -104,6 +104,16 @@ def test_the_readme_names_files_that_are_there(readme, root):
     assert (root / name).is_file(), name
 
 
+def test_an_interval_says_what_it_is(root):
+  paths = [root / "README.md", *(root / "docs").glob("*.md")]
+  paths += [*(root / "colabs").glob("*.ipynb")]
+  paths += [*(root / "roli_jax").rglob("*.py")]
+  for path in paths:
+    text = re.sub(r'(\s|"|\\n|,)+', " ", path.read_text())
+    kinds = set(re.findall(r"95% (\S* ?)interval", text))
+    assert kinds <= {"Student ", "Wilson "}, (path.name, kinds)
+
+
 def test_recipes_name_the_backbones_they_need():
   config = cifar_roli.get_config()
   assert config.backbone.name == "swin_b" and "ARES" in config.backbone.origin

@@ -1,8 +1,10 @@
 """What tables say about rows."""
 
+import math
+
 import pytest
 
-from roli_jax import plots, record, report
+from roli_jax import comparison, plots, record, report
 
 ABOUT = {
   "backbone": "glyph_vit", "data": "digits", "train_size": 200, "steps": 60,
@@ -60,8 +62,12 @@ def test_differences_are_paired_by_seed():
   ranli = by_pair["full RoLI − full RanLI, robust"]
   assert cell(table, ranli, "mean") == "+10.0"
   assert cell(table, ranli, "each seed") == "+10.0 +9.0 +11.0"
-  assert cell(table, ranli, "95% interval") == "[+7.5, +12.5]"
-  assert cell(table, ranli, "verdict") == "higher"
+  assert cell(table, ranli, "95% Student interval") == "[+7.5, +12.5]"
+  # t = 10 sqrt(3) of two degrees of freedom, and three comparisons.
+  p_holm = 3 * (1 - math.sqrt(300 / 302))
+  assert float(cell(table, ranli, "p_holm")) == pytest.approx(p_holm, rel=5e-3)
+  assert cell(table, ranli, "verdict") == "higher (p_holm)"
+  assert "for the 3 comparisons of this table" in table.note
   probe = by_pair["full RoLI − linear probe (RoLI), robust"]
   assert cell(table, probe, "verdict") == "not separated"
   assert "linear probe (RoLI) − full RanLI, robust" in by_pair
@@ -95,7 +101,16 @@ def test_a_method_is_compared_with_its_own_the_probe_and_full_roli():
 def test_one_seed_concludes_nothing():
   table = report.differences([*RANLI[:1], *ROLI[:1]])
   assert cell(table, 0, "verdict") == "one seed"
-  assert cell(table, 0, "95% interval") == ""
+  assert cell(table, 0, "95% Student interval") == ""
+
+
+def test_a_run_and_a_sweep_judge_alike():
+  clean = rows("full", "ranli", (0.8, 0.85, 0.9), attack={"attack": "none"})
+  cells = [*RANLI, *clean, *ROLI, *CLEAN]
+  named = [{**row, "run": f"init={row['init']}"} for row in cells]
+  ours, theirs = report.differences(named), comparison.differences(named)
+  assert len(ours.rows) == 2 and ours.header[-5:] == theirs.header[-5:]
+  assert [r[-5:] for r in ours.rows] == [r[-5:] for r in theirs.rows]
 
 
 def test_the_twins_are_compared_method_by_method():
