@@ -15,7 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from roli_jax import data, ensembles, record, score, sharding, specs, step
+from roli_jax import (
+  data,
+  ensembles,
+  measure,
+  record,
+  score,
+  sharding,
+  specs,
+  step,
+)
 from roli_jax.parts import Parts, Variables
 from roli_jax.table import Stage
 

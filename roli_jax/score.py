@@ -18,6 +18,7 @@ from roli_jax import (
   data,
   diagnosis,
   keys,
+  measure,
   processes,
   record,
   sharding,

@@ -24,6 +24,7 @@ from roli_jax import (
   convert,
   data,
   keys,
+  measure,
   models,
   optim,
   peft,
