@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import re
 import weakref
 
 import jax
@@ -477,6 +478,23 @@ def test_without_a_derivative_square_and_clean_accuracy_remain():
   np.testing.assert_array_equal(square.robust, same.robust)
   with pytest.raises(ValueError, match="custom_vjp"):
     evaluate.run(on_host, IMAGES, labels, PGD)
+
+
+def test_the_ten_lines_of_the_docs_attack_a_network_on_the_host(root):
+  text = (root / "docs" / "evaluation.md").read_text()
+  (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  names = {}
+  exec(code, names)
+  images = np.random.default_rng(1).uniform(size=(16, 8, 8, 1)).astype("f4")
+  labels = np.asarray(names["forward"](images).argmax(1))
+  attack = attacks.build("apgd_ce", ThreatModel("linf", 0.02), num_steps=5)
+  host = evaluate.run(names["logits_fn"], images, labels, attack)
+  w = jnp.asarray(names["w"])
+  traced = evaluate.run(
+    lambda x: x.reshape(x.shape[0], -1) @ w, images, labels, attack
+  )
+  assert 0 < traced.robust.sum() < 16
+  np.testing.assert_array_equal(host.robust, traced.robust)
 
 
 # Batches.
