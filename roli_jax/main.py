@@ -47,7 +47,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from roli_jax import command_line
+from roli_jax import command_line, extras
 from roli_jax.command_line import MODES, Command
 
 __all__ = ["MODES", "main", "run"]
@@ -145,6 +145,7 @@ def _run_one(command: Command) -> None:
   mode, path, config = command.mode, command.workdir, command.config
   _prepare_jax(command)
   if mode == "train":
+    extras.need("grain", "matplotlib")  # not only when all is computed
     from roli_jax import processes, report, tabular, train
 
     if not train.run(config, path):
