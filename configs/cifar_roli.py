@@ -10,7 +10,7 @@ Expected numbers: none yet, this has not been run.
 
 from ml_collections import ConfigDict
 
-from configs import roli
+from roli_jax.configs import roli
 
 
 def get_config(text: str = "") -> ConfigDict:

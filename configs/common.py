@@ -1,4 +1,4 @@
-"""What the configs share. A config is data: it imports nothing of roli_jax."""
+"""What the configs share. A config is data: it imports other configs alone."""
 
 from ml_collections import ConfigDict, config_dict
 

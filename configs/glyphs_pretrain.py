@@ -13,7 +13,7 @@ chance for long.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from roli_jax.configs import common
 
 
 def get_config(text: str = "") -> ConfigDict:

@@ -17,7 +17,7 @@ Arguments, after a colon:
 
 from ml_collections import ConfigDict
 
-from configs import common
+from roli_jax.configs import common
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 PEFT_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of what trains few weights

@@ -26,7 +26,7 @@ head, at rates of our own choice that nothing has tuned.
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import common
+from roli_jax.configs import common
 
 DATASETS = ("caltech101", "aircraft", "flowers", "pets", "cars", "uc_merced")
 

@@ -20,7 +20,7 @@ Stanford Dogs. Expected numbers: none yet, these have not been run.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from roli_jax.configs import common
 
 BATCH = 64
 WARMUP = 10  # epochs

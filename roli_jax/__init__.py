@@ -9,7 +9,8 @@ import pkgutil
 
 __version__ = "0.1.0"
 
-_SUBMODULES = frozenset(m.name for m in pkgutil.iter_modules(__path__))
+# Of the configs a wheel has the files alone, which pkgutil takes for no module.
+_SUBMODULES = {m.name for m in pkgutil.iter_modules(__path__)} | {"configs"}
 
 
 def __getattr__(name: str):

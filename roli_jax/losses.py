@@ -139,7 +139,7 @@ def own(logits: Logits, labels: Labels) -> Float[Array, "b"]:
   return jnp.where(_is_own(logits, labels), logits, 0).sum(-1)
 
 
-def _others(logits: Logits, labels: Labels) -> Logits:
+def _others(logits: Logits, labels: Labels) -> Float[Array, "b k"]:
   """All logits but the label's, which is minus infinity."""
   return jnp.where(_is_own(logits, labels), -jnp.inf, logits)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from roli_jax import comparison, record
+from roli_jax import comparison, extras, record
 from roli_jax.groups import (
   CLEAN,
   Attacked,
@@ -266,6 +266,7 @@ def _frontier(tests):
 
 
 def _figure(width, height):
+  extras.need("matplotlib")
   from matplotlib import figure
 
   return figure.Figure(figsize=(width, height), layout="constrained")

@@ -12,8 +12,8 @@ def connect(
   """Joins the other processes of this run, if there are any.
 
   Where a TPU pod or Slurm says who they are, nothing has to be given. Nothing
-  may have been computed before. If one of them dies the others end as well,
-  with an error, within a minute.
+  may have been computed before; a process that has computed stays alone. If one
+  of them dies the others end as well, with an error, within a minute.
 
   Args:
     address: `host:port` of process 0, which all processes can reach.
@@ -29,6 +29,8 @@ def connect(
       "--coordinator=HOST:PORT, --num_processes=N and --process=K, with K from"
       f" 0 to N - 1, go together; got {address!r}, {num_processes}, {process}"
     )
+  if jax.distributed.is_initialized():
+    return  # by an earlier run of this process
   if all(given):
     jax.distributed.initialize(
       address, num_processes, process, heartbeat_timeout_seconds=_SILENCE
@@ -36,10 +38,11 @@ def connect(
     return
   try:
     jax.distributed.initialize(heartbeat_timeout_seconds=_SILENCE)
-  except ValueError as error:
-    if "coordinator_address" not in str(error):
+  except (ValueError, RuntimeError) as error:
+    # Nobody says that there are others, or JAX has begun without them.
+    alone = ("coordinator_address", "must be called before")
+    if not any(words in str(error) for words in alone):
       raise
-    # Nobody says that there are others.
 
 
 def leads() -> bool:

@@ -150,7 +150,9 @@ def _versions():
 
 def _commit() -> str | None:
   """The commit of the package's checkout, where it is one."""
-  folder = pathlib.Path(roli_jax.__file__).parent
+  folder = pathlib.Path(roli_jax.__file__).parents[1]
+  if not (folder / ".git").exists():
+    return None  # a virtual environment may lie in somebody else's checkout
   command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
   try:
     done = subprocess.run(command, capture_output=True, text=True, check=True)

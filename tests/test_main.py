@@ -1,7 +1,5 @@
 """The command line: mistakes end in a short message and status 2."""
 
-import sys
-
 import pytest
 
 from roli_jax import main
@@ -86,45 +84,6 @@ def test_help_explains_and_shows_the_config():
   assert done.returncode == 0 and "--mode" in done.stdout
   shown = cli.run("--help", GLYPHS)
   assert shown.returncode == 0 and "train_size: 200" in shown.stdout
-
-
-@pytest.mark.parametrize(
-  "words, name, value",
-  [
-    (["--config=a.py:x=1"], "config", "a.py:x=1"),
-    (["-config", "a.py"], "config", "a.py"),
-    (["--config.x=1"], "config", ""),
-    (["--workdir="], "workdir", ""),
-    ([], "mode", ""),
-  ],
-)
-def test_flags_are_read_before_they_are_defined(words, name, value):
-  assert main._given(["main.py", *words], name) == value
-
-
-@pytest.mark.parametrize(
-  "word, mode, long",
-  [
-    ("--config.attack=pgd", "train", "--config.attack.name=pgd"),
-    ("--config.attack=pgd", "evaluate", "--config.eval_attack.name=pgd"),
-    ("--config.val_attack=pgd", "evaluate", "--config.val_attack.name=pgd"),
-    ("--config.attack.name=pgd", "train", "--config.attack.name=pgd"),
-    ("--config.threat.eps=0.1", "train", "--config.threat.eps=0.1"),
-  ],
-)
-def test_an_attacks_name_may_be_short(word, mode, long):
-  assert main._lengthen(word, mode) == long
-
-
-def test_the_workdir_is_named_after_the_config(monkeypatch):
-  from absl.testing import flagsaver
-
-  config = "--config=configs/glyphs_roli.py:method=full,init=roli"
-  monkeypatch.setattr(sys, "argv", ["main.py", config])
-  main.flags.DEFINE_string("workdir", "", "", allow_override=True)
-  main.flags.FLAGS.mark_as_parsed()
-  with flagsaver.flagsaver(workdir=""):
-    assert str(main._workdir()) == "runs/glyphs_roli-method=full-init=roli"
 
 
 def test_only_our_own_value_errors_are_the_users():

@@ -18,6 +18,16 @@ def test_a_claimed_directory_says_whose_it_is(tmp_path):
   assert workdir.read_config(path) == CONFIG
 
 
+def test_a_package_in_somebody_elses_checkout_has_no_commit(
+  root, tmp_path, monkeypatch
+):
+  installed = root / "tests" / "contracts" / "__init__.py"
+  monkeypatch.setattr(workdir.roli_jax, "__file__", str(installed))
+  workdir.claim(tmp_path, CONFIG)
+  said = json.loads((tmp_path / "config.json").read_text())
+  assert said["commit"] is None
+
+
 def test_the_same_config_may_come_again(tmp_path):
   workdir.claim(tmp_path, CONFIG)
   assert workdir.claim(tmp_path, CONFIG) == []

@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 
-from roli_jax import data
+from roli_jax import data, extras
 from roli_jax.data import transforms
 
 Row = dict[str, Any]
@@ -102,6 +102,7 @@ def _stream(source, count=_TIMED, batch_size=_BATCH, **options):
 
 def _write(root, count):
   """JPEGs of about 68 kB: blurred noise, and a little that is not."""
+  extras.need("PIL")
   from PIL import Image
 
   rng = np.random.default_rng(0)

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from roli_jax import extras
+
 Rng = np.random.Generator
 
 # Published for images of 32, 64 and 224 pixels: the strengths of severities 1
@@ -61,6 +63,7 @@ def soften(x: np.ndarray, sigma: float | int) -> np.ndarray:
 
 def as_pil(image: np.ndarray) -> Any:
   """The image as PIL has it, grey or colour."""
+  extras.need("PIL")
   from PIL import Image
 
   return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

@@ -8,6 +8,7 @@ import io
 
 import numpy as np
 
+from roli_jax import extras
 from roli_jax.corruptions import base
 
 CONTRAST = {  # what is left of the distance to the mean
@@ -111,6 +112,7 @@ def pixelate(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
 
 def reduce(image: np.ndarray, height: int, width: int) -> np.ndarray:
   """The image with the detail of one of height x width, at its own size."""
+  extras.need("PIL")
   from PIL import Image
 
   picture, box = base.as_pil(image), Image.Resampling.BOX
@@ -122,6 +124,7 @@ def jpeg_compression(
   rng: base.Rng, image: np.ndarray, severity: int
 ) -> np.ndarray:
   """Written and read by PIL, colours at half size; no chance in it."""
+  extras.need("PIL")
   from PIL import Image
 
   file = io.BytesIO()

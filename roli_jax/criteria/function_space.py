@@ -27,7 +27,7 @@ def symmetric_kl(logits: Logits, target: Logits) -> Float[Array, "b"]:
 def centred_l2(logits: Logits, target: Logits) -> Float[Array, "b"]:
   """The squared distance of logits whose mean is subtracted."""
   apart = logits - target
-  return ((apart - apart.mean(-1, keepdims=True)) ** 2).sum(-1)
+  return jnp.sum((apart - apart.mean(-1, keepdims=True)) ** 2, -1)
 
 
 # `(logits, target) -> [b]`.

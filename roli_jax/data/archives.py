@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from roli_jax import extras
 from roli_jax.data import listing
 from roli_jax.data.source import SPLITS
 
@@ -159,6 +160,7 @@ def _split(parts: Parts) -> Parts:
 
 
 def _divided(images: Sequence[Image], seed: int, **size: float | int):
+  extras.need("sklearn")
   from sklearn import model_selection
 
   return model_selection.train_test_split(

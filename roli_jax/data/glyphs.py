@@ -13,6 +13,7 @@ import pathlib
 
 import numpy as np
 
+from roli_jax import extras
 from roli_jax.data import source
 
 # The upper case, and the lower-case letters that look unlike it: the letter
@@ -33,6 +34,7 @@ def digits(split: str) -> source.Source:
 
   The split is stratified and fixed.
   """
+  extras.need("sklearn")
   from sklearn import datasets
 
   bunch = datasets.load_digits()
@@ -58,6 +60,7 @@ def letters(split: str) -> source.Source:
   the split is asked for (15 seconds for train), the same on every machine with
   the same versions of matplotlib and Pillow.
   """
+  extras.need("PIL", "matplotlib")
   start = sum(list(LETTER_SIZES.values())[: source.SPLITS.index(split)])
   indices = np.arange(start, start + LETTER_SIZES[split], dtype=np.uint32)
   labels = (indices % len(LETTERS)).astype(np.int32)
@@ -78,6 +81,7 @@ def fonts() -> tuple[str, ...]:
   A font has a letter if its glyph goes by the letter's name: fonts of symbols
   map letters to something else.
   """
+  extras.need("matplotlib")
   import matplotlib
   from matplotlib import ft2font
 

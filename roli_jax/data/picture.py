@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from roli_jax import extras
+
 # Of a file that is taken for an image, in lower case.
 SUFFIXES = {
   ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm",
@@ -25,6 +27,7 @@ def decode(path: str | os.PathLike[str]) -> Any:
     Exception: of many types, PIL's and ours, for what is no image or is too
       large.
   """
+  extras.need("PIL")
   from PIL import Image
 
   with Image.open(path) as image:
@@ -80,6 +83,7 @@ def _rgb(image):
 
 def from_array(array: np.ndarray) -> Any:
   """The PIL image of uint8 [h, w, c], c being 1 or 3; values are kept."""
+  extras.need("PIL")
   from PIL import Image
 
   return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from roli_jax import extras
 from roli_jax.data.source import Source, num_cores
 
 Batch = dict[str, Any]
@@ -51,6 +52,7 @@ def train_batches(
     raise ValueError("there are no training images")
   if num_workers < 0:
     raise ValueError(f"data.num_workers must be >= 0, got {num_workers}")
+  extras.need("grain")
   import grain
 
   process, processes = jax.process_index(), jax.process_count()

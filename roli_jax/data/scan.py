@@ -8,7 +8,7 @@ import pathlib
 import warnings
 from collections.abc import Iterable
 
-from roli_jax import progress
+from roli_jax import extras, progress
 from roli_jax.data import picture
 from roli_jax.data.source import num_cores
 
@@ -96,6 +96,7 @@ def _cache_file(base):
 
 
 def _version():
+  extras.need("PIL")
   import PIL
 
   return f"{_RULES} {PIL.__version__}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from roli_jax import extras
 from roli_jax.data import picture, transforms
 
 SPLITS = ("train", "val", "test")
@@ -172,6 +173,7 @@ def stratified(
   labels: np.ndarray, first: int, second: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Disjoint positions, as many as asked for, each with the classes' shares."""
+  extras.need("sklearn")
   from sklearn import model_selection
 
   positions = np.arange(len(labels))

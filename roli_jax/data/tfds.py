@@ -10,6 +10,7 @@ import pathlib
 
 import numpy as np
 
+from roli_jax import extras
 from roli_jax.data import source
 
 _TRAINING = 50_000  # images in CIFAR's training split; test images count on
@@ -79,10 +80,11 @@ def _records(name, part, root):
   where = root or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   say = functools.partial(_PREPARE.format, name=name, where=where)
   try:
-    import tensorflow_datasets as tfds
+    extras.need("tensorflow_datasets")
   except ModuleNotFoundError as error:
-    reason = "tensorflow_datasets is not installed."
-    raise ValueError(say(reason=reason)) from error
+    raise ValueError(say(reason=error)) from error
+  import tensorflow_datasets as tfds
+
   directory = os.path.expanduser(where)
   decoders = {"image": tfds.decode.SkipDecoding()}
   try:
@@ -124,6 +126,7 @@ def _numbers(ids, part, name):
 
 
 def _decode(record):
+  extras.need("PIL")
   from PIL import Image
 
   with Image.open(io.BytesIO(record["image"])) as image:

@@ -1,6 +1,6 @@
 """Optimizers over groups of leaves, as optax transformations."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def sgd(learning_rate, decay, weight_decay, momentum=0.9):
   )
 
 
-OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
+OPTIMIZERS: dict[str, Callable[..., Any]] = {"adamw": adamw, "sgd": sgd}
 
 
 def _digrap(inner, anchor=None, *, mu=1e-2):
@@ -52,7 +52,7 @@ def _digrap(inner, anchor=None, *, mu=1e-2):
 
 
 # What holds trained leaves to the pretrained ones, around an optimizer.
-ANCHORS = {
+ANCHORS: dict[str, Callable[..., Any]] = {
   "none": lambda inner, anchor: inner,
   "l2sp": l2sp,
   "ftp": ftp,
