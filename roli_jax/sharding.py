@@ -20,13 +20,17 @@ from roli_jax import trees
 AXES = ("data", "model")
 
 
-def mesh(model: int = 1) -> Mesh:
-  """All devices, so many of them along `model`, the rest along `data`.
+def mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Devices, so many of them along `model`, the rest along `data`.
+
+  Args:
+    model: how many along `model`.
+    devices: all that there are by default.
 
   Raises:
     ValueError: that number doesn't divide them.
   """
-  devices = np.array(jax.devices())
+  devices = np.array(jax.devices() if devices is None else devices)
   if model < 1 or devices.size % model:
     raise ValueError(
       f"mesh.model must divide the {devices.size} devices, got {model}"

@@ -1,9 +1,13 @@
 """The command line as a user types it, on the tiniest of runs."""
 
+import contextlib
+import io
+import logging
 import os
 import pathlib
 import subprocess
 import sys
+import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GLYPHS = "--config=configs/glyphs_roli.py"
@@ -22,17 +26,40 @@ TINY = (
 )
 
 
+def run(*words: str, cwd=ROOT) -> subprocess.CompletedProcess:
+  """What the command does, in this process: its status and its output."""
+  from roli_jax import main
+
+  out, err = io.StringIO(), io.StringIO()
+  handler = logging.StreamHandler(err)
+  handler.setLevel(logging.WARNING)
+  logging.getLogger().addHandler(handler)
+  streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+  try:
+    with contextlib.chdir(cwd), streams[0], streams[1]:
+      status = main.run(words)
+  except Exception:
+    status = 1
+    err.write(traceback.format_exc())
+  finally:
+    logging.getLogger().removeHandler(handler)
+  return subprocess.CompletedProcess(
+    words, status, out.getvalue(), err.getvalue()
+  )
+
+
 def environment() -> dict[str, str]:
   """The tests', but for the devices: a run has those of its config."""
   return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
 
 def command(*words: str) -> list[str]:
+  """What starts a process of its own."""
   return [sys.executable, "-m", "roli_jax.main", *words]
 
 
-def run(*words: str, cwd=ROOT) -> subprocess.CompletedProcess:
-  """The finished process, its output as text."""
+def process(*words: str, cwd=ROOT) -> subprocess.CompletedProcess:
+  """What the command does in a process of its own, as a user gives it."""
   return subprocess.run(
     command(*words),
     cwd=cwd,

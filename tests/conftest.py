@@ -1,5 +1,6 @@
-"""Eight simulated devices, strict broadcasting, compiled programs kept."""
+"""One device of eight simulated ones, strict broadcasting, programs kept."""
 
+import functools
 import os
 import pathlib
 
@@ -18,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("fast", max_examples=30, deadline=None)
@@ -38,16 +38,36 @@ def root() -> pathlib.Path:
   return _ROOT
 
 
-@pytest.fixture
-def devices(monkeypatch):
-  """`devices(k)` makes everything run on the first k devices."""
+@pytest.fixture(scope="session", autouse=True)
+def _on_devices():
+  """`use(k)` makes everything run on the first k devices; here on one.
+
+  With more a batch has eight rows for each, most of them idle.
+  """
   from roli_jax import sharding
 
-  def use(k: int) -> None:
-    mesh = Mesh(np.array(jax.devices()[:k]), ("data",))
-    monkeypatch.setattr(sharding, "mesh", lambda *_: mesh)
+  mesh = sharding.mesh
 
+  def use(k: int) -> None:
+    sharding.mesh = functools.partial(mesh, devices=jax.devices()[:k])
+
+  use(1)
   return use
+
+
+@pytest.fixture
+def devices(_on_devices):
+  """`devices(k)` makes the rest of the test run on the first k devices."""
+  yield _on_devices
+  _on_devices(1)
+
+
+@pytest.fixture(scope="module")
+def eight_devices(_on_devices):
+  """All devices, for modules whose subject they are."""
+  _on_devices(8)
+  yield
+  _on_devices(1)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ import pytest
 from roli_jax import checkpoint, keys, sharding
 from roli_jax.types import Params
 
+pytestmark = pytest.mark.usefixtures("eight_devices")
+
 
 def tree(value):
   params = Params(backbone={"w": jnp.full((4, 2), value)}, peft={}, head={})

@@ -16,6 +16,8 @@ import pytest
 from roli_jax import parts, record, sharding, trees
 from tests import cli, steps
 
+pytestmark = pytest.mark.usefixtures("eight_devices")
+
 FSDP = (".*", "data")
 # What AdamW keeps, and nothing else.
 ZERO = ("(mu|nu)/.*", "data")
