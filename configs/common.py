@@ -37,6 +37,7 @@ def data(name: str, train_size: int, **changes) -> dict:
     "train_size": train_size,
     "root": "",  # where it lies; "": data/NAME, or TFDS's own directory
     "policy": "error",  # of bad files; skip: they are left out and counted
+    "layout": "",  # of a folder: classes or splits; "": by directories' names
     "num_workers": 0,  # processes that decode; 0: threads of this one
     # Names with arguments, as resize:256. None: the data set's own.
     "train_transforms": config_dict.placeholder(tuple),

@@ -312,7 +312,7 @@ def _manifest(known: Row) -> list[Table]:
     ("skipped", known["skipped"]),
   ):
     lines.append((what, *(str(of[split]) for split in splits)))
-  note = " ".join(known["notes"])
+  note = "; ".join(known["notes"])
   return [Table("Images by class", ("class", *splits), lines, note)]
 
 

@@ -298,7 +298,8 @@ def write_facts(
     "in_files": parts.config["data"]["name"] in data.IN_FILES,
     "parameters": sizes,
     "skipped": {split: source.skipped for split, source in splits.items()},
-    "notes": [note for s in splits.values() for note in s.notes],
+    # What is said of the whole set is said once.
+    "notes": list(dict.fromkeys(n for s in splits.values() for n in s.notes)),
     "manifest": [line for s in splits.values() for line in s.manifest()],
   }
   workdir.write_json(path / "facts.json", facts)

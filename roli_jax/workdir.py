@@ -16,6 +16,8 @@ from roli_jax import processes
 _BESIDE = ("versions", "commit", "workdir")
 # What changes no number, or its rounding alone: a run may go on with another.
 _FREE = ("data.num_workers", "cpu_devices", "mesh")
+# Fields that earlier runs lack, and what they ran with.
+_LATER = {"data": {"layout": ""}}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -79,6 +81,8 @@ def same_code(a: pathlib.Path, b: pathlib.Path) -> bool:
 def read_config(path: pathlib.Path) -> dict[str, Any]:
   """The config of the run in this directory, lists as tuples.
 
+  Fields that came after it are as they were then.
+
   Raises:
     ValueError: there is none.
   """
@@ -86,6 +90,8 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   if not file.is_file():
     raise ValueError(f"{path} holds no run: there is no config.json in it")
   config = json.loads(file.read_text())
+  for section in config.keys() & _LATER.keys():
+    config[section] = {**_LATER[section], **config[section]}
   return {k: _tuples(v) for k, v in config.items() if k not in _BESIDE}
 
 

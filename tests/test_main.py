@@ -47,6 +47,9 @@ MISTAKES = {
     ["--mode=sweep", f"{GLYPHS}:metod=full|lora"], "a key of dataset"
   ),
   "data": ([GLYPHS, "--config.data.name=digit"], "digits"),
+  "layout": (
+    [GLYPHS, "--config.data.layout=clases"], "did you mean 'classes'"
+  ),
   "too few images": ([GLYPHS, "--config.data.train_size=7"], "train_size"),
   "weights": ([GLYPHS, "--config.backbone.weights=x.pth"], "robust, standard"),
   "precision": ([GLYPHS, "--config.backbone.dtype=bf16"], "'bfloat16'"),

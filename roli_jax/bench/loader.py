@@ -112,7 +112,7 @@ def _write(root, count):
     pixels = np.asarray(image) + rng.normal(0, 5, (400, 500, 1))
     # The held out need a few; all that is measured is training.
     split = {0: "val", 1: "test"}.get(i, "train")
-    file = root / split / "noise" / f"{i}.jpg"
+    file = root / split / "ab"[i % 2] / f"{i}.jpg"
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, quality=90)
 

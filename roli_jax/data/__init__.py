@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from roli_jax import specs
-from roli_jax.data import archives, folder, glyphs, tfds, transforms
+from roli_jax.data import archives, folder, glyphs, listing, tfds, transforms
 from roli_jax.data.facts import FACTS, Facts
 from roli_jax.data.pipeline import train_batches
 from roli_jax.data.source import SPLITS, Source
@@ -23,6 +23,7 @@ _FIELDS: dict[str, Any] = {
   "train_size": 0,  # read by whoever draws subsets
   "root": "",
   "policy": "error",
+  "layout": "",
   "num_workers": 0,  # read by whoever makes batches
   "train_transforms": None,
   "eval_transforms": None,
@@ -54,6 +55,7 @@ def build(spec: Mapping[str, Any] | str, split: str) -> Source:
       split,
       root=fields["root"],
       policy=fields["policy"],
+      layout=fields["layout"],
       train_transforms=train,
       eval_transforms=held,
     )
@@ -77,6 +79,13 @@ def _checked(spec):
   specs.choose(known, fields["name"], "data set")
   policies = dict.fromkeys(folder.POLICIES)
   specs.choose(policies, fields["policy"], "data.policy")
+  if fields["layout"]:
+    specs.choose(dict.fromkeys(listing.WAYS), fields["layout"], "data.layout")
+    if fields["name"] != "folder":
+      raise ValueError(
+        f"data.layout is of data.name=folder; {fields['name']} lies as"
+        " docs/data.md says"
+      )
   if fields["num_workers"] < 0:
     raise ValueError(
       f"data.num_workers must be >= 0, got {fields['num_workers']}"

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from roli_jax import extras
-from roli_jax.data import listing
+from roli_jax.data import listing, walk
 from roli_jax.data.source import SPLITS
 
 _SEED, _TEST_SEED = 42, 0
@@ -96,7 +96,7 @@ def read(name: str, root: pathlib.Path) -> listing.Listing:
       be read; too few images to be split by class.
   """
   if listing.has_splits(root):
-    return listing.read(root, (".", "images"))
+    return listing.read(root, (".", "images"), "splits")
   archive = ARCHIVES[name]
   places = [*(root / inner for inner in archive.inner), root]
   for layout in archive.layouts:
@@ -268,7 +268,7 @@ def _car(names, path, car, file):
 
 def _classes(root: pathlib.Path, folder: str = ".") -> Parts:
   """Directories of classes; Caltech's clutter is none."""
-  names, _, _ = listing.walk(root / folder)
+  names = walk.walk(root / folder).images
   images = sorted((name.split("/")[0], name) for name in names)
   labels = {label for label, _ in images} - {"BACKGROUND_Google"}
   numbers = {label: i for i, label in enumerate(sorted(labels))}

@@ -8,13 +8,16 @@ import numpy as np
 
 from roli_jax.data import (
   archives,
+  copies,
   listing,
   picture,
   scan,
   source,
   transforms,
+  walk,
 )
 from roli_jax.data.facts import FACTS
+from roli_jax.data.source import SPLITS
 
 POLICIES = ("error", "skip")
 
@@ -71,6 +74,7 @@ def build(
   *,
   root: str,
   policy: str,
+  layout: str = "",
   train_transforms: transforms.Chain,
   eval_transforms: transforms.Chain,
 ) -> Files:
@@ -82,7 +86,10 @@ def build(
     name: of NAMED or of `archives.ARCHIVES`, or "folder".
     split: `train`, `val` or `test`.
     root: a directory; "" for data/<name>, of a named one.
-    policy: "error" refuses bad files, "skip" leaves them out.
+    policy: "error" refuses bad files, and a test that training has seen; "skip"
+      leaves bad files out, and of copies all but those in the last split.
+    layout: of "folder", what the directories at its root are; see
+      `listing.read`.
     train_transforms: of training images.
     eval_transforms: of all others; all images end with one size.
 
@@ -90,18 +97,37 @@ def build(
     ValueError: what must lie there does not; bad files, if the policy is
       "error"; a class without a training image, or a split without images.
   """
-  listed = _listed(name, root)
-  bad = _bad(listed)
+  listed = _listed(name, root, layout)
+  bad, groups = _looked_at(listed)
   if bad and policy == "error":
     raise ValueError(_said(bad, len(listed.entries), listed.base))
-  good = [entry for entry in listed.entries if entry.name not in bad]
+  shared = copies.across(groups, bad)
+  copied: set[str] = set()
+  if name not in archives.ARCHIVES:  # the Guide's splits are as it drew them
+    if policy == "error":
+      tested = sum(entry.split == "test" for entry in listed.entries)
+      copies.check(shared, tested, listed.base)
+    else:
+      copied = copies.before_last(shared)
   classes = sorted({entry.label for entry in listed.entries})
-  _check_classes(good, classes, listed.base)
+  good = listed.entries
+  for without, after in ((bad, ""), (copied, ", copies being left out")):
+    good = [entry for entry in good if entry.name not in without]
+    _check_classes(good, classes, listed.base, after)
   numbers = {label: i for i, label in enumerate(classes)}
   names = sorted({entry.name for entry in listed.entries})
   places = {name: i for i, name in enumerate(names)}
   chosen = [entry for entry in good if entry.split == split]
-  left_out = [e for e in listed.entries if e.split == split and e.name in bad]
+  mentioned = [e.name for e in listed.entries if e.split == split]
+  notes = (
+    *_left_out("bad files", [n for n in mentioned if n in bad]),
+    *_left_out("copies of others", [n for n in mentioned if n in copied]),
+    *(listed.passed_over if split == SPLITS[0] else ()),  # told once
+    *listed.notes,
+    *copies.notes(shared),
+    *_bare(split, chosen, classes),
+    *_unlike(name, split, len(classes), len(chosen)),
+  )
   return Files(
     images=np.array([str(listed.base / entry.name) for entry in chosen]),
     labels=np.array([numbers[entry.label] for entry in chosen], np.int32),
@@ -112,16 +138,16 @@ def build(
     classes=tuple(str(label) for label in classes),
     train_transforms=train_transforms,
     eval_transforms=eval_transforms,
-    skipped=len(left_out),
-    notes=_notes(name, split, listed, left_out, chosen, len(classes)),
+    skipped=len(mentioned) - len(chosen),
+    notes=notes,
   )
 
 
-def _listed(name, root):
+def _listed(name, root, layout):
   if name in archives.ARCHIVES:
     return archives.read(name, pathlib.Path(root or f"data/{name}"))
   folders = (NAMED[name][0],) if name in NAMED else (".", "images")
-  return listing.read(_root(name, root), folders)
+  return listing.read(_root(name, root), folders, layout)
 
 
 def _root(name, root):
@@ -137,8 +163,8 @@ def _root(name, root):
       )
     return at
   images, splits = NAMED[name]
-  files = [f"{split}.json" for split in source.SPLITS]
-  if not ((at / images).is_dir() and all((at / f).is_file() for f in files)):
+  is_there = (at / images).is_dir()
+  if not (is_there and listing.jsons(at).keys() == set(SPLITS)):
     raise ValueError(
       f"{name} is not at {at}, or not all of it. There must be\n"
       f"  {at}/{images}/   the images, from the data set's home page\n"
@@ -149,11 +175,15 @@ def _root(name, root):
   return at
 
 
-def _bad(listed):
+def _looked_at(listed):
+  """What is wrong with files, by name; and groups of those of equal bytes."""
   names = dict.fromkeys(
     entry.name for entry in listed.entries if entry.name not in listed.wrong
   )
-  return listed.wrong | scan.bad(listed.base, names)
+  unsound, digests = scan.look(listed.base, names)
+  groups = copies.shared(listed.entries, digests)
+  links = copies.one_file(groups, listed.base)
+  return {**listed.wrong, **unsound, **links}, groups
 
 
 def _said(bad, count, base):
@@ -170,37 +200,49 @@ def _said(bad, count, base):
   )
 
 
-def _check_classes(good, classes, base):
+def _check_classes(good, classes, base, after):
+  if len(classes) < 2:
+    raise ValueError(f"{base} has one class, {classes[0]}, and two are needed")
   splits = {entry.split for entry in good}
-  for split in source.SPLITS:
+  for split in SPLITS:
     if split not in splits:
-      raise ValueError(f"{base}: there are no images for {split}")
+      raise ValueError(f"{base}: there are no images for {split}{after}")
   trained = {entry.label for entry in good if entry.split == "train"}
   lacking = [str(label) for label in classes if label not in trained]
   if lacking:
     raise ValueError(
       f"{base}: {len(lacking)} of {len(classes)} classes have no training"
-      f" image that can be used: {', '.join(lacking[:10])}"
+      f" image that can be used: {', '.join(lacking[:10])}{after}"
     )
 
 
-def _notes(name, split, listed, left_out, chosen, num_classes):
-  notes = []
-  if left_out:
-    names = ", ".join(entry.name for entry in left_out[:3])
-    more = ", ..." if len(left_out) > 3 else ""
-    notes.append(f"{len(left_out)} bad files left out ({names}{more})")
-  if listed.ignored:
-    notes.append(f"{listed.ignored} files without an image's suffix ignored")
-  if listed.stray:
-    notes.append(f"{listed.stray} images outside classes' directories ignored")
+def _left_out(what, names):
+  if not names:
+    return ()
+  return (f"{len(names)} {what} left out ({walk.some(names)})",)
+
+
+def _bare(split, chosen, classes):
+  """Told of classes that a split has no image of."""
+  held = {entry.label for entry in chosen}
+  lacking = [str(label) for label in classes if label not in held]
+  if not lacking:
+    return ()
+  return (
+    f"{len(lacking)} of {len(classes)} classes have no {split} image"
+    f" ({walk.some(lacking)})",
+  )
+
+
+def _unlike(name, split, num_classes, num_images):
+  """Told where a data set has another size than it should."""
   facts = FACTS.get(name)
-  if facts:
-    expected = (facts.num_classes, getattr(facts, split))
-    found = (num_classes, len(chosen))
-    if found != expected:
-      notes.append(
-        f"{name} {split} should have {expected[0]} classes and {expected[1]}"
-        f" images, here are {found[0]} and {found[1]}"
-      )
-  return tuple(notes)
+  if not facts:
+    return ()
+  expected = (facts.num_classes, getattr(facts, split))
+  if (num_classes, num_images) == expected:
+    return ()
+  return (
+    f"{name} {split} should have {expected[0]} classes and {expected[1]}"
+    f" images, here are {num_classes} and {num_images}",
+  )

@@ -17,6 +17,14 @@ _ORIENTATION = 0x0112  # the EXIF tag
 _LONGEST = 100  # times as long as wide: resized, others would fill the memory
 
 
+def known() -> set[str]:
+  """Suffixes of the formats that PIL opens, whether they are taken or not."""
+  from PIL import Image
+
+  Image.init()
+  return {s for s, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+
+
 def decode(path: str | os.PathLike[str]) -> Any:
   """A file's image, of PIL, RGB.
 

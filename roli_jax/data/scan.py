@@ -12,13 +12,18 @@ from roli_jax import extras, progress
 from roli_jax.data import picture
 from roli_jax.data.source import num_cores
 
-_RULES = 1  # a number that changes when `picture.decode` takes less than before
+# A number that changes when `picture.decode` takes less than before, or more is
+# remembered.
+_RULES = 2
 
-_seen: set[str] = set()  # by this process
+# Of sound files, by this process: mark and digest, with a space between.
+_seen: set[str] = set()
 
 
-def bad(base: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-  """The files that can not be decoded, with reasons.
+def look(
+  base: pathlib.Path, names: Iterable[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+  """What is wrong with files, and what is in the others.
 
   What was decoded before, of the same size and time of change, is believed:
   by a file under $XDG_CACHE_HOME or ~/.cache, if that can be written.
@@ -26,26 +31,29 @@ def bad(base: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
   Args:
     base: where names start.
     names: of files.
+
+  Returns:
+    Reasons against those that can not be decoded, by name; and digests of the
+    bytes of the others, by name.
   """
-  names = list(names)
-  marks = [_mark(base / name) for name in names]
+  marks = {name: _mark(base / name) for name in names}
   cache = _cache_file(base)
-  known = _seen | _remembered(cache)
-  new = [
-    (name, mark)
-    for name, mark in zip(names, marks, strict=True)
-    if mark not in known
-  ]
-  reasons = _decode_all([base / name for name, _ in new])
-  sound = {m for (_, m), reason in zip(new, reasons, strict=True) if not reason}
-  _seen.update(sound)
-  if sound:
-    _remember(cache, (known | sound) & set(marks))
-  return {
-    name: reason
-    for (name, _), reason in zip(new, reasons, strict=True)
-    if reason
-  }
+  known = dict(line.rsplit(" ", 1) for line in _seen | _remembered(cache))
+  new = [name for name, mark in marks.items() if mark not in known]
+  bad = {}
+  for name, (reason, digest) in zip(
+    new, _look_all([base / name for name in new]), strict=True
+  ):
+    if reason:
+      bad[name] = reason
+    else:
+      known[marks[name]] = digest
+  digests = {name: known[m] for name, m in marks.items() if name not in bad}
+  if len(bad) < len(new):
+    sound = {f"{marks[name]} {digest}" for name, digest in digests.items()}
+    _seen.update(sound)
+    _remember(cache, sound)
+  return bad, digests
 
 
 def _mark(path):
@@ -57,19 +65,30 @@ def _mark(path):
   return f"{os.path.abspath(path)} {found.st_size} {found.st_mtime_ns}"
 
 
-def _decode_all(paths):
-  """What is wrong with each file, "" for nothing."""
-  reasons = []
+def _look_all(paths):
+  """What is wrong with each file, "" for nothing; and its digest."""
+  found = []
   with (
     progress.bar("checking images", len(paths)) as update,
     concurrent.futures.ThreadPoolExecutor(num_cores()) as pool,
     warnings.catch_warnings(),
   ):
     warnings.simplefilter("ignore")  # PIL's, of odd files
-    for reason in pool.map(reason_against, paths):
-      reasons.append(reason)
+    for seen in pool.map(_look_at, paths):
+      found.append(seen)
       update(1)
-  return reasons
+  return found
+
+
+def _look_at(path):
+  reason = reason_against(path)
+  return reason, "" if reason else _digest(path)
+
+
+def _digest(path):
+  """Of the bytes: a file that was just decoded is read again from memory."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def reason_against(path: pathlib.Path) -> str:

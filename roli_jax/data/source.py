@@ -33,7 +33,8 @@ class Source:
     classes: their names, in the order of labels; () if they have none.
     train_transforms: applied to images for training.
     eval_transforms: applied to images for everything else.
-    skipped: how many files were left out because they are bad.
+    skipped: how many files were left out because they are bad, or copies of
+      others.
     notes: what a user should know of the data, a line each.
   """
 

@@ -1,0 +1,133 @@
+"""Images that two splits share: one file under two names, or equal bytes."""
+
+import collections
+import os
+import pathlib
+from collections.abc import Container, Iterable, Mapping, Sequence
+
+from roli_jax.data import walk
+from roli_jax.data.listing import Entry
+from roli_jax.data.source import SPLITS
+
+_MOST = 0.01  # of the test, that training may have seen
+
+Group = list[Entry]  # entries of equal bytes
+
+
+def shared(entries: Iterable[Entry], digests: Mapping[str, str]) -> list[Group]:
+  """Groups of equal bytes that lie in more than one split or class.
+
+  Args:
+    entries: of a data set.
+    digests: by name, of what the files hold; those without one are no copies.
+  """
+  groups: dict[str, Group] = collections.defaultdict(list)
+  for entry in entries:
+    if entry.name in digests:
+      groups[digests[entry.name]].append(entry)
+  return [
+    group
+    for group in groups.values()
+    if len({(entry.split, entry.label) for entry in group}) > 1
+  ]
+
+
+def one_file(groups: Iterable[Group], base: pathlib.Path) -> dict[str, str]:
+  """Names that links make of one file, in two splits or classes; and how.
+
+  Args:
+    groups: of equal bytes, as one file's are.
+    base: where names start.
+  """
+  wrong = {}
+  for group in groups:
+    by_path = collections.defaultdict(list)
+    for entry in group:
+      by_path[os.path.realpath(base / entry.name)].append(entry)
+    for entries in by_path.values():
+      if len({(entry.split, entry.label) for entry in entries}) > 1:
+        names = [entry.name for entry in entries]
+        for name in names:
+          other = names[1] if name == names[0] else names[0]
+          wrong[name] = f"the same file as {other}"
+  return wrong
+
+
+def across(groups: Iterable[Group], bad: Container[str]) -> list[Group]:
+  """What of the groups lies in more than one split, without bad names."""
+  sound = [[e for e in group if e.name not in bad] for group in groups]
+  return [g for g in sound if len({entry.split for entry in g}) > 1]
+
+
+def before_last(groups: Iterable[Group]) -> set[str]:
+  """Names that training, or validation, shares with a split after it."""
+  found = set()
+  for group in groups:
+    last = max(map(_order, group))
+    found |= {entry.name for entry in group if _order(entry) < last}
+  return found
+
+
+def check(groups: Sequence[Group], tested: int, base: pathlib.Path) -> None:
+  """Refuses a test of which training has seen too much.
+
+  A copy under another class makes no number better: it does not count.
+
+  Args:
+    groups: of equal bytes, in more than one split.
+    tested: the number of test images.
+    base: where names start.
+
+  Raises:
+    ValueError: over 1% of the test has a copy of its class elsewhere.
+  """
+  pairs = [
+    (entry, other)
+    for entry, other in _pairs(groups, "test")
+    if other.label == entry.label
+  ]
+  if len(pairs) > _MOST * tested:
+    raise ValueError(
+      f"{len(pairs)} of {tested} test images in {base} have the same bytes as"
+      " images of train or val, over 1%:\n"
+      f"  {_said(pairs)}\n"
+      "  Remove the copies, or --config.data.policy=skip leaves them out of"
+      " training and validation; the test stays."
+    )
+
+
+def notes(groups: Sequence[Group]) -> tuple[str, ...]:
+  """How many images of the test, and of validation, are in training too."""
+  said = []
+  for split, where in (("test", "train or val"), ("val", "train")):
+    pairs = _pairs(groups, split)
+    if pairs:
+      others = sum(entry.label != other.label for entry, other in pairs)
+      said.append(
+        f"{len(pairs)} {split} images have the same bytes as images of {where}"
+        + (f", {others} of them under another class" if others else "")
+        + f" ({_said(pairs)})"
+      )
+  return tuple(said)
+
+
+def _pairs(groups, split):
+  """Entries of a split with a copy in one before, of their class if any is."""
+  pairs = []
+  for group in groups:
+    before = [e for e in group if _order(e) < SPLITS.index(split)]
+    by_label = {entry.label: entry for entry in before}
+    pairs += [
+      (entry, by_label.get(entry.label, before[0]))
+      for entry in group
+      if before and entry.split == split
+    ]
+  return pairs
+
+
+def _order(entry):
+  return SPLITS.index(entry.split)
+
+
+def _said(pairs):
+  return walk.some(f"{entry.name} = {other.name}" for entry, other in pairs)

@@ -1,0 +1,201 @@
+"""What lies under a directory: images, and what is passed over."""
+
+import collections
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+
+from roli_jax.data import picture
+
+# What a directory, or a JSON file, of a split may be called, in any case.
+SPLIT_NAMES = {
+  "train": "train", "training": "train",
+  "val": "val", "valid": "val", "validation": "val", "eval": "val",
+  "test": "test", "testing": "test",
+}  # fmt: skip
+
+_NAMED = 5  # of each kind, in a note
+
+
+@dataclasses.dataclass(frozen=True)
+class Walked:
+  """Names under a directory, of all kinds, sorted.
+
+  Attributes:
+    images: in directories below it.
+    stray: images in the directory itself.
+    others: files that are no images by their suffix, or hidden.
+    folders: the directories in it.
+    loops: directories that lead back to one that they lie in.
+  """
+
+  images: tuple[str, ...]
+  stray: tuple[str, ...]
+  others: tuple[str, ...]
+  folders: tuple[str, ...]
+  loops: tuple[str, ...]
+
+  def empty(self) -> dict[str, str]:
+    """The directories in it without an image, and what they hold instead."""
+    taken = {name.split("/")[0] for name in self.images}
+    held: dict[str, list[str]] = {
+      folder: [] for folder in self.folders if folder not in taken
+    }
+    for name in self.others:
+      folder = name.split("/")[0]
+      if folder in held:
+        held[folder].append(name)
+    return {
+      folder: suffixes(names) or "nothing" for folder, names in held.items()
+    }
+
+
+def walk(root: pathlib.Path) -> Walked:
+  """All that lies under a directory.
+
+  Hidden directories are passed over. Links are followed, but a directory that
+  lies on its own path is not entered again.
+
+  Raises:
+    ValueError: a directory that can't be read.
+  """
+  files: list[str] = []
+  loops: list[str] = []
+
+  def enter(folder, prefix, path):
+    real = os.path.realpath(folder)
+    if real in path:
+      loops.append(prefix.rstrip("/"))
+      return
+    inner, names = _children(folder)
+    files.extend(prefix + name for name in names)
+    for name in inner:
+      enter(os.path.join(folder, name), f"{prefix}{name}/", {*path, real})
+
+  enter(root, "", set())
+  images = [name for name in files if _is_image(name)]
+  return Walked(
+    images=tuple(sorted(name for name in images if "/" in name)),
+    stray=tuple(sorted(name for name in images if "/" not in name)),
+    others=tuple(sorted(name for name in files if not _is_image(name))),
+    folders=tuple(sorted(folders(root))),
+    loops=tuple(sorted(loops)),
+  )
+
+
+def folders(root: pathlib.Path) -> list[str]:
+  """Names of the directories in a directory, without the hidden."""
+  return _children(root)[0]
+
+
+def named(root: pathlib.Path) -> tuple[dict[str, list[str]], list[str]]:
+  """Directories in a directory: by split, those called as one; and others."""
+  trees: dict[str, list[str]] = {}
+  others: list[str] = []
+  for name in sorted(folders(root)):
+    split = SPLIT_NAMES.get(name.lower())
+    (trees.setdefault(split, []) if split else others).append(name)
+  return trees, others
+
+
+def has_images(root: pathlib.Path) -> bool:
+  """Whether there is an image in a directory or below."""
+  found = walk(root)
+  return bool(found.images or found.stray)
+
+
+def _children(folder):
+  """Directories and files; what macOS's archives add to others is hidden."""
+  try:
+    with os.scandir(folder) as entries:
+      children = [(entry.name, _is_dir(entry)) for entry in entries]
+  except OSError as error:
+    raise ValueError(f"{folder} can't be read: {error.strerror}") from error
+  return (
+    [n for n, is_dir in children if is_dir and not _is_hidden(n)],
+    [n for n, is_dir in children if not is_dir],
+  )
+
+
+def _is_dir(entry):
+  try:
+    return entry.is_dir()
+  except OSError:  # a link to itself, which is as good as broken
+    return False
+
+
+def _is_hidden(name):
+  return name.startswith(".") or name == "__MACOSX"
+
+
+def _suffix(name):
+  """In lower case; "" if it is hidden or has none."""
+  base = os.path.basename(name)
+  return "" if _is_hidden(base) else os.path.splitext(base)[1].lower()
+
+
+def _is_image(name):
+  return _suffix(name) in picture.SUFFIXES
+
+
+def suffixes(names: Iterable[str]) -> str:
+  """How many of these files have which suffix, as `3 .jp2, 1 .txt`."""
+  counts = collections.Counter(_suffix(name) or "other" for name in names)
+  said = [f"{count} {suffix}" for suffix, count in counts.most_common(_NAMED)]
+  return ", ".join(said) + (", ..." if len(counts) > _NAMED else "")
+
+
+def some(names: Iterable[str]) -> str:
+  """The first of these names, for a message."""
+  names = list(names)
+  return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+
+
+def passed_over(walks: Mapping[str, Walked]) -> tuple[str, ...]:
+  """What the data set lacks of what was found, a line each.
+
+  Args:
+    walks: of directories of classes, by what stands before their names, as
+      `train/`.
+  """
+  classes = {
+    name.split("/")[0] for found in walks.values() for name in found.images
+  }
+  others = [name for found in walks.values() for name in found.others]
+  stray = sum(len(found.stray) for found in walks.values())
+  loops = [
+    prefix + name for prefix, found in walks.items() for name in found.loops
+  ]
+  empty = [
+    f"{prefix}{folder}: {held}"
+    for prefix, found in walks.items()
+    for folder, held in found.empty().items()
+    if folder not in classes
+  ]
+  notes = []
+  if others:
+    known = picture.known()
+    unread = [name for name in others if _suffix(name) in known]
+    notes.append(
+      f"{len(others)} files without an image's suffix ignored"
+      + (
+        f"; PIL knows {suffixes(unread)}, which are not read here: convert"
+        " them to PNG"
+        if unread
+        else ""
+      )
+    )
+  if stray:
+    notes.append(f"{stray} images outside classes' directories ignored")
+  if loops:
+    notes.append(
+      f"{len(loops)} directories lead back to one that they lie in, and are"
+      f" not entered again ({some(loops)})"
+    )
+  if empty:
+    notes.append(
+      f"{len(empty)} directories without an image are no classes"
+      f" ({some(empty)})"
+    )
+  return tuple(notes)
