@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-all bench clean
 
 demo: $(VENV)/ready
 	$(RUN) -m roli_jax.main --config=configs/glyphs_roli.py --workdir=runs/demo
@@ -14,7 +14,11 @@ test: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+# What is slow: full-size networks, whole grids, wheels.
+test-all: $(VENV)/ready-test
+	$(RUN) -m pytest -n 2 --dist loadfile -m slow
 
 bench: $(VENV)/ready
 	$(RUN) -m roli_jax.main --mode=bench --config=configs/bench.py

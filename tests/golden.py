@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-_FOLDER = pathlib.Path(__file__).parent / "fixtures"
+FOLDER = pathlib.Path(__file__).parent / "fixtures"
 _EMBEDDINGS = (
   "pos_embed", "cls_token", "class_token", "pos_embedding", "class_embedding",
   "positional_embedding",
@@ -21,13 +21,13 @@ _EMBEDDINGS = (
 @functools.cache
 def specs(folder: str = "backbones") -> dict:
   """What is known of each checkpoint, by its name."""
-  return json.loads((_FOLDER / folder / "keys.json").read_text())
+  return json.loads((FOLDER / folder / "keys.json").read_text())
 
 
 @functools.cache
 def arrays(name: str, folder: str = "backbones") -> dict[str, np.ndarray]:
   """The reference numbers of a checkpoint."""
-  with np.load(_FOLDER / folder / "golden.npz") as file:
+  with np.load(FOLDER / folder / "golden.npz") as file:
     return {
       key.removeprefix(f"{name}/"): file[key]
       for key in file.files

@@ -1,5 +1,6 @@
 """Plans: every published recipe, from shapes alone."""
 
+import functools
 import json
 import pathlib
 
@@ -21,25 +22,36 @@ NO_DECAY = {
 METHODS = {"finetune": "full"}  # theirs, ours
 
 
+def name_of(recipe):
+  return pathlib.Path(recipe["config"]).with_suffix("").as_posix()
+
+
+def _each():
+  """Each method and init, and each data set; the others in `make test-all`."""
+  known: set = set()
+  for recipe in RECIPES:
+    about = {(recipe["method"], recipe["init"]), recipe["dataset"]}
+    marks = pytest.mark.slow if about <= known else ()
+    known |= about
+    yield pytest.param(recipe, id=name_of(recipe), marks=marks)
+
+
 def planned(recipe, compat):
   method = METHODS.get(recipe["method"], recipe["method"])
   return cell(recipe["dataset"], method, recipe["init"], compat)
 
 
+@functools.cache
 def cell(dataset, method, init, compat="true"):
   text = f"dataset={dataset},method={method},init={init},compat={compat}"
   return plan.make(roli.get_config(text).to_dict())
-
-
-def name_of(recipe):
-  return pathlib.Path(recipe["config"]).with_suffix("").as_posix()
 
 
 def test_there_are_fifty_published_recipes():
   assert len(RECIPES) == 50 and len({name_of(r) for r in RECIPES}) == 50
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+@pytest.mark.parametrize("recipe", _each())
 def test_a_recipe_under_compat_is_the_references(recipe):
   made = planned(recipe, "true")
   data = REFERENCE["datasets"][recipe["dataset"]]
@@ -57,7 +69,7 @@ def test_a_recipe_under_compat_is_the_references(recipe):
   assert stage["prompt_tokens"] == recipe.get("prompt_tokens")
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+@pytest.mark.parametrize("recipe", _each())
 def test_by_default_the_optimizer_is_the_one_its_authors_wrote(recipe):
   stage = planned(recipe, "false")["stages"][-1]
   assert stage["optimizer"] == recipe["optimizer_in_config"]
@@ -65,7 +77,7 @@ def test_by_default_the_optimizer_is_the_one_its_authors_wrote(recipe):
   assert stage["peak_lr"] == pytest.approx(recipe["peak_lr"], rel=1e-12)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+@pytest.mark.parametrize("recipe", _each())
 def test_roli_is_the_probes_recipe_first(recipe):
   stages = planned(recipe, "true")["stages"]
   if recipe["init"] != "roli":
