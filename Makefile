@@ -10,7 +10,7 @@ RUN = $(VENV)/bin/python
 demo: $(VENV)/ready
 	$(RUN) -m roli_jax.main --config=configs/glyphs_roli.py --workdir=runs/demo
 
-test: $(VENV)/ready
+test: $(VENV)/ready-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -27,6 +27,10 @@ $(VENV)/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "roli_jax needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/ready-test: $(VENV)/ready requirements-test.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
 clean:

@@ -75,7 +75,7 @@ def load(source: str) -> Any:
   from ml_collections import ConfigDict
 
   name, colon, arg = source.partition(":")
-  file = _find(name)
+  file = _find(name).absolute()
   try:
     config = _get_config(file, *([arg] if colon else []))
   except ValueError:
@@ -110,10 +110,9 @@ def _find(name: str) -> pathlib.Path:
     return specs.choose(shipped(), name, "config")
   file = pathlib.Path(name)
   if not file.is_file():
-    ours = f"; --config={file.stem} ships with roli_jax"
-    raise ValueError(
-      f"there is no config at {file}{ours * (file.stem in shipped())}"
-    )
+    ours = file.stem in shipped()
+    hint = f"; --config={file.stem} ships with roli_jax" if ours else ""
+    raise ValueError(f"there is no config at {file}{hint}")
   return file
 
 
@@ -121,7 +120,7 @@ def _get_config(file, *arg):
   """Runs the file as a package, so that it may import its neighbours."""
   name = "roli_jax_config"
   spec: Any = importlib.util.spec_from_file_location(
-    name, file, submodule_search_locations=[str(file.absolute().parent)]
+    name, file, submodule_search_locations=[str(file.parent)]
   )
   module = importlib.util.module_from_spec(spec)
   sys.modules[name] = module
@@ -162,8 +161,8 @@ def _parse(words):
     fields = [word for word in rest if _FIELD.match(word)]
     _parse_all(_flags(), [word for word in rest if word not in fields])
     _check_given(told.config)
-    words = (f"config={told.config}", *(word.lstrip("-") for word in fields))
-    swept = tuple(f"--{word}" for word in words)
+    swept = tuple(f"--{word.lstrip('-')}" for word in fields)
+    swept = (f"--config={told.config}", *swept)
   else:
     config = _overridden(_base(told), rest)
   return Command(told.mode, _workdir(told), config, swept, told)
@@ -177,7 +176,7 @@ def _parse_all(values, words):
 
 def _check_given(config):
   if not config:
-    raise ValueError("--config=configs/X.py is missing; see --help")
+    raise ValueError("--config=NAME or --config=FILE.py is missing; see --help")
 
 
 def _lengthen(word: str, mode: str) -> str:

@@ -76,11 +76,11 @@ def test_a_config_imports_its_neighbours(mine, tmp_path):
   ],
 )
 def test_what_a_config_file_raises_is_its_users(
-  text, message, tmp_path, capsys
+  text, message, tmp_path, capsys, monkeypatch
 ):
-  file = tmp_path / "mine.py"
-  file.write_text(text)
-  assert main.run([f"--config={file}"]) == 2
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "mine.py").write_text(text)
+  assert main.run(["--config=mine.py"]) == 2
   said = capsys.readouterr().err
   assert message in said and len(said.splitlines()) <= 6
   assert "has no field" not in said

@@ -210,7 +210,7 @@ def test_activations_are_what_xla_keeps(remat):
   copied = 4 * (_num_weights(deep) - _num_weights(shallow))
   for i in (0, 1):  # the attack, the update
     for mine, xla in zip(ours, theirs, strict=True):
-      assert 0.9 < xla[i] / mine[i] < (1.6 if remat else 1.3)
+      assert 0.9 < xla[i] / mine[i] < (1.7 if remat else 1.3)
     more = ours[1][i] - ours[0][i] + (1 + i) * copied
     assert theirs[1][i] - theirs[0][i] == pytest.approx(more, rel=0.02)
 
