@@ -30,12 +30,12 @@ def mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
   Raises:
     ValueError: that number doesn't divide them.
   """
-  devices = np.array(jax.devices() if devices is None else devices)
-  if model < 1 or devices.size % model:
+  chosen = np.array(jax.devices() if devices is None else devices)
+  if model < 1 or chosen.size % model:
     raise ValueError(
-      f"mesh.model must divide the {devices.size} devices, got {model}"
+      f"mesh.model must divide the {chosen.size} devices, got {model}"
     )
-  return Mesh(devices.reshape(-1, model), AXES)
+  return Mesh(chosen.reshape(-1, model), AXES)
 
 
 def replicated(over: Mesh) -> NamedSharding:
