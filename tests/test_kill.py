@@ -12,6 +12,8 @@ import pytest
 from roli_jax import checkpoint, parts, record, table, train, trees, workdir
 from tests import cli
 
+pytestmark = pytest.mark.slow
+
 WORDS = (f"{cli.GLYPHS}:method=full,init=roli", *cli.TINY)
 
 
@@ -54,7 +56,7 @@ def kill_after(seconds, path):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
   path = tmp_path_factory.mktemp("whole") / "run"
-  assert cli.run(*WORDS, f"--workdir={path}").returncode == 0
+  assert cli.process(*WORDS, f"--workdir={path}").returncode == 0
   return path
 
 
@@ -63,7 +65,7 @@ def test_killed_anywhere_it_ends_at_the_same_bits(uninterrupted, tmp_path):
   moments = random.Random()  # other ones each time: any must do
   killed = [kill_after(moments.uniform(0, 5), path) for _ in range(4)]
   assert any(killed)
-  done = cli.run(*WORDS, f"--workdir={path}")
+  done = cli.process(*WORDS, f"--workdir={path}")
   assert done.returncode == 0, done.stderr
   assert results(path) == results(uninterrupted)
   pairs = zip(parameters(path), parameters(uninterrupted), strict=True)
