@@ -18,6 +18,8 @@ from roli_jax import losses
 from roli_jax.classifier import Classifier
 
 MOST = 64  # images that are looked at
+_REACH = 100  # typical gaps below the largest logit, beyond which none decides
+_FEW = 16  # images, of which a batch may have too like a neighbour
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,10 @@ def _accuracy(clean, num_classes, indices):
 def moved(logits: np.ndarray, others: np.ndarray) -> np.ndarray:
   """How far each image's logits lie apart, as a share of their length.
 
+  Their length is what decides: that of the distances below the largest logit,
+  of classes which are not out of reach. A number added to all of them, or a
+  class at -1e9, would hide any change otherwise.
+
   Args:
     logits: [n, k].
     others: [n, k], of the same images.
@@ -119,12 +125,20 @@ def moved(logits: np.ndarray, others: np.ndarray) -> np.ndarray:
     [n], inf where one of them masks a class (-inf) and the other doesn't, or
     is no number.
   """
-  masked = np.isneginf(logits)
-  a, b = (np.where(masked, 0, x.astype(np.float64)) for x in (logits, others))
-  length = np.maximum(np.linalg.norm(a, axis=1), 1e-12)
+  a, b = (x.astype(np.float64) for x in (logits, others))
+  masked = np.isneginf(a)
+  same = (masked == np.isneginf(b)).all(1)
+  rounding = 4 * 2.0**-24 * np.abs(np.where(masked, 0, a)).max(1, initial=0)
   with np.errstate(invalid="ignore", over="ignore"):
-    apart = np.linalg.norm(b - a, axis=1) / length
-  same = (masked == np.isneginf(others)).all(1)
+    a, b = a - a.max(1, keepdims=True), b - b.max(1, keepdims=True)
+    gaps = -np.sort(a, axis=1)[:, -2]
+    gap = np.median(gaps[np.isfinite(gaps)]) if np.isfinite(gaps).any() else 1
+    counts = ~masked & (a > -_REACH * max(gap, 1e-12))
+    length = np.linalg.norm(np.where(counts, a, 0), axis=1)
+    far = np.linalg.norm(np.where(counts, b - a, 0), axis=1)
+    floor = rounding * np.sqrt(counts.sum(1))
+    apart = np.maximum(far - floor, 0) / np.maximum(np.maximum(length, gap),
+                                                    1e-12)  # fmt: skip
   return np.where(same & np.isfinite(apart), apart, np.inf)
 
 
@@ -142,13 +156,18 @@ def _alone(on, images, labels, indices, logits):
     labels[order].repeat(2),
     indices[order].repeat(2),
   )
-  off = moved(logits[order], mixed[::2])
+  off = np.zeros(len(images))
+  off[order] = moved(logits[order], mixed[::2])
+  if len(images) <= _FEW:  # among seven of itself, and not the first
+    each = (x.repeat(8, axis=0) for x in (images, labels, indices))
+    *_, alone = on.judge(*each)
+    off = np.maximum(off, moved(logits, alone[3::8]))
   return judged(
     "batch",
     "fail",
     f"in another batch logits move by {off.max():.1e} of their length"
     + ("" if off.max() <= 1e-3 else ": is batch norm in training mode?"),
-    np.sort(indices[order][off > 1e-3]),
+    indices[off > 1e-3],
   )
 
 
@@ -184,6 +203,14 @@ def _scale(logits, indices):
 def _deterministic(on, images, labels, indices, logits):
   if on.stochastic:
     return Check("deterministic", "info", "random, as declared: 20 draws judge")
+  if on.programs.is_fickle:
+    return judged(
+      "deterministic",
+      "fail",
+      "each trace is another function: does it draw random numbers by NumPy or"
+      " Python? Let it take a key, stochastic=True",
+      indices,
+    )
   worst = np.zeros(len(logits))
   for _ in range(4):
     *_, again = on.judge(images, labels, indices)
@@ -199,21 +226,26 @@ def _deterministic(on, images, labels, indices, logits):
 
 def of_gradients(
   on: Classifier, images: np.ndarray, labels: np.ndarray, indices: np.ndarray
-) -> Check:
+) -> tuple[Check, np.ndarray]:
   """Whether there are gradients for attacks to climb, at these clean images.
 
   Costs a forward and a backward pass of each.
+
+  Returns:
+    The check, and the gradients' L1 norms; none where there are no gradients.
   """
+  none = np.zeros(0, np.float32)
   name = "gradients finite"
   if on.programs.no_slope:
     return Check(
       name, "info",
       f"the function has no derivative ({on.programs.no_slope}): only attacks"
       " that need none can be made",
-    )  # fmt: skip
+    ), none  # fmt: skip
   if not len(images):
-    return Check(name, "info", "no image to look at is classified as labelled")
-  strange, flat = on.slopes(images, labels, indices)
+    said = "no image to look at is classified as labelled"
+    return Check(name, "info", said), none
+  strange, flat, length = on.slopes(images, labels, indices)
   many = flat.sum() > max(1, 0.01 * len(flat))
   said = f"of {len(images)} images {strange.sum()} have gradients with values"
   said += f" that are not finite, {flat.sum()} gradients that are all 0"
@@ -221,7 +253,8 @@ def of_gradients(
     said += "; attacks take such values for 0, and may be blind"
   if many:
     said += "; attacks that climb them stand still"
-  return judged(name, "warn", said, indices[strange | (flat & many)])
+  found = judged(name, "warn", said, indices[strange | (flat & many)])
+  return found, length
 
 
 def of_result(
@@ -309,6 +342,11 @@ def check_inputs(
       f"expected floating-point images in [0, 1], got {images.dtype};"
       " divide by 255?"
     )
+  if attack is not None and not hasattr(attack, "threat"):
+    raise ValueError(
+      "expected an attack, from attacks.build(name, threat), got"
+      f" {attack!r:.80}"
+    )
   low, high = (attack.threat.low, attack.threat.high) if attack else (0, 1)
   if not np.all((images >= low) & (images <= high)):
     raise ValueError(
@@ -323,6 +361,14 @@ def check_inputs(
   eps = np.asarray(attack.threat.eps) if attack else np.zeros(())
   if eps.shape not in ((), (n,)):
     raise ValueError(f"expected one eps, or {n} of them, got {eps.shape}")
+  if not np.all(np.isfinite(eps) & (eps >= 0)):
+    raise ValueError(f"eps must be finite and >= 0, got {eps.min()}")
+  step_size = getattr(attack, "step_size", None)
+  if step_size is not None and np.ndim(step_size):
+    raise ValueError(
+      "evaluation takes one step_size for all images, got one for each; None"
+      " is a quarter of each image's eps"
+    )
 
 
 def check_function(on: Classifier, labels: np.ndarray, attack: Any) -> None:
@@ -335,6 +381,11 @@ def check_function(on: Classifier, labels: np.ndarray, attack: Any) -> None:
     raise ValueError(
       f"expected labels in [0, {num_classes}), the width of the logits, got"
       f" {labels.min()} to {labels.max()}"
+    )
+  if getattr(attack, "loss", None) == "kl":
+    raise ValueError(
+      "the loss kl climbs from clean logits, in training; here take ce, margin"
+      " or dlr"
     )
   if on.programs.no_slope and attack is not None and attack.passes[1]:
     raise ValueError(

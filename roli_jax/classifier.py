@@ -5,6 +5,7 @@ with, nor on how many devices there are.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,11 +93,12 @@ class Classifier:
 
   def slopes(
     self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """For which images the gradient that attacks climb is of no use.
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The gradient that attacks climb: is it of use, and how long is it?
 
     Returns:
-      Where values of it are not finite, and where all of them are 0.
+      [n] each: where values of it are not finite, where all of them are 0, and
+      its L1 norm without those that are not finite.
     """
     parts: list[Any] = []
     key = keys.stream(keys.root(self.seed), "slopes")
@@ -105,8 +107,8 @@ class Classifier:
       slopes = self.programs.compiled(_slopes, static_argnums=(0, 1))
       out = slopes(self.mesh, self.dtype, self.params, key, *bucket)
       parts.append([x[real] for x in sharding.fetch(out)])
-    strange, flat = map(np.concatenate, zip(*parts, strict=True))
-    return strange, flat
+    strange, flat, length = map(np.concatenate, zip(*parts, strict=True))
+    return strange, flat, length
 
   def _buckets(self, *arrays) -> Iterator[tuple[slice, np.ndarray, Any]]:
     """The arrays in pieces of two sizes; the last is padded with copies."""
@@ -150,6 +152,7 @@ def make(
     ValueError: a batch size below 1, an unknown dtype, params that are no
       arrays, or a function that gives no logits or that JAX can't trace.
   """
+  batch_size, seed = operator.index(batch_size), operator.index(seed)
   if batch_size < 1:
     raise ValueError(f"batch_size must be >= 1, got {batch_size}")
   if dtype not in (None, "bfloat16", "float32"):
@@ -174,7 +177,7 @@ def lowered(fn: Callable[..., Any], dtype: str | None) -> Callable[..., Any]:
     )
 
   def low(params, images, image_keys):
-    return fn(cast(params), cast(images), image_keys).astype(jnp.float32)
+    return fn(cast(params), cast(images), image_keys)
 
   return low
 
@@ -197,7 +200,7 @@ def _attack(fn, mesh, dtype, attack, params, key, images, labels, indices, eps):
 
 
 def _slopes(fn, mesh, dtype, params, key, images, labels, indices):
-  """Whether each image's gradient has values that are not finite; all 0."""
+  """See `Classifier.slopes`."""
 
   def looked_at(whole, images, labels, indices):
     params, key = whole
@@ -208,7 +211,9 @@ def _slopes(fn, mesh, dtype, params, key, images, labels, indices):
       return losses.SURROGATES["ce"].climb(logits, labels).sum()
 
     grads = jax.grad(climb)(images).reshape(len(images), -1)
-    return ~jnp.isfinite(grads).all(1), (grads == 0).all(1)
+    known = jnp.isfinite(grads)
+    length = jnp.abs(jnp.where(known, grads, 0)).sum(1)
+    return ~known.all(1), (grads == 0).all(1), length
 
   return by_eights(looked_at, mesh, (params, key), (images, labels, indices))
 
@@ -223,7 +228,7 @@ def _judge(fn, mesh, draws, params, key, images, labels, indices):
     def draw(k):
       own = keys.fold(image_keys, k)
       with jax.default_matmul_precision("highest"):
-        logits = fn(params, images, own).astype(jnp.float32)
+        logits = fn(params, images, own)
       right = losses.correct(logits, labels).astype(jnp.float32)
       return right, -losses.margin(logits, labels), logits
 

@@ -29,9 +29,10 @@ class Evaluation:
       on, images, labels, indices, self.clean, self.logits
     )
     seen = slice(checks.MOST) if attack is None else self.clean
-    self.checks.append(
-      checks.of_gradients(on, images[seen], labels[seen], indices[seen])
+    found, self.slopes = checks.of_gradients(
+      on, images[seen], labels[seen], indices[seen]
     )
+    self.checks.append(found)
     self.notes: list[str] = []
     self.robust = self.clean.copy()
     self.broken_by = np.where(self.clean, "", "clean").astype(object)
@@ -59,25 +60,34 @@ class Evaluation:
     }
     older = {"clean predictions": journal.digest(self.clean)}
     kept = journal.Journal(path, about, older)
-    # Compared as they are and not by a digest: another kind of CPU rounds
-    # otherwise, and may go on.
-    for entry in kept.entries("clean"):
-      off = checks.moved(entry["logits"], self.logits)
-      if not off.max() <= 1e-3:
-        journal.check_same(
-          path,
-          {"clean logits": "another model's"},
-          {"clean logits": f"{off.max():.1e} of their length from these"},
-        )
-      return kept
-    if not self.is_older(kept):
-      kept.add("clean", logits=self.logits)
+    entries = list(kept.entries("clean"))
+    for entry in entries:
+      self._check_model(path, entry)
+    if not entries:
+      # Of before it knew the model by these: who knows whom an attack failed
+      # to break. What it broke is seen again.
+      kept.filter(lambda entry: np.isfinite(entry["far"]))
+      kept.add("clean", logits=self.logits, slopes=self.slopes)
     return kept
 
-  @staticmethod
-  def is_older(kept: journal.Journal) -> bool:
-    """Whether it is of before journals knew the model by its logits."""
-    return "clean predictions" in kept.about
+  def _check_model(self, path, entry):
+    """Raises a ValueError unless logits and gradients are this model's.
+
+    Compared as they are and not by a digest: another kind of CPU rounds
+    otherwise, and may go on. A derivative that was mended leaves the logits.
+    """
+    off = checks.moved(entry["logits"], self.logits).max()
+    ours, theirs = self.slopes, entry["slopes"]
+    bent = np.inf
+    if ours.shape == theirs.shape:
+      most = np.maximum(np.maximum(ours, theirs), 1e-30)
+      bent = np.median(np.abs(ours - theirs) / most) if len(ours) else 0.0
+    for what, far, most in (("logits", off, 1e-3), ("gradients", bent, 0.05)):
+      if not far <= most:
+        raise ValueError(
+          f"{path} holds progress of another evaluation: its clean {what}"
+          f" differ by {far:.1e} of their length. Give another directory."
+        )
 
   def attack(self, attack: Any) -> None:
     """Attacks those that still stand, and enters what became of them."""
@@ -236,8 +246,7 @@ class Evaluation:
   def _judged_again(self, attack, eps, entry):
     """An entry from disk, with what a pass of now says of its images.
 
-    A job whose image is none any more is taken up again. So is, of an older
-    journal, each that broke nothing: who knows of which model that was said.
+    A job whose image is none any more is taken up again.
     """
     rows, claims = entry["rows"], np.isfinite(entry["far"])
     adv = self.images[rows].copy()
@@ -246,10 +255,8 @@ class Evaluation:
     now = self._judged(attack, eps, ended, pool.Work())
     now["margin"] = np.where(claims, now["margin"], entry["margin"])
     now["outside"] |= entry["outside"] & ~claims
-    holds = np.isfinite(now["far"])
-    if self.is_older(self.journal):
-      return {**now, "ended": entry["ended"] & holds}
-    return {**now, "ended": entry["ended"] & (holds | ~claims)}
+    holds = np.isfinite(now["far"]) | ~claims
+    return {**now, "ended": entry["ended"] & holds}
 
   def _search(self, attack, eps, towards, noise, waiting, settle, work, tell):
     of = pool.Subjects(

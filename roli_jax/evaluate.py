@@ -89,7 +89,14 @@ def run_on(
   indices = np.arange(len(images)) if indices is None else np.asarray(indices)
   checks.check_inputs(images, labels, indices, attack)
   checks.check_function(on, labels, attack)
-  now = Evaluation(on, images.astype(np.float32), labels, indices, attack, save)
+  now = Evaluation(
+    on,
+    images.astype(np.float32),
+    labels.astype(np.int32),  # 8 bits don't count 300 classes
+    indices.astype(np.int64),
+    attack,
+    save,
+  )
   if isinstance(attack, attacks.Curve):
     now.curve(attack)
   elif attack is not None:

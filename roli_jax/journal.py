@@ -1,9 +1,11 @@
 """What has been done so far, on disk, one small file after each piece."""
 
+import glob
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,12 +17,8 @@ from roli_jax import processes, workdir
 class Journal:
   """A directory of numbered entries, each of which is whole or not there.
 
-  Attributes:
-    path: the directory; None keeps nothing.
-    about: what the entries are of, as it stands there.
-
   Args:
-    path: the directory.
+    path: the directory; None keeps nothing.
     about: what entries will be of, plain values. What an older version didn't
       write is not compared.
     older: what it wrote beside, which is not written any more.
@@ -36,36 +34,73 @@ class Journal:
     about: Mapping[str, Any],
     older: Mapping[str, Any],
   ):
-    self.path, self.about = path, dict(about)
+    self.path = path
     if path is None:
       return
     file = path / "about.json"
     try:
       path.mkdir(parents=True, exist_ok=True)
       if file.exists():
-        self.about = json.loads(file.read_text())
-        check_same(path, self.about, {**about, **older})
+        theirs = json.loads(file.read_text())
+        if not isinstance(theirs, dict) or "attack" not in theirs:
+          raise ValueError(f"{file} says nothing of an evaluation")
+        _check_same(path, theirs, {**about, **older})
       else:
         workdir.write_json(file, about)
+    except json.JSONDecodeError as error:
+      raise ValueError(f"{file} is damaged: {error}") from error
     except OSError as error:
       raise ValueError(f"{path} can't be written to: {error}") from error
 
   def entries(self, name: str) -> Iterator[dict[str, np.ndarray]]:
-    """All entries of that name, in their order."""
-    if self.path is not None:
-      for file in sorted(self.path.glob(f"{name}-*.npz")):
+    """All entries of that name, in their order.
+
+    Raises:
+      ValueError: one of them is damaged.
+    """
+    for file in self._files(name):
+      try:
         with np.load(file, allow_pickle=False) as arrays:
           yield dict(arrays)
+      except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+          f"{file} is damaged: {error}. Delete it, and its work is done again."
+        ) from error
 
   def add(self, name: str, **arrays: Any) -> None:
     """Another entry of that name."""
+    if self.path is not None and processes.leads():
+      count = len(self._files(name))
+      _write(self.path / f"{name}-{count:06d}.npz", arrays)
+
+  def filter(self, chosen: Callable[[Mapping[str, Any]], np.ndarray]) -> None:
+    """Keeps of each entry's jobs only those that a mask chooses."""
     if self.path is None or not processes.leads():
       return
-    count = len(list(self.path.glob(f"{name}-*.npz")))
-    partial = self.path / f"{name}.partial"
-    with partial.open("wb") as file:
-      np.savez(file, **arrays)
-    partial.replace(self.path / f"{name}-{count:06d}.npz")
+    for file in sorted(self.path.glob("*-[0-9]*.npz")):
+      with np.load(file, allow_pickle=False) as arrays:
+        entry = dict(arrays)
+      if "rows" in entry:
+        mask = chosen(entry)
+        of_jobs = {
+          name: value[mask]
+          for name, value in entry.items()
+          if name not in ("work", "adv")
+        }
+        _write(file, {**entry, **of_jobs})
+
+  def _files(self, name):
+    if self.path is None:
+      return []
+    digits = "[0-9]" * 6
+    return sorted(self.path.glob(f"{glob.escape(name)}-{digits}.npz"))
+
+
+def _write(file, arrays):
+  partial = file.with_suffix(".partial")
+  with partial.open("wb") as out:
+    np.savez(out, **arrays)
+  partial.replace(file)
 
 
 def digest(*arrays: Any) -> str:
@@ -80,16 +115,8 @@ def digest(*arrays: Any) -> str:
   return total.hexdigest()[:16]
 
 
-def check_same(
-  path: pathlib.Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]
-) -> None:
-  """Raises the ValueError of a directory that holds something else.
-
-  Args:
-    path: the directory.
-    theirs: what it holds.
-    ours: what it should hold; what only one of the two says is not compared.
-  """
+def _check_same(path, theirs, ours):
+  """Raises a ValueError; what only one of the two says is not compared."""
   ours = json.loads(json.dumps(ours))
   for name in sorted(theirs.keys() & ours.keys()):
     if theirs[name] != ours[name]:

@@ -97,6 +97,7 @@ class ThreatModel:
     if self.norm == "linf":
       return jnp.sign(grads)
     if self.norm == "l2":
+      grads = near_one(grads)
       return grads / (_norm2(grads) + TINY)
     stuck = (images <= self.low) & (grads < 0)
     stuck |= (images >= self.high) & (grads > 0)
@@ -141,12 +142,32 @@ class ThreatModel:
     size = int(np.prod(origin.shape[1:]))
     ulp = {"linf": 1.0, "l2": size**0.5, "l1": size}[self.norm] * 2.0**-24
     in_ball = far <= np.asarray(self.eps, np.float64) * (1 + 1e-6) + ulp
-    valid = np.asarray((adv >= self.low) & (adv <= self.high))
+    # A float32 pixel is clipped to what float32 has for the bounds.
+    low, high = np.float32(self.low), np.float32(self.high)
+    valid = np.asarray((adv >= low) & (adv <= high))
     in_box = np.all(valid.reshape(len(adv), -1), axis=1)
     return far, in_ball, in_box
 
 
 TINY = 1e-12  # guards divisions by a norm
+
+
+def near_one(grads: Images, *others: Float[Array, "b"]) -> Any:
+  """Gradients times the power of two that makes each image's largest one half.
+
+  Squares of gradients of 1e-25 or 1e25 are 0 or inf in float32. A power of two
+  rounds nothing.
+
+  Args:
+    grads: finite ones.
+    *others: what is to be multiplied by the same.
+  """
+  largest = jnp.abs(grads).max(_axes(grads), keepdims=True)
+  _, exponent = jnp.frexp(largest)
+  scaled = jnp.ldexp(grads, -exponent)
+  if not others:
+    return scaled
+  return scaled, *(jnp.ldexp(x, -exponent.reshape(-1)) for x in others)
 
 
 def per_image(value: PerImage, images: Images) -> Float[Array, "..."]:

@@ -6,13 +6,17 @@ one of these has changed, it would give the numbers of before.
 """
 
 import functools
+import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from roli_jax import journal, keys, trees
@@ -23,14 +27,32 @@ class Programs:
   """What is compiled for one function; it dies with this object.
 
   Attributes:
-    fn: `(params, images, keys) -> logits`.
+    fn: `(params, images, keys) -> logits` in float32.
     num_classes: the width of its logits.
     no_slope: why JAX can't differentiate it, "" where it can.
+    is_fickle: whether it is another function each time it is traced, as with
+      random numbers that NumPy draws in it.
+
+  Args:
+    fn: the function.
+    num_classes: its own.
+    no_slope: its own.
+    is_fickle: its own.
+    is_stale: whether JAX knows parts of it as they were.
   """
 
-  def __init__(self, fn: Callable[..., Any], num_classes: int, no_slope: str):
+  def __init__(
+    self,
+    fn: Callable[..., Any],
+    num_classes: int,
+    no_slope: str = "",
+    is_fickle: bool = False,
+    is_stale: bool = False,
+  ):
     self.fn, self.num_classes, self.no_slope = fn, num_classes, no_slope
+    self.is_fickle = is_fickle
     self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+    self._is_stale = is_stale
 
   def compiled(self, program: Callable[..., Any], **options: Any) -> Any:
     """`program` with the function as its first argument, jitted.
@@ -42,15 +64,31 @@ class Programs:
     if program not in self._compiled:
       fn = self.fn
       # A closure of this object: JAX's caches know it weakly.
-      self._compiled[program] = jax.jit(
-        lambda *args: program(fn, *args), **options
-      )
+      jitted = jax.jit(lambda *args: program(fn, *args), **options)
+      self._compiled[program] = _apart(jitted) if self._is_stale else jitted
     return self._compiled[program]
 
 
-# By the id of a function: a weak reference to it, and for each kind of
+# By the identity of a function: a weak reference to it, and for each kind of
 # arguments a digest of all that was traced, with what is compiled.
-_KNOWN: dict[int, tuple[Any, dict[Any, tuple[str, Programs]]]] = {}
+_KNOWN: dict[Any, tuple[Any, dict[Any, tuple[str, Programs]]]] = {}
+
+_contexts = itertools.count()
+
+
+def _apart(fn):
+  """The function, in whose traces JAX uses no trace of before.
+
+  An inner `jit` or `checkpoint` keeps what it read outside its arguments when
+  it was first traced at these shapes: weights that have changed since.
+  """
+  name = str(next(_contexts))
+
+  def call(*args):
+    with set_xla_metadata(roli_jax=name):
+      return fn(*args)
+
+  return call
 
 
 def programs(
@@ -95,11 +133,23 @@ def programs(
   get = _weakly(logits_fn) if params is not None else lambda: logits_fn
   fn = _normal(get, params is not None, stochastic)
   num_classes = _num_classes(logits_fn, fn, args)
-  traced, no_slope = (None, "") if pure else _traced(fn, args)
-  digest = "" if traced is None or params is None else _digest(traced)
-  if digest and kind in known and known[kind][0] == digest:
-    return known[kind][1]
-  made = Programs(fn, num_classes, no_slope)
+
+  def in_float32(*args):
+    return fn(*args).astype(jnp.float32)
+
+  if pure:
+    digest, made = "", Programs(in_float32, num_classes)
+  else:
+    plain, no_slope = _traced(in_float32, args)
+    digest = _digest(_apart(_traced)(in_float32, args)[0])
+    if digest and kind in known and known[kind][0] == digest:
+      return known[kind][1]
+    is_stale = digest != _digest(plain)
+    is_fickle = False
+    if is_stale:
+      again, _ = _apart(_traced)(in_float32, args)
+      is_fickle = digest != _digest(again)
+    made = Programs(in_float32, num_classes, no_slope, is_fickle, is_stale)
   if digest or pure:
     known[kind] = (digest, made)
   return made
@@ -122,10 +172,12 @@ def _shapes(params):
 
 def _known(logits_fn):
   """What is known of the function; nothing of one that can't be known."""
-  key = id(logits_fn)
+  key: Any = id(logits_fn)
+  if inspect.ismethod(logits_fn):  # another object each time it is named
+    key = id(logits_fn.__self__), id(logits_fn.__func__)
   if key not in _KNOWN:
     try:
-      reference = weakref.ref(logits_fn, lambda _: _KNOWN.pop(key, None))
+      reference = _reference(logits_fn, lambda _: _KNOWN.pop(key, None))
     except TypeError:
       return {}
     _KNOWN[key] = (reference, {})
@@ -135,9 +187,14 @@ def _known(logits_fn):
 def _weakly(logits_fn):
   """A way to the function that doesn't keep it alive, if there is one."""
   try:
-    return weakref.ref(logits_fn)
+    return _reference(logits_fn)
   except TypeError:
     return lambda: logits_fn
+
+
+def _reference(logits_fn, *called):
+  kind = weakref.WeakMethod if inspect.ismethod(logits_fn) else weakref.ref
+  return kind(logits_fn, *called)
 
 
 def _normal(get, with_params, stochastic):
@@ -197,6 +254,16 @@ def _untraceable(logits_fn, shape, error):
     f"the function can't be traced by JAX on images {list(shape)}:"
     f" {_first_line(error)}"
   )
+  if isinstance(error, flax.errors.TraceContextError):
+    return said + (
+      "\nDoes a module change its own state? Call its eval() first, give the"
+      " module itself as the function, and leave out nnx.jit."
+    )
+  if isinstance(error, TypeError) and "argument" in str(error):
+    return said + (
+      "\nIt is called as fn(images), with params as fn(params, images), and"
+      " with stochastic=True it takes a key last."
+    )
   if hasattr(logits_fn, "apply"):
     return said + (
       "\nIs it a module without its variables? Give its `apply` as the"

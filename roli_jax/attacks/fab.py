@@ -14,7 +14,7 @@ from roli_jax import losses, projections, trees
 from roli_jax.attacks import base, search
 from roli_jax.attacks.search import Classify, Job
 from roli_jax.keys import fold
-from roli_jax.threat import TINY, per_image
+from roli_jax.threat import TINY, near_one, per_image
 from roli_jax.types import Array, Bool, Images
 
 BIAS = 0.1  # the most that a step is drawn towards the clean image (alpha_max)
@@ -157,7 +157,8 @@ def _towards(classify, job, x, draws):
     return gap.sum(), gap
 
   normal, gap = jax.grad(value, has_aux=True)(x)
-  return gap, base.finite(normal)
+  normal, gap = near_one(base.finite(normal), gap)
+  return gap, normal
 
 
 def _nearest(classify, job, x, draws, norm):
@@ -173,8 +174,9 @@ def _nearest(classify, job, x, draws, norm):
     nearest, gap, normal = carry
     one_hot = jax.nn.one_hot(k, logits.shape[1], dtype=logits.dtype)
     towards = one_hot.reshape(1, -1) - own
-    own_gap = logits[:, k] - own_logit
-    own_normal = base.finite(pull(towards)[0])
+    own_normal, own_gap = near_one(
+      base.finite(pull(towards)[0]), logits[:, k] - own_logit
+    )
     flat = own_normal.reshape(len(x), -1)
     dual = {
       "linf": lambda: jnp.abs(flat).sum(1),

@@ -119,8 +119,11 @@ class Pgd:
     step_size = threat.per_image(step_size, images)
 
     def climb(x):
-      values = surrogate.climb(logits_fn(x), labels)
-      return values.sum(), values  # each image's gradient is its own
+      logits = logits_fn(x)
+      values = surrogate.climb(logits, labels)
+      # Logits that rank nothing are a break: nothing is higher.
+      kept = jnp.where(losses.is_ranking(logits), values, jnp.inf)
+      return values.sum(), kept  # each image's gradient is its own
 
     def step(_, carry):
       x, best = carry
