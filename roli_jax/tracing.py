@@ -259,7 +259,7 @@ def _untraceable(logits_fn, shape, error):
       "\nDoes a module change its own state? Call its eval() first, give the"
       " module itself as the function, and leave out nnx.jit."
     )
-  if isinstance(error, TypeError) and "argument" in str(error):
+  if isinstance(error, TypeError) and "positional argument" in str(error):
     return said + (
       "\nIt is called as fn(images), with params as fn(params, images), and"
       " with stochastic=True it takes a key last."

@@ -68,6 +68,8 @@ READS = {
   "an object": lambda holder: holder,
   "a bound method": lambda holder: holder.logits,
   "a flag": _flag,
+  "an inner jit": lambda holder: jax.jit(lambda x: net(holder.w, x)),
+  "a checkpoint": lambda holder: jax.checkpoint(lambda x: net(holder.w, x)),
 }
 
 
@@ -79,7 +81,8 @@ def test_a_function_is_seen_as_it_is_now(kind):
   assert evaluate.run(logits_fn, IMAGES, labels, PGD).clean.all()
   holder.w = OTHER
   result = evaluate.run(logits_fn, IMAGES, labels, PGD)
-  np.testing.assert_array_equal(result.clean, labels_of(logits_fn) == labels)
+  truth = np.asarray(net(OTHER, IMAGES).argmax(1)) == labels
+  np.testing.assert_array_equal(result.clean, truth)
   assert 0 < result.clean.sum() < 24
 
 
@@ -165,6 +168,26 @@ def test_nothing_is_kept_alive(params):
   del big, logits_fn
   gc.collect()
   assert gone() is None
+
+
+def test_a_bound_method_is_known_again():
+  module = Linen()
+  variables = module.init(jax.random.key(0), IMAGES)
+  labels = np.asarray(module.apply(variables, IMAGES).argmax(1))
+  evaluate.run(module.apply, IMAGES, labels, PGD, params=variables)
+  compiled = count_compilations()
+  evaluate.run(module.apply, IMAGES, labels, PGD, params=variables)
+  assert not compiled
+
+
+def test_another_function_at_each_trace_is_told():
+  rng = np.random.default_rng(0)
+
+  def logits_fn(x):
+    return net(W, x) + rng.normal(size=(1, 10)).astype(np.float32)
+
+  result = evaluate.run(logits_fn, IMAGES, np.zeros(24, int), None)
+  assert said(result, "deterministic").verdict == "fail"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +276,43 @@ def test_images_of_low_precision_are_widened():
     assert result.adv.dtype == np.float32 and result.clean.mean() > 0.9
 
 
+def test_labels_of_eight_bits_name_any_class():
+  w = jnp.asarray(RNG.normal(size=(16, 300)), jnp.float32)
+  order = np.argsort(-np.asarray(net(w, IMAGES)).sum(0))
+  w = w[:, order]  # most images are of the first classes
+  labels = labels_of(lambda x: net(w, x))
+  few = labels < 128
+  a, b = (
+    evaluate.run(net, IMAGES[few], labels[few].astype(dtype), PGD, params=w)
+    for dtype in (np.int32, np.uint8)
+  )
+  assert few.sum() > 3 and (b.margin[b.robust] > 0).all()
+  np.testing.assert_array_equal(a.adv, b.adv)
+
+
+@pytest.mark.parametrize(
+  "attack, message",
+  [
+    (attacks.Pgd(BALL, loss="kl"), "kl"),
+    (attacks.Pgd(BALL, step_size=np.full(24, 0.01, "f4")), "step_size"),
+    (attacks.Pgd(ThreatModel("linf", jnp.float32(-0.05))), "eps"),
+  ],
+)
+def test_attacks_that_can_not_be_judged_are_refused(attack, message):
+  with pytest.raises(ValueError, match=message):
+    evaluate.run(net, IMAGES, np.zeros(24, int), attack, params=W)
+
+
+@pytest.mark.parametrize("low, high", [(-0.1, 1.1), (0.2, 0.8)])
+def test_a_box_that_float32_rounds_is_kept(low, high):
+  labels = labels_of(lambda x: net(W, x))
+  ball = ThreatModel("linf", eps=0.4, low=low, high=high)
+  attack = attacks.build("pgd", ball, num_steps=5)
+  result = evaluate.run(net, np.clip(IMAGES, 0.21, 0.79), labels, attack,
+                        params=W)  # fmt: skip
+  assert not result.invalid.any() and not result.robust.any()
+
+
 # Progress on disk.
 
 
@@ -285,6 +345,59 @@ def test_progress_of_another_model_is_refused(with_params, tmp_path):
   with pytest.raises(ValueError, match="progress of another evaluation"):
     run(fitted())
   assert run(W).robust.sum() < 24
+
+
+@jax.custom_vjp
+def _quantised(x):
+  return jnp.round(x * 255) / 255
+
+
+_quantised.defvjp(lambda x: (_quantised(x), None), lambda _, g: (g,))
+
+# Pairs with the same clean logits, or nearly: of the first attacks see little.
+ALIKE = {
+  "a derivative was mended": (
+    lambda x: net(W, jnp.round(x * 255) / 255),
+    lambda x: net(W, _quantised(x)),
+  ),
+  "a large offset": (
+    lambda x: net(W, x) + 1e4,
+    lambda x: 2 * net(W, x) + 1e4,
+  ),
+  "a class far below": (
+    lambda x: net(W, x).at[:, 9].set(-1e9),
+    lambda x: (2 * net(W, x)).at[:, 9].set(-1e9),
+  ),
+}
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_models_that_look_alike_are_told_apart(kind, tmp_path):
+  first, second = ALIKE[kind]
+  labels = labels_of(first)
+  evaluate.run(first, IMAGES, labels, PGD, save=tmp_path)
+  with pytest.raises(ValueError, match="progress of another evaluation"):
+    evaluate.run(second, IMAGES, labels, PGD, save=tmp_path)
+
+
+def test_progress_without_its_clean_logits_counts_for_what_holds(tmp_path):
+  labels = labels_of(lambda x: net(W, x))
+  weak = attacks.build("pgd", BALL, num_steps=0)
+  evaluate.run(lambda x: net(W, x), IMAGES, labels, weak, save=tmp_path)
+  (tmp_path / "clean-000000.npz").unlink()
+  resumed = evaluate.run(lambda x: 3 * net(W, x), IMAGES, labels, weak,
+                         save=tmp_path)  # fmt: skip
+  fresh = evaluate.run(lambda x: 3 * net(W, x), IMAGES, labels, weak)
+  np.testing.assert_array_equal(resumed.robust, fresh.robust)
+
+
+@pytest.mark.parametrize("name", ["about.json", "pgd-000000.npz"])
+def test_damaged_progress_is_named(name, tmp_path):
+  labels = labels_of(lambda x: net(W, x))
+  evaluate.run(net, IMAGES, labels, PGD, params=W, save=tmp_path)
+  (tmp_path / name).write_bytes(b"{")
+  with pytest.raises(ValueError, match=f"{name} is damaged"):
+    evaluate.run(net, IMAGES, labels, PGD, params=W, save=tmp_path)
 
 
 def test_rounding_of_another_processor_is_the_same_model(tmp_path):
@@ -446,6 +559,42 @@ def test_a_gradient_that_is_not_finite_stops_no_attack(name):
   check = said(bad, "gradients finite")
   assert check.verdict == "warn" and check.images == tuple(range(20))
   assert good.robust.mean() <= bad.robust.mean() < 0.6
+
+
+@jax.custom_vjp
+def _steeper(x, by):
+  return x
+
+
+_steeper.defvjp(lambda x, by: (x, by), lambda by, g: (g * by, None))
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd_ce"])
+def test_gradients_of_any_size_are_climbed_in_l2(name):
+  labels = labels_of(lambda x: net(W, x))
+  attack = attacks.build(name, ThreatModel("l2", eps=0.15), num_steps=5)
+  one, small, large = (
+    evaluate.run(
+      lambda x, by=by: net(W, _steeper(x, by)), IMAGES, labels, attack
+    ).robust
+    for by in (1.0, 2.0**-80, 2.0**80)
+  )
+  assert not one.all()
+  np.testing.assert_array_equal(one, small)
+  np.testing.assert_array_equal(one, large)
+
+
+def test_pgd_keeps_a_point_of_logits_that_are_no_numbers():
+  points = jnp.asarray(IMAGES)
+
+  def logits_fn(x):
+    near = jnp.abs(x[:, None] - points[None]).max((2, 3, 4)).min(1) < 0.02
+    return jnp.where(near.reshape(-1, 1), net(W, x), jnp.nan)
+
+  labels = labels_of(lambda x: net(W, x))
+  result = evaluate.run(logits_fn, IMAGES, labels, PGD)
+  assert not result.robust.any()
+  assert said(result, "finite logits").verdict == "warn"
 
 
 def test_gradients_that_are_zero_are_told():
