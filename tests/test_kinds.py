@@ -204,6 +204,7 @@ def test_zip_files_are_told_apart(tmp_path):
   for member, said in (
     ("photo.jpg", "0 of torch's data.pkl"),
     ("model.weights.h5", "Keras"),
+    ("archive/constants.pkl", "TorchScript.*torch.jit.load"),
   ):
     with zipfile.ZipFile(tmp_path / "w", "w") as archive:
       archive.writestr(member, b"x")
@@ -246,7 +247,8 @@ DIRECTORIES = {
   "unpacked": (("archive/data.pkl", "archive/version"), "zip -0"),
   "a SavedModel": (("saved_model.pb", "variables/x"), "TensorFlow"),
   "orbax": (("_METADATA", "manifest.ocdbt"), "orbax"),
-  "orbax of many": (("params/manifest.ocdbt",), "orbax"),
+  "orbax of an item": (("params/manifest.ocdbt",), "orbax"),
+  "orbax of a manager": (("3/default/_METADATA",), "orbax"),
   "nothing": (("README",), "there is neither"),
 }
 
@@ -255,7 +257,7 @@ DIRECTORIES = {
 def test_a_directory_is_named_as_what_it_is(kind, tmp_path):
   names, said = DIRECTORIES[kind]
   for name in names:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).touch()
   with pytest.raises(ValueError, match=said):
     convert.load(tmp_path)

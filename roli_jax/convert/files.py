@@ -65,6 +65,7 @@ def load(
   std: Sequence[float | int] | None = None,
   num_classes: int | None = None,
   image_size: int | None = None,
+  *,
   pool: str | None = None,
   key: str | None = None,
 ) -> Bundle:

@@ -57,8 +57,8 @@ _DIRECTORIES = (
    "zip it again, without compression (zip -0)"),
   (("saved_model.pb",), "it is a SavedModel of TensorFlow",
    "load it there, and save its arrays by name with numpy.savez"),
-  (("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "*/_METADATA",
-    "*/manifest.ocdbt"), "it is a checkpoint of orbax, not of a run of ours",
+  (("_METADATA", "manifest.ocdbt", "*/_METADATA", "*/manifest.ocdbt",
+    "*/*/_METADATA"), "it is a checkpoint of orbax, but of no run of ours",
    "restore it there, and give convert.load its arrays by name"),
 )  # fmt: skip
 
@@ -98,11 +98,14 @@ def _zip(path: pathlib.Path) -> str:
       names = archive.namelist()
   except (OSError, ValueError, zipfile.BadZipFile):
     return "torch"
-  if any(name.endswith(".weights.h5") for name in names):
-    raise ValueError(
-      f"{path} can't be read: it is a model of Keras; load it there, and save"
-      " its arrays by name with numpy.savez"
-    )
+  for member, what in (
+    (".weights.h5", "it is a model of Keras; load it there, and save its arrays"
+     " by name with numpy.savez"),
+    ("/constants.pkl", "it is a program of TorchScript; torch.jit.load it, and"
+     " save its state_dict"),
+  ):  # fmt: skip
+    if any(name.endswith(member) for name in names):
+      raise ValueError(f"{path} can't be read: {what}")
   return "npz" if all(name.endswith(".npy") for name in names) else "torch"
 
 
