@@ -157,6 +157,11 @@ def backbone(name: str, weights: str, origin: str = "") -> dict:
     "origin": origin,
     # The side that images are resized to inside the model; 0: the weights'.
     "image_size": 0,
+    # Of a file of another framework: what a ViT's feature is, `token` or
+    # `mean`, where names don't tell; which of its networks. "": as told, as
+    # `convert.load` chooses.
+    "pool": "",
+    "key": "",
     # bfloat16: of training and attacks; parameters, pixels and the judge of
     # attacks keep float32.
     "dtype": "float32",

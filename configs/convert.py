@@ -3,10 +3,11 @@
   python -m roli_jax.main --mode=convert --config=configs/convert.py \
       --config.source=FILE --config.output=DIR
 
-Reads safetensors and PyTorch checkpoints (nothing in them is executed), says
-what became of each tensor, and writes DIR/<model>.safetensors, which any config
-takes as --config.backbone.weights=DIR. Of a source that is ours (a bundle, or a
-run's checkpoint) --config.format says what to write: DIR/<model>.pth.
+Reads safetensors, .npz and PyTorch checkpoints under any name (nothing in them
+is executed), says what became of each tensor, and writes
+DIR/<model>.safetensors, which any config takes as
+--config.backbone.weights=DIR. Of a source that is ours (a bundle, or a run's
+checkpoint) --config.format says what to write: DIR/<model>.pth.
 """
 
 from ml_collections import ConfigDict
@@ -24,6 +25,10 @@ def get_config() -> ConfigDict:
       "std": (),
       "num_classes": 0,  # of a new zero head; 0: the file's classifier
       "image_size": 0,  # that positions are resampled to; 0: the file's
+      # Of a ViT: token or mean, where names don't tell; "": token.
+      "pool": "",
+      # Of several networks in a file the one: ema, state_dict, ...
+      "key": "",
       "cpu_devices": 1,
     }
   )

@@ -9,12 +9,14 @@ import jax
 import numpy as np
 
 from roli_jax import peft, trees
-from roli_jax.convert import Bundle, files, foreign
+from roli_jax.convert import Bundle, files, foreign, networks
 from roli_jax.convert import bundle as bundles
 
 Facts = list[tuple[str, str, str]]
 
-_OF_LOAD = ("model", "format", "mean", "std", "num_classes", "image_size")
+_OF_LOAD = (
+  "model", "format", "mean", "std", "num_classes", "image_size", "pool", "key",
+)  # fmt: skip
 
 
 def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, Facts]:
@@ -121,6 +123,7 @@ def _facts(bundle: Bundle) -> Facts:
   wrapped = f"under {about.wrapped!r}" if about.wrapped else ""
   facts[3] = (*facts[3][:2], about.normalised_by)
   facts.insert(1, ("layout", about.layout, wrapped))
+  facts += [("note", "", note) for note in about.notes()]
   for what, keys in (
     ("tensors used", about.used),
     ("of them resampled", about.resampled),
@@ -145,8 +148,9 @@ def _same(
     raise RuntimeError("the file that was written reads back otherwise")
   if bundle.coverage is None:
     return ("read back", "bit for bit", f"{len(before)} leaves")
-  found: Any = files.read(source)
-  theirs = foreign.bare(found, str(source)).tensors
+  found = networks.find(files.opened(source), str(source))
+  name = bundle.coverage.wrapped
+  theirs = next(x for x in found if x.name == name).tensors
   back = foreign.to_state_dict(again, foreign.format_of(again))
   kept = set(bundle.coverage.used) - set(bundle.coverage.resampled)
   wrong = [

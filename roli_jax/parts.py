@@ -210,7 +210,7 @@ class Parts:
       model = self._zeroshot(stage.weights).model
     else:
       model = convert.with_classes(self.pretrained(stage.weights), classes)
-    options = ("attention", "scan", "remat", "updates_stats")
+    options = ("attention", "pool", "scan", "remat", "updates_stats")
     # The defaults are those of every backbone.
     chosen = {
       k: v for k in options if (v := backbone.get(k)) not in ("", False)
@@ -316,6 +316,8 @@ class Parts:
       model=backbone["name"],
       num_classes=None if keeps_head else self.num_classes,
       image_size=backbone.get("image_size") or None,
+      pool=backbone.get("pool") or None,
+      key=backbone.get("key") or None,
     )
 
   def schedule(self, stage: Stage) -> schedules.Schedule:

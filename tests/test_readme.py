@@ -59,6 +59,19 @@ def test_the_example_of_weights_runs(root, capsys, tmp_path, monkeypatch):
   assert names["logits"].shape == (2, 100)
 
 
+def test_the_example_of_another_architecture_runs(
+  root, capsys, devices, tmp_path, monkeypatch
+):
+  devices(1)
+  text = (root / "docs" / "backbones.md").read_text()
+  monkeypatch.chdir(tmp_path)
+  (code,) = re.findall(r"```\n(import.*?)```", text, re.DOTALL)
+  names = {}
+  exec(code, names)
+  assert names["result"].clean.all() and not names["result"].robust.all()
+  assert "robust" in capsys.readouterr().out
+
+
 def test_the_table_of_models_names_all(root):
   text = (root / "docs" / "backbones.md").read_text()
   table = text.split("## Models and formats")[1].split("Wrappers")[0]

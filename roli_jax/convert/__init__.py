@@ -6,6 +6,7 @@ from roli_jax.convert.files import (
   find,
   from_stage,
   load,
+  read,
   save,
   text_tower,
 )
@@ -20,6 +21,7 @@ __all__ = [
   "find",
   "from_stage",
   "load",
+  "read",
   "save",
   "text_tower",
   "to_state_dict",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from roli_jax import models, trees
@@ -25,12 +26,14 @@ class Coverage:
 
   Attributes:
     layout: the names that it has.
-    wrapped: under which key of the file its weights were, "" for none.
+    wrapped: the name of the network in the file, "" for the file itself.
     used: keys of the tensors that the model is made of.
     resampled: those of them that were fitted to another size of images.
     dropped: the file's classifier, where a new one was asked for.
     ignored: what no pass needs, by rule.
     normalised_by: where mean and standard deviation are from.
+    others: the networks in the file that were not taken, "" without any.
+    assumed: what the file can't tell, a sentence each.
   """
 
   layout: str
@@ -40,6 +43,16 @@ class Coverage:
   dropped: tuple[str, ...]
   ignored: tuple[str, ...]
   normalised_by: str
+  others: str = ""
+  assumed: tuple[str, ...] = ()
+
+  def notes(self) -> list[str]:
+    """What whoever takes the weights has to know, a sentence each."""
+    notes = list(self.assumed)
+    if self.others:
+      taken = self.wrapped or "."
+      notes.append(f"{taken} is taken; key= takes another: {self.others}")
+    return notes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +140,31 @@ def from_tensors(
 
 
 def check(bundle: Bundle, what: str) -> None:
-  """Raises a ValueError unless the leaves are the model's, and finite."""
+  """Raises a ValueError unless the leaves are the model's, and in order."""
   expected = jax.eval_shape(bundle.model.init, jax.random.key(0))
   trees.check_same((bundle.params, bundle.stats), expected, what)
-  leaves = {**trees.paths(bundle.params), **trees.paths(bundle.stats)}
-  for name, leaf in leaves.items():
-    if not np.isfinite(leaf).all():
+  check_arrays(
+    {**trees.paths(bundle.params), **trees.paths(bundle.stats)}, what
+  )
+
+
+def check_arrays(arrays: Mapping[str, Any], what: str) -> None:
+  """Raises a ValueError unless all are floats of 16 bits or more, and finite.
+
+  Whole numbers and 8 bits are quantized weights, whose scale is elsewhere.
+  """
+  for name, array in arrays.items():
+    dtype = np.asarray(array).dtype
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize not in (
+      2,
+      4,
+      8,
+    ):
+      raise ValueError(
+        f"{what}: {name} is {dtype}, and weights are float32, float64, float16"
+        " or bfloat16; if it is quantized, bring it back to float32 first"
+      )
+    if not np.isfinite(array).all():
       raise ValueError(f"{what}: {name} holds values that are not finite")
 
 

@@ -8,14 +8,23 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
-from roli_jax import checkpoint, models
+from roli_jax import checkpoint, models, trees
 from roli_jax.convert import bundle as bundles
-from roli_jax.convert import foreign, resample, torch_file
+from roli_jax.convert import (
+  foreign,
+  kinds,
+  networks,
+  plain,
+  resample,
+  text,
+  torch_file,
+)
 from roli_jax.convert.bundle import Bundle
 from roli_jax.types import PyTree
 
-_TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+_TORCH = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
 
 
 def shipped(model: str) -> dict[str, pathlib.Path]:
@@ -49,20 +58,27 @@ def find(model: str, weights: str, hint: str = "") -> pathlib.Path:
 
 
 def load(
-  source: str | pathlib.Path | Mapping[str, Any],
+  source: str | pathlib.Path | Mapping[str, Any] | list | tuple,
   model: str | None = None,
   format: str | None = None,
   mean: Sequence[float | int] | None = None,
   std: Sequence[float | int] | None = None,
   num_classes: int | None = None,
   image_size: int | None = None,
+  *,
+  pool: str | None = None,
+  key: str | None = None,
 ) -> Bundle:
   """The bundle of a file, ours or another framework's.
 
+  What names and shapes don't tell is assumed; a warning and
+  `bundle.coverage.notes()` say what, and which other networks the file holds.
+
   Args:
-    source: a safetensors file, ours or not; a PyTorch checkpoint; a directory
-      that holds our bundle, or a checkpoint of one of our runs; or a state
-      dict: names to arrays.
+    source: a safetensors file, ours or not; a PyTorch checkpoint; a .npz; all
+      of them told by content, under any name; a directory that holds our
+      bundle, or a checkpoint of one of our runs; or a state dict: names to
+      arrays, perhaps in dicts and lists.
     model: a name in `models.MODELS`; None: told from shapes.
     format: a name in `convert.FORMATS`; None: told from names. Of ours it says
       nothing.
@@ -72,23 +88,59 @@ def load(
       zero head of that width.
     image_size: the side that images are resized to inside the model; another
       one than the weights' resamples their positions. None: the weights'.
+    pool: of a ViT, what its feature is: `token`, the class token, or `mean`,
+      the mean of the others. None: what the names tell, else `token`.
+    key: which network of a checkpoint: its dotted path, or a part of it, as
+      `ema`. None: an averaged one, else the model, else the first whose names
+      are known.
 
   Raises:
     ValueError: the file can't be read, or is refused; its tensors are not the
-      model's (both sides are listed), or are not finite.
+      model's (both sides are listed), not floats or not finite; it holds no
+      network of that key.
   """
   found: Any = source
   what = "the state dict"
-  if not isinstance(source, Mapping):
+  if isinstance(source, str | pathlib.Path):
     path = pathlib.Path(source).expanduser()
-    found, what = read(path), str(path)
+    found, what = opened(path), str(path)
   if not isinstance(found, Bundle):
-    return foreign.to_bundle(
-      found, model, format, mean, std, num_classes, image_size, what
+    bundle = foreign.to_bundle(
+      found, model, format, mean, std, num_classes, image_size, pool, key, what
     )
+    assert bundle.coverage is not None
+    for note in bundle.coverage.notes():
+      logging.warning("%s: %s", what, note)
+    return bundle
   if model not in (None, found.model.name):
     raise ValueError(f"{what} is a {found.model.name}, not a {model}")
-  return adjusted(found, mean, std, num_classes, image_size)
+  return adjusted(found, mean, std, num_classes, image_size, pool, key)
+
+
+def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of any file that is read at all, as they are.
+
+  Args:
+    path: as `source` of `load`.
+
+  Returns:
+    Arrays by their names in the file, dotted where dicts are in dicts: of
+    `{"model": {"fc.bias": ...}}` `model.fc.bias`. Of a bundle of ours its
+    leaves by their paths.
+
+  Raises:
+    ValueError: the file can't be read, or is refused.
+  """
+  found = opened(pathlib.Path(path).expanduser())
+  if isinstance(found, Bundle):
+    return trees.paths(
+      {
+        "backbone": found.params.backbone,
+        "head": found.params.head,
+        "stats": found.stats,
+      }
+    )
+  return networks.arrays(found)
 
 
 def text_tower(
@@ -113,15 +165,15 @@ def text_tower(
       or other tensors beside it; tensors of other shapes or not finite.
   """
   if isinstance(source, Mapping):
-    return foreign.to_text(source, num_heads, act)
+    return text.to_text(source, num_heads, act)
   path = pathlib.Path(source).expanduser()
-  found = read(path)
+  found = opened(path)
   if isinstance(found, Bundle):
     raise ValueError(
       f"{path} is a bundle of ours, which has no text tower: name the file that"
       " it is from"
     )
-  return foreign.to_text(found, num_heads, act, str(path))
+  return text.to_text(found, num_heads, act, str(path))
 
 
 def adjusted(
@@ -130,9 +182,15 @@ def adjusted(
   std: Sequence[float | int] | None = None,
   num_classes: int | None = None,
   image_size: int | None = None,
+  pool: str | None = None,
+  key: str | None = None,
 ) -> Bundle:
   """A bundle of ours with what `load` is asked for."""
-  about, params = found.model, found.params
+  if key is not None:
+    raise ValueError(
+      f"there is no network {key!r}: these weights are ours, of one alone"
+    )
+  about, params = models.with_options(found.model, pool=pool), found.params
   about = dataclasses.replace(
     about,
     mean=foreign.each_channel(mean, about.mean, "mean"),
@@ -146,8 +204,8 @@ def adjusted(
   return dataclasses.replace(found, model=about, params=params)
 
 
-def read(path: pathlib.Path) -> Bundle | dict[str, Any]:
-  """What a file holds: our bundle, or another framework's state dict.
+def opened(path: pathlib.Path) -> Bundle | Any:
+  """What a file holds: our bundle, or a checkpoint of another framework.
 
   Raises:
     ValueError: it can't be read, or is refused.
@@ -156,31 +214,24 @@ def read(path: pathlib.Path) -> Bundle | dict[str, Any]:
     raise ValueError(f"there are no weights at {path}")
   if path.is_dir():
     return _from_directory(path)
-  if path.suffix in _TORCH:
-    state = torch_file.read(path)
-    if not isinstance(state, Mapping):
-      raise ValueError(f"{path} holds a {type(state).__name__}, no state dict")
-    return dict(state)
-  from safetensors import SafetensorError, safe_open
-
-  try:
-    with safe_open(path, "numpy") as file:
-      metadata = file.metadata() or {}
-      tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-  except (OSError, SafetensorError, TypeError) as error:
-    raise ValueError(f"{path} can't be read: {error}") from error
+  kind = kinds.of(path)
+  if kind == "torch":
+    return torch_file.read(path)
+  if kind == "npz":
+    return plain.npz(path)
+  tensors, metadata = plain.safetensors(path)
   if metadata.get("format") == bundles.FORMAT:
     return bundles.from_tensors(tensors, metadata, str(path))
   return tensors
 
 
-def _from_directory(path: pathlib.Path) -> Bundle | dict[str, Any]:
+def _from_directory(path: pathlib.Path) -> Bundle | Any:
   """A bundle's file in it, or the best checkpoint of a stage of a run."""
   files = sorted(path.glob("*.safetensors"))
   # What a method has added may lie beside the model that it is for.
   files = [file for file in files if file.stem in models.MODELS] or files
   if len(files) == 1:
-    return read(files[0])
+    return opened(files[0])
   return from_stage(path, _plain, files)
 
 
@@ -212,6 +263,8 @@ def from_stage(
   if checkpoint.step_of(path) is not None:
     stages = [path.parent]
   if len(stages) != 1:
+    if not (files or stages):
+      kinds.refuse_directory(path)
     have = ", ".join(str(p) for p in (files or stages)[:4]) or "neither"
     raise ValueError(
       f"expected one .safetensors file in {path}, or the checkpoints of one"
@@ -253,7 +306,7 @@ def save(
     bundles.write(bundle, path)
     return
   state = foreign.to_state_dict(bundle, format)
-  if path.suffix in _TORCH:
+  if path.suffix.lower() in _TORCH:
     torch_file.write(path, state)
   else:
     bundles.write_tensors(state, path, {"format": "pt"})

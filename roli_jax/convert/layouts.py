@@ -43,6 +43,7 @@ class Layout:
       leading axes of length 1.
     kind: the attribute that tells the family's backbones from those of other
       layouts: "clip", "same" or none.
+    pools: whether a name of the layout doesn't tell how a model is pooled.
   """
 
   name: str
@@ -53,6 +54,7 @@ class Layout:
   dropped: tuple[str, ...] = ()
   plain: tuple[str, ...] = ()
   kind: str = ""
+  pools: bool = False
 
   def holds(self, backbone: Any) -> bool:
     """Whether the backbone is one of the layout's."""
@@ -125,6 +127,7 @@ _TIMM_VIT: Rules = (
   (f"{_BLOCK}/attn/out", r"blocks.\1.attn.proj"),
   (_BLOCK, r"blocks.\1"),
   ("backbone/norm", "norm"),
+  ("backbone/fc_norm", "fc_norm"),
   _HEAD,
 )
 
@@ -278,6 +281,7 @@ LAYOUTS = (
   Layout(
     "vit", ("timm", "ares"), models.Vit,
     r"blocks\.\d+\.attn\.qkv\.weight", _TIMM_VIT,
+    pools=True,
   ),
   Layout(
     "torchvision_vit", ("torchvision",), models.Vit,

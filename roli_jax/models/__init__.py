@@ -13,7 +13,7 @@ from roli_jax.models.resnet import ResNet, WideResNet
 from roli_jax.models.seams import Seams
 from roli_jax.models.swin import Swin
 from roli_jax.models.text import Text
-from roli_jax.models.vit import Vit
+from roli_jax.models.vit import POOLS, Vit
 from roli_jax.models.zoo import MODELS, Entry
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -60,6 +60,7 @@ def with_options(
   interpolation: str | None = None,
   updates_stats: bool | None = None,
   attention: str | None = None,
+  pool: str | None = None,
   drop_path: float | int | None = None,
   scan: bool | None = None,
   remat: bool | None = None,
@@ -73,6 +74,8 @@ def with_options(
     updates_stats: see `Model`.
     attention: of a ViT: `plain`, differentiable any number of times; `xla`,
       JAX's; `fused`, on an NVIDIA GPU and in half precision, once.
+    pool: of a ViT, what its feature is: `token`, the class token; `mean`, the
+      mean of the others.
     drop_path: of a ViT, Swin or ConvNeXt, the last block's rate of stochastic
       depth in training, in [0, 1).
     scan: whether equal blocks are one loop: compiles faster.
@@ -85,6 +88,7 @@ def with_options(
     (dtype, _DTYPES, "dtype"),
     (interpolation, INTERPOLATIONS, "interpolation"),
     (attention, ATTENTIONS, "attention"),
+    (pool, POOLS, "pool"),
   ):
     if word is not None:
       specs.choose({key: key for key in known}, word, what)
@@ -97,6 +101,7 @@ def with_options(
   }
   of_backbone: dict[str, Any] = {
     "attention": attention,
+    "pool": pool,
     "drop_path": drop_path,
     "scan": scan,
     "remat": remat,
@@ -105,6 +110,8 @@ def with_options(
   for option in chosen:
     if not hasattr(model.backbone, option):
       raise ValueError(f"{model.name} has no option {option!r}")
+  if pool == "token" and not model.backbone.cls:
+    raise ValueError(f"this {model.name} has no class token: pool=mean")
   return dataclasses.replace(
     model,
     backbone=model.backbone.clone(**chosen) if chosen else model.backbone,
@@ -113,12 +120,20 @@ def with_options(
 
 
 _DESCRIBED = ("name", "num_classes", "image_size", "mean", "std")
+_OF_A_VIT = ("pool", "cls", "fc_norm")
 
 
 def describe(model: Model) -> dict[str, Any]:
   """What `described` makes the model from again; plain JSON."""
   about = {field: getattr(model, field) for field in _DESCRIBED}
   about["interpolation"] = model.interpolation
+  if isinstance(model.backbone, Vit):
+    named = MODELS[model.name].backbone()
+    about |= {
+      field: value
+      for field in _OF_A_VIT
+      if (value := getattr(model.backbone, field)) != getattr(named, field)
+    }
   if isinstance(model.head, heads.Cosine):
     return {**about, "head_embed": model.head.embed}
   return {**about, "head_bias": model.head.use_bias}
@@ -133,6 +148,9 @@ def described(about: Mapping[str, Any]) -> Model:
     model = dataclasses.replace(model, head=head)
   elif not about.get("head_bias", True):
     model = dataclasses.replace(model, head=heads.projection(num_classes))
+  chosen = {field: about[field] for field in _OF_A_VIT if field in about}
+  if chosen:
+    model = dataclasses.replace(model, backbone=model.backbone.clone(**chosen))
   return dataclasses.replace(
     model,
     mean=tuple(about["mean"]),
@@ -143,6 +161,7 @@ def described(about: Mapping[str, Any]) -> Model:
 
 __all__ = [
   "MODELS",
+  "POOLS",
   "ConvNext",
   "Entry",
   "Model",

@@ -11,6 +11,8 @@ from roli_jax.models import layers
 from roli_jax.models.seams import Seams
 from roli_jax.types import Array, Float
 
+POOLS = ("token", "mean")
+
 
 class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)).
@@ -59,7 +61,7 @@ class Block(nn.Module):
 
 
 class Vit(nn.Module):
-  """A ViT; its feature is the class token, or the mean of the patches' tokens.
+  """A ViT; its feature is the class token, or the mean of all others.
 
   Attributes:
     patch: side of a patch in pixels; divides the image's sides.
@@ -67,8 +69,10 @@ class Vit(nn.Module):
     depth: number of blocks.
     num_heads: divides the width.
     hidden: width inside the MLPs.
-    pool: `token`: a class token is the feature. `mean`: there is none, and
-      the feature is the mean. Both after the last normalisation.
+    pool: `token`: the class token is the feature; `mean`: the mean of the
+      others.
+    cls: whether there is a class token.
+    fc_norm: whether the feature is normalised, and not the tokens before it.
     clip: as CLIP has it: patches without bias, a normalisation before the
       blocks.
     eps: of the normalisations.
@@ -86,6 +90,8 @@ class Vit(nn.Module):
   num_heads: int
   hidden: int
   pool: str = "token"
+  cls: bool = True
+  fc_norm: bool = False
   clip: bool = False
   eps: float = 1e-6
   act: Callable[..., Any] = layers.gelu
@@ -104,9 +110,8 @@ class Vit(nn.Module):
     x = layers.PatchEmbed(
       self.patch, self.width, use_bias=not self.clip, name="embed"
     )(x)
-    start = 0
-    if self.pool == "token":
-      start = 1
+    start = int(self.cls)
+    if self.cls:
       cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
       x = jnp.concatenate([jnp.repeat(cls, len(x), 0).astype(x.dtype), x], 1)
     x = x + self.param(
@@ -124,12 +129,17 @@ class Vit(nn.Module):
     )  # fmt: skip
     names = [f"block{i}" for i in range(self.depth)]
     (rates,) = layers.drop_rates(self.drop_path, [self.depth])
-    alike = self.depth - start
+    alone = self.pool == "token"  # is the class token read
+    alike = self.depth - alone
     last = functools.partial(make, first=start)
     for block, few in ((make, slice(alike)), (last, slice(alike, None))):
       x = layers.repeat(
         self, block, names[few], x, prompts[few], rates[few],
         scan=self.scan, remat=self.remat,
       )  # fmt: skip
-    x = nn.LayerNorm(epsilon=self.eps, name="norm")(x)
-    return x[:, 0] if self.pool == "token" else x.mean(1)
+    if not self.fc_norm:
+      x = nn.LayerNorm(epsilon=self.eps, name="norm")(x)
+    x = x[:, 0] if alone else x[:, start:].mean(1)
+    if self.fc_norm:
+      x = nn.LayerNorm(epsilon=self.eps, name="fc_norm")(x)
+    return x

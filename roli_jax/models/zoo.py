@@ -76,7 +76,14 @@ _RESNETS = {
 # others are toys of each family, to try a whole run with.
 _GLYPHS = {
   "glyph_vit": _vit(
-    64, 4, 4, patch=2, pool="mean", attention="xla", act=layers.erfc_gelu
+    64,
+    4,
+    4,
+    patch=2,
+    pool="mean",
+    cls=False,
+    attention="xla",
+    act=layers.erfc_gelu,
   ),
   "glyph_vit_token": _vit(32, 2, 2, patch=2),
   "glyph_clip": _vit(32, 2, 2, patch=2, clip=True, eps=1e-5),

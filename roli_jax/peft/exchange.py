@@ -11,6 +11,7 @@ import numpy as np
 
 from roli_jax import convert, specs, trees
 from roli_jax.convert import Bundle, with_classes
+from roli_jax.convert import bundle as bundles
 from roli_jax.peft.method import METHODS, Method
 
 _NAMES = (
@@ -66,7 +67,7 @@ def load(
 
   Raises:
     ValueError: tensors that are missing, left over or of another shape, both
-      sides listed.
+      sides listed; tensors that are no floats, or not finite.
   """
   options: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -76,6 +77,7 @@ def load(
   }
   own = specs.choose(options, method, "method")
   arrays = {key: np.asarray(value) for key, value in state_dict.items()}
+  bundles.check_arrays(arrays, f"the {method} state dict")
   classifier = arrays.get("classifier.bias", np.zeros(2))
   model = METHODS[method](**own).enter(
     with_classes(bundle.model, len(classifier))
