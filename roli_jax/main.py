@@ -159,7 +159,11 @@ def _run_one(command: Command) -> None:
     rows = train.evaluate(config, path)
     if not processes.leads():
       return
-    made = [report.accuracies(rows), comparison.corruptions(rows)]
+    made = [
+      report.accuracies(rows),
+      comparison.corruptions(rows),
+      report.quick(path),
+    ]
     tabular.show(table for table in made if table.rows)
   elif mode == "report":
     from roli_jax import report, tabular
