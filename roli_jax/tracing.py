@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -254,7 +253,7 @@ def _untraceable(logits_fn, shape, error):
     f"the function can't be traced by JAX on images {list(shape)}:"
     f" {_first_line(error)}"
   )
-  if isinstance(error, flax.errors.TraceContextError):
+  if type(error).__name__ == "TraceContextError":  # flax's, not imported
     return said + (
       "\nDoes a module change its own state? Call its eval() first, give the"
       " module itself as the function, and leave out nnx.jit."

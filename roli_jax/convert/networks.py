@@ -219,7 +219,11 @@ def _bare(
     words = key.split(".")[_shared(prefix, key) :]
     short = ".".join(words)
     # Counted in training, and used by no pass.
-    counts = tensor.size == 1 and tensor.dtype.kind in "biu"
+    counts = (
+      tensor.size == 1
+      and tensor.dtype.kind in "biu"
+      and words[-1] not in (*_MEANS, *_MEANS.values())
+    )
     if counts or words[-1] == COUNTER:
       extras[short] = tensor
     elif key != f"{prefix}.{short}".lstrip(".") in tensors:
