@@ -165,7 +165,7 @@ def test_a_cpu_is_split_as_the_config_says_unless_told(
 ):
   for name, value in set_before.items():
     monkeypatch.setenv(name, value)
-  done = cli.run(
+  done = cli.process(
     "--mode=bench", "--config=configs/bench.py", "--config.cpu_devices=2",
     "--config.suites=()", f"--workdir={tmp_path}",
   )  # fmt: skip
