@@ -131,7 +131,7 @@ def _wise_ft(parts, stage, first, second):
 def _output(parts, stage, first, second):
   predicts = (step.make_predict(parts.model(s)) for s in (stage.start, stage))
   return Family(
-    _output_space(*predicts),
+    ensembles.output_space(*predicts),
     {f"{a:g}": (first, second, np.float32(a)) for a in ALPHAS},
     is_frontier=True,
   )
@@ -166,15 +166,10 @@ def _vrf(parts, stage, first, second):
     for b in B
   }
   return Family(
-    _vrf_space(probe, both),
+    ensembles.vrf(probe, both),
     {label: (first, second, of) for label, of in members.items()},
     is_frontier=False,
   )
-
-
-# The same function for the same two, so that it compiles once.
-_output_space = functools.cache(ensembles.output_space)
-_vrf_space = functools.cache(ensembles.vrf)
 
 
 def _in_batches(fn, source: data.Source, size: int = 256) -> Any:

@@ -11,6 +11,7 @@ now and then an attack on one model finds what that on the whole misses. Judge
 the ensemble on both, and on a black-box attack.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import field, replace
@@ -342,6 +343,25 @@ def vrf_predict(
   )
 
 
+def _shared(make):
+  """The same function for the same two, so that it compiles once.
+
+  Two of which one can't be hashed get a new function each time.
+  """
+  known = functools.cache(make)
+
+  @functools.wraps(make)
+  def build(first, second):
+    try:
+      hash((first, second))
+    except TypeError:
+      return make(first, second)
+    return known(first, second)
+
+  return build
+
+
+@_shared
 def output_space(first: Predict, second: Predict) -> Predict:
   """`(params, images) -> log probabilities` of `ose`.
 
@@ -361,6 +381,7 @@ def output_space(first: Predict, second: Predict) -> Predict:
   return predict
 
 
+@_shared
 def vrf(first: Predict, second: Both) -> Predict:
   """`(params, images) -> log probabilities` of `vrf_predict`.
 
