@@ -17,7 +17,7 @@ _BESIDE = ("versions", "commit", "workdir")
 # What changes no number, or its rounding alone: a run may go on with another.
 _FREE = ("data.num_workers", "cpu_devices", "mesh")
 # Fields that earlier runs lack, and what they ran with.
-_LATER = {"data": {"layout": ""}}
+_LATER = {"data": {"layout": ""}, "backbone": {"pool": "", "key": ""}}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

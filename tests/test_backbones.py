@@ -247,9 +247,11 @@ TOYS = [name for name in models.MODELS if name.startswith("glyph")]
 
 @pytest.mark.parametrize("name", TOYS)
 def test_toys_compute_what_they_did_when_the_large_were_right(name):
+  # JAX's own attention has a softmax in float32, even among float64.
+  error = 1e-6 if name == "glyph_vit" else 1e-9
   with np.load(golden.FOLDER / "backbones" / "toys.npz") as file:
     for i, found in enumerate(pinned(name)):
-      np.testing.assert_allclose(found, file[f"{name}/{i}"], 1e-9, 1e-9)
+      np.testing.assert_allclose(found, file[f"{name}/{i}"], error, error)
 
 
 def test_what_a_method_adds_must_fit():

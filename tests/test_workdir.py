@@ -52,6 +52,12 @@ def test_a_run_of_before_a_field_goes_on_without_it(tmp_path):
     workdir.claim(tmp_path, {"data": {**data, "layout": "classes"}})
 
 
+def test_a_backbone_of_before_has_the_pool_and_key_of_its_file(tmp_path):
+  workdir.claim(tmp_path, {"backbone": {"name": "vit_b16"}})
+  now = {"backbone": {"name": "vit_b16", "pool": "", "key": ""}}
+  assert workdir.claim(tmp_path, now) == []
+
+
 def test_other_versions_warn(tmp_path):
   workdir.claim(tmp_path, CONFIG)
   file = tmp_path / "config.json"
