@@ -59,8 +59,10 @@ def ruled(shapes: Any, over: Mesh, rules: Sequence[Any] = ()) -> Any:
   dimension for an axis given alone.
 
   Example:
-    >>> ((".*", "data"),)  # FSDP
-    >>> (("mlp/fc1/kernel", (None, "model")), ("mlp/fc2/kernel", "model"))
+    >>> shapes = {"fc1": {"kernel": jax.ShapeDtypeStruct((8, 32), "float32")}}
+    >>> rules = (("fc1/kernel", (None, "model")), (".*", "data"))
+    >>> tuple(ruled(shapes, mesh(), rules)["fc1"]["kernel"].sharding.spec)
+    (None, 'model')
 
   Raises:
     ValueError: a rule that can't be: no such axis, or a dimension that the

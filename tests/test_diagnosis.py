@@ -112,6 +112,7 @@ def _result(**changes):
     "broken_by": np.full(100, "", object),
     "indices": np.arange(100) + 7,
     "invalid": np.zeros(100, bool),
+    "strange": np.zeros(100, bool),
   }
   for name, rows, value in changes.get("sets", ()):
     given[name][rows] = value

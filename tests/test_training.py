@@ -9,7 +9,17 @@ import optax
 import pytest
 
 from configs import glyphs_roli
-from roli_jax import attacks, keys, losses, models, parts, peft, state, step
+from roli_jax import (
+  attacks,
+  criteria,
+  keys,
+  losses,
+  models,
+  parts,
+  peft,
+  state,
+  step,
+)
 from roli_jax.models import heads
 from roli_jax.optim import schedules
 from roli_jax.threat import ThreatModel
@@ -26,11 +36,11 @@ TINY = models.Model(
 )
 
 
-def inner(surrogate="ce", base=None, **own):
+def inner(lowered="at", **own):
   config = glyphs_roli.get_config("init=ranli").to_dict()
-  config["attack"] |= base or {}
   config["adapt"]["attack"] |= own
-  return parts.Parts(config).inner_attack("adapt", surrogate)
+  criterion = criteria.build({"name": lowered})
+  return parts.Parts(config).inner_attack("adapt", criterion)
 
 
 def test_a_stage_trains_against_the_configs_attack_unless_it_has_its_own():
@@ -45,10 +55,11 @@ def test_a_stage_trains_against_the_configs_attack_unless_it_has_its_own():
 
 
 def test_trades_is_attacked_by_kl_unless_the_stage_says_otherwise():
-  assert inner("kl").loss == "kl"
-  assert inner("kl", loss="ce").loss == "ce"
-  assert inner("kl", name="apgd_ce", num_steps=10).loss == "ce"  # the Guide's
-  assert inner("kl", name="fgsm", random_start=True).loss == "kl"
+  assert inner("trades").loss == "kl"
+  assert inner("trades", loss="ce").loss == "ce"
+  guides = inner("trades", name="apgd_ce", num_steps=10)
+  assert guides.loss == "ce"  # it starts at a random image, where KL is 0
+  assert inner("trades", name="fgsm", random_start=True).loss == "kl"
 
 
 def test_training_by_aimed_or_restarted_searches_is_refused():
