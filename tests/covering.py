@@ -38,3 +38,13 @@ def covering(cases: Iterable[tuple[Hashable, ...]]) -> list[Any]:
     )
     for i, case in enumerate(cases)
   ]
+
+
+def mostly_slow(words: Iterable[str], *fast: str) -> list[Any]:
+  """The words as parameters of a test, all but the fast ones marked slow."""
+  words = list(words)
+  assert {*fast} < {*words}
+  return [
+    pytest.param(word, marks=() if word in fast else pytest.mark.slow)
+    for word in words
+  ]

@@ -64,7 +64,6 @@ def run(name, folder, **changed):
   environment = cli.environment() | {
     "PYTHONPATH": str(cli.ROOT),
     "IPYTHONDIR": str(folder / "ipython"),
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
   }
   client.execute(env=environment)
   return {c.id: c.outputs for c in book.cells if c.cell_type == "code"}

@@ -31,7 +31,7 @@ from roli_jax import (
 )
 from roli_jax.optim import reference, schedules
 from roli_jax.parts import Parts
-from tests.contracts.test_methods import filled, net, noisy, quickly
+from tests.contracts.test_methods import filled, net, noisy
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,7 +85,7 @@ def moved(config):
   parts, stage = parts_of(config)
   params, stats = parts.initial(stage)
   program = parts.program(stage)
-  step = quickly(program.step)
+  step = jax.jit(program.step)
   now = state.create(params, stats, program.method.trains(params), program.tx)
   rate = optim.at_rate(now.opt_state, stage.lr)
   now = dataclasses.replace(now, opt_state=rate)
@@ -130,12 +130,12 @@ def differ(config):
   params = dataclasses.replace(params, peft=noisy(params.peft))
   model, method = parts.model(stage), parts.method(stage)
   images = jnp.asarray(parts.data["train"].pixels(slice(0, 8)))
-  trained = quickly(
+  trained = jax.jit(
     lambda key: model(
       params, stats, images, train=method.train_mode, key=key
     )[0]
   )  # fmt: skip
-  still = quickly(model.logits)(params, stats, images)
+  still = jax.jit(model.logits)(params, stats, images)
   return bool(np.abs(trained(keys.root(0)) - still).max() > 1e-4)
 
 
@@ -371,7 +371,7 @@ def swin_with_prompts(order, deep):
   model = peft.vpt(tokens=3, deep=deep, order=order).enter(net("glyph_swin"))
   params, stats = filled(model)
   params = dataclasses.replace(params, peft=noisy(params.peft))
-  return quickly(lambda x: model.features(params, stats, x))
+  return jax.jit(lambda x: model.features(params, stats, x))
 
 
 @pytest.mark.parametrize("order", ["fixed", "as_is"])

@@ -48,20 +48,11 @@ RESNET = small(models.ResNet((1,), False, inner=8, small=True, width=8))
 CLIP = small(VIT.backbone, heads.cosine(4, 6))
 MODELS = {"vit": VIT, "deep": DEEP, "resnet": RESNET, "clip": CLIP}
 
-# What runs a few times only is compiled in half the time.
-quickly = functools.partial(
-  jax.jit,
-  compiler_options={
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-  },
-)
-
 
 @functools.cache
 def seeing(model, **options):
   """`(params, stats, images) -> (logits, stats)`, compiled."""
-  return quickly(functools.partial(model, **options))
+  return jax.jit(functools.partial(model, **options))
 
 
 def logits(model, params, stats, images):
@@ -156,7 +147,7 @@ def autolora(beta):
     out = criterion(forward, params, stats, memory, views())
     return out.values.mean(), out
 
-  return functools.partial(quickly(jax.grad(of, has_aux=True)), params)
+  return functools.partial(jax.jit(jax.grad(of, has_aux=True)), params)
 
 
 def test_clean_images_teach_the_branch_and_the_head_alone():
@@ -232,7 +223,7 @@ def test_twins_keeps_the_frozen_statistics_and_moves_the_others():
   criterion = criteria.Twins()
   of, params = outcome(criterion, "resnet")
   model, _, stats = variables("resnet")
-  run = quickly(of)
+  run = jax.jit(of)
   out = run(params)
   check_equal(out.memory["frozen"], stats, rtol=0, atol=0)
   moving = models.with_options(model, updates_stats=True)
@@ -251,7 +242,7 @@ def test_twins_keeps_the_frozen_statistics_and_moves_the_others():
 
 def test_twins_adds_the_means_over_its_halves():
   of, params = outcome(criteria.Twins(lam=0.4), "resnet")
-  out = quickly(of)(params)
+  out = jax.jit(of)(params)
   each = losses.cross_entropy(out.logits, views().labels)
   expected = 0.4 * each[::2].mean() + each[1::2].mean()
   np.testing.assert_allclose(out.values.mean(), expected, rtol=1e-6)
@@ -266,8 +257,8 @@ def test_without_the_frozen_half_twins_is_adversarial_training_of_the_other():
     return losses.cross_entropy(said, views().labels[1::2]).mean()
 
   of, params = outcome(criteria.Twins(lam=0.0), "resnet")
-  got = quickly(jax.grad(lambda p: of(p).values.mean()))(params)
-  check_equal(got, quickly(jax.grad(loss))(params), atol=1e-5)
+  got = jax.jit(jax.grad(lambda p: of(p).values.mean()))(params)
+  check_equal(got, jax.jit(jax.grad(loss))(params), atol=1e-5)
 
 
 # Function space.
@@ -277,7 +268,7 @@ def on_two_classes(distance, t=1.0):
   penalty = criteria.FunctionSpace(distance=distance, temperature=t)
   q, q0 = jnp.log(jnp.array([[[0.25, 0.75]], [[0.5, 0.5]]]))
   apart = jax.value_and_grad(lambda z: penalty.apart(z, q0).sum())
-  value, grads = quickly(apart)(q)
+  value, grads = jax.jit(apart)(q)
   return float(value), np.asarray(grads[0])
 
 
@@ -335,7 +326,7 @@ def test_at_the_stages_start_there_is_nothing_to_keep():
     values, _ = of(params)
     return values.sum(), values
 
-  run = quickly(jax.grad(total, has_aux=True))
+  run = jax.jit(jax.grad(total, has_aux=True))
   grads, values = run(params)
   assert np.abs(values).max() < 1e-6
   assert max(np.abs(g).max() for g in jax.tree.leaves(grads)) < 1e-5
@@ -348,7 +339,7 @@ def test_the_reference_is_the_model_at_the_start_with_its_statistics():
   of, params = penalty_of(penalty, "resnet")
   model, _, stats = variables("resnet")
   later, moved = shaken(params), shaken(stats)
-  values, memory = quickly(of)(later, moved)
+  values, memory = jax.jit(of)(later, moved)
   now = logits(model, later, moved, views().adv)
   said = logits(model, later, moved, views().clean)
   before = logits(model, params, stats, views().adv)
@@ -367,14 +358,14 @@ def test_consistency_moves_what_is_said_of_the_shifted_images_alone():
     now = model.logits(params, stats, penalty.shifted(views()))
     return losses.kl(now, said).sum()
 
-  got = quickly(jax.grad(lambda p: of(p)[0].sum()))(params)
-  check_equal(got, quickly(jax.grad(loss))(params), atol=1e-5)
+  got = jax.jit(jax.grad(lambda p: of(p)[0].sum()))(params)
+  check_equal(got, jax.jit(jax.grad(loss))(params), atol=1e-5)
   assert penalty.start(params, stats) == {}
 
 
 def test_noise_is_an_images_own_and_stays_in_the_range_of_pixels():
   penalty = criteria.FunctionSpace("noise", std=0.2)
-  shift = quickly(penalty.shifted)
+  shift = jax.jit(penalty.shifted)
   whole = shift(views())
   assert whole.min() >= 0 and whole.max() <= 1
   inside = (whole > 0) & (whole < 1) & (views().clean > 0.4)
@@ -388,7 +379,7 @@ def test_noise_is_an_images_own_and_stays_in_the_range_of_pixels():
 
 def test_mixtures_lie_between_an_image_and_the_reversed_batchs():
   clean = views().clean
-  mixed = quickly(criteria.FunctionSpace("mixup").shifted)(views())
+  mixed = jax.jit(criteria.FunctionSpace("mixup").shifted)(views())
   other = clean[::-1]
   ratios = ((mixed - other) * (clean - other)).sum((1, 2, 3))
   ratios /= ((clean - other) ** 2).sum((1, 2, 3))
@@ -404,10 +395,10 @@ def test_a_penalty_adds_to_any_criterion_and_moves_no_statistics():
   both = criteria.Penalised(base, penalty)
   of, params = outcome(both, "resnet")
   alone, _ = outcome(base, "resnet")
-  with_it, without = quickly(of)(params), quickly(alone)(params)
+  with_it, without = jax.jit(of)(params), jax.jit(alone)(params)
   check_equal(with_it.stats, without.stats)
   check_equal(with_it.logits, without.logits)
-  added, _ = quickly(penalty_of(penalty, "resnet")[0])(params)
+  added, _ = jax.jit(penalty_of(penalty, "resnet")[0])(params)
   check_equal(with_it.values, without.values + added)
   assert both.needs_clean and not base.needs_clean
   assert (both.surrogate, both.adversarial) == ("ce", 1.0)
@@ -427,9 +418,9 @@ def test_m2_mix_pairs_images_with_their_classes_of_the_start():
     values, memory = penalty(forward, params, stats, memory, views())
     return values.mean(), (values, memory)
 
-  run = quickly(jax.grad(total, has_aux=True))
-  features = quickly(CLIP.features)(later, stats, views().adv)
-  loss = quickly(mixup.m2_mix_loss)(
+  run = jax.jit(jax.grad(total, has_aux=True))
+  features = jax.jit(CLIP.features)(later, stats, views().adv)
+  loss = jax.jit(mixup.m2_mix_loss)(
     heads.unit(features @ later.head["projection"]["kernel"]),
     heads.unit(params.head["kernel"].T)[labels],
     keys.stream(keys.root(1), "m2_mix"),
@@ -472,7 +463,7 @@ def test_each_trains_in_one_program(name):
   now = state.create(
     params, stats, method().trains(params), tx, criterion.start
   )
-  jitted, began = quickly(train_step), now.memory
+  jitted, began = jax.jit(train_step), now.memory
 
   def clean_loss(now):
     said = logits(model, now.params, now.stats, views().clean)

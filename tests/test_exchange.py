@@ -20,7 +20,7 @@ from roli_jax import (
   trees,
 )
 from roli_jax.convert import torch_file
-from tests.contracts.test_methods import FAMILIES, filled, net, noisy, quickly
+from tests.contracts.test_methods import FAMILIES, filled, net, noisy
 
 IMAGES = np.random.default_rng(2).random((4, 8, 8, 1))
 OPTIONS = {
@@ -44,7 +44,7 @@ def logits(bundle, dtype=np.float32):
   params, stats, images = jax.tree.map(
     lambda x: np.asarray(x, dtype), (bundle.params, bundle.stats, IMAGES)
   )
-  return quickly(bundle.model.logits)(params, stats, images)
+  return jax.jit(bundle.model.logits)(params, stats, images)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import re
 import weakref
@@ -15,6 +16,7 @@ from flax import nnx
 
 from roli_jax import attacks, evaluate, journal
 from roli_jax.threat import ThreatModel
+from tests.covering import covering, mostly_slow
 
 BALL = ThreatModel("linf", eps=0.05)
 PGD = attacks.build("pgd", BALL, num_steps=3)
@@ -487,7 +489,7 @@ MASKED = [(name, 3) for name in EVERY]
 MASKED += [(name, k) for k in (1, 2) for name in ("pgd", "apgd_t", "fab")]
 
 
-@pytest.mark.parametrize("name, kept", MASKED)
+@pytest.mark.parametrize("name, kept", covering(MASKED))
 def test_a_masked_class_is_a_class_that_is_not_there(name, kept):
   """-inf is the lowest logit: the other classes decide."""
   labels = np.asarray(net(W, IMAGES)[:, :kept].argmax(1))
@@ -548,7 +550,7 @@ def _bad(x):
   )
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", mostly_slow(EVERY, "pgd", "apgd_t", "fab"))
 def test_a_gradient_that_is_not_finite_stops_no_attack(name):
   images = IMAGES.copy()
   images[:20, 0] = 0
@@ -656,8 +658,10 @@ class BatchNorm(nn.Module):
     return nn.Dense(10)(nn.relu(x).reshape(x.shape[0], -1))
 
 
-@pytest.mark.parametrize("n", [1, 5, 8, 24, 64, 128])
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+  "n, train",
+  covering(itertools.product((1, 5, 8, 24, 64, 128), (True, False))),
+)
 def test_batch_norm_in_training_mode_is_found(n, train):
   rng = np.random.default_rng(n)
   images = rng.uniform(size=(n, 4, 4, 1)) * rng.uniform(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from roli_jax import attacks, keys, losses
 from roli_jax.threat import ThreatModel
-from tests.covering import covering
+from tests.covering import covering, mostly_slow
 
 NORMS = {"linf": 0.1, "l2": 0.6, "l1": 2.0}
 ATTACKS = {
@@ -142,6 +142,7 @@ def test_each_image_can_have_its_own_eps(norm, toy):
   assert far[0] == 0 and (far[5:] > 0.5 * eps[5:]).all()
 
 
+@pytest.mark.parametrize("norm", mostly_slow(NORMS, "linf"))
 def test_more_work_breaks_no_fewer(norm, toy):
   logits_fn, _, labels = toy
 
