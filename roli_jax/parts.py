@@ -86,6 +86,10 @@ class Parts:
     self.compat = compat.switches(config)
     self._bundle = functools.cache(self._load)
     self._init = functools.cache(lambda model: jax.jit(model.init))
+    # Compiled without what would draw a backbone that is then thrown away.
+    self._init_rest = functools.cache(
+      lambda model: jax.jit(lambda key: _but_backbone(model.init(key)[0]))
+    )
     self._program = functools.cache(self._make_program)
 
   def check(self, stages: Iterable[Stage]) -> None:
@@ -250,20 +254,20 @@ class Parts:
   def initial(self, stage: Stage) -> Variables:
     """The pretrained backbone under a random head, or all of it random."""
     model = self.model(stage)
+    key = keys.root(stage.seed)
     if stage.head_init == table.ZEROSHOT:
-      params, _ = self._init(model)(keys.root(stage.seed))
       bundle = self._zeroshot(stage.weights)
-      taught = bundle.params
-      return dataclasses.replace(taught, peft=params.peft), bundle.stats
+      added = self._init_rest(model)(key).peft
+      return dataclasses.replace(bundle.params, peft=added), bundle.stats
     model = convert.with_classes(
       model, model.num_classes, head_init=stage.head_init
     )
-    params, stats = self._init(model)(keys.root(stage.seed))
-    if stage.name != "pretrain":
-      bundle = self._bundle(stage.weights)
-      params = dataclasses.replace(params, backbone=bundle.params.backbone)
-      stats = bundle.stats
-    return params, stats
+    if stage.name == "pretrain":
+      return self._init(model)(key)
+    bundle = self._bundle(stage.weights)
+    rest = self._init_rest(model)(key)
+    backbone = bundle.params.backbone
+    return dataclasses.replace(rest, backbone=backbone), bundle.stats
 
   def program(self, stage: Stage) -> Program:
     """The compiled step of the stage's kind, with what belongs to it."""
@@ -414,6 +418,10 @@ class Parts:
       donate_argnums=0,
     )
     return Program(method, criterion, attack, tx, jitted, like)
+
+
+def _but_backbone(params):
+  return dataclasses.replace(params, backbone={})
 
 
 class _Splits(dict[str, data.Source]):

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 
-def covering(cases: Iterable[tuple[Hashable, ...]]) -> list[Any]:
+def covering(
+  cases: Iterable[tuple[Hashable, ...]], among: tuple[Hashable, ...] = ()
+) -> list[Any]:
   """The cases as parameters of a test, all but a covering few marked slow.
 
   Each word of each position stands in one of the few, chosen greedily: of 5
@@ -15,15 +17,19 @@ def covering(cases: Iterable[tuple[Hashable, ...]]) -> list[Any]:
 
   Args:
     cases: tuples of the same length, of what a test's parameters take.
+    among: the first words that the few may have; empty: any.
   """
   cases = list(cases)
   words = [frozenset(enumerate(case)) for case in cases]
-  uses = collections.Counter({word: 0 for case in words for word in case})
+  may = [not among or case[0] in among for case in cases]
+  uses = collections.Counter(
+    {word: 0 for i, case in enumerate(words) if may[i] for word in case}
+  )
 
   def gain(i):
     """Words that are new, then words that were used less than others."""
     counts = [uses[word] for word in words[i]]
-    return counts.count(0), -sum(counts)
+    return may[i], counts.count(0), -sum(counts)
 
   few = set()
   while 0 in uses.values():
@@ -40,7 +46,7 @@ def covering(cases: Iterable[tuple[Hashable, ...]]) -> list[Any]:
   ]
 
 
-def mostly_slow(words: Iterable[str], *fast: str) -> list[Any]:
+def mostly_slow(words: Iterable[Any], *fast: Any) -> list[Any]:
   """The words as parameters of a test, all but the fast ones marked slow."""
   words = list(words)
   assert {*fast} < {*words}

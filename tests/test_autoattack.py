@@ -10,6 +10,7 @@ import pytest
 from roli_jax import attacks, evaluate, keys, losses
 from roli_jax.threat import ThreatModel
 from tests import tiny
+from tests.covering import mostly_slow
 
 EPS = {"linf": 0.01, "l2": 0.15, "l1": 1.0}
 PARTS = {
@@ -34,6 +35,7 @@ def run(name, norm, rows=slice(None), **settings):
   )  # fmt: skip
 
 
+@pytest.mark.slow  # minutes in each norm
 @pytest.mark.parametrize("norm", EPS)
 def test_flags_and_passes_are_the_official_ones(norm, official, devices):
   """One image more and two less are chance; fewer passes are no wonder."""
@@ -55,7 +57,7 @@ def test_flags_and_passes_are_the_official_ones(norm, official, devices):
   assert outside["ball_and_box"] == "pass"
 
 
-@pytest.mark.parametrize("norm", EPS)
+@pytest.mark.parametrize("norm", mostly_slow(EPS, "l2"))
 def test_fab_alone_breaks_what_the_official_one_does(norm, official):
   result = run("fab_t", norm)
   differ = result.robust != official[f"{norm}/alone/fab-t"]

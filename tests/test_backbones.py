@@ -9,6 +9,7 @@ import pytest
 
 from roli_jax import convert, keys, models, peft, trees
 from tests import golden
+from tests.covering import mostly_slow
 
 # The model of each reference checkpoint, and the format of its names.
 GOLDEN = {
@@ -73,16 +74,25 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+# Of each family one; `make test-all` has all.
+COUNTED = (
+  "vit_b16", "deit_s16", "swin_t", "convnext_t", "resnet18", "wrn_28_10",
+  "dm_wrn_28_10", "clip_vit_b16",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", mostly_slow(SIZES, *COUNTED))
 def test_parameter_counts_are_the_originals(name):
-  if name.startswith("glyph"):
-    return  # ours; the shipped one is counted in test_models
   model = models.create(name, 10 if "wrn" in name else 1000)
   params, stats = jax.eval_shape(model.init, keys.root(0))
   whole, backbone, running = SIZES[name]
   assert trees.size(params) == whole
   assert trees.size(params.backbone) == backbone
   assert trees.size(stats) == running
+
+
+def test_all_but_our_own_are_counted():
+  assert {n for n in models.MODELS if not n.startswith("glyph")} == {*SIZES}
 
 
 def loaded(name):

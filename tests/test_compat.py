@@ -32,6 +32,7 @@ from roli_jax import (
 from roli_jax.optim import reference, schedules
 from roli_jax.parts import Parts
 from tests.contracts.test_methods import filled, net, noisy
+from tests.covering import covering, mostly_slow
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,8 +147,12 @@ def test_the_dropout_that_lora_declares_acts_if_told(setup, active):
   assert differ(config) == active
 
 
-@pytest.mark.parametrize("method", ["linear", "bias", "lora", "adapter"])
-@pytest.mark.parametrize("evaluates", [True, False])
+@pytest.mark.parametrize(
+  "method, evaluates",
+  covering(
+    itertools.product(("linear", "bias", "lora", "adapter"), (True, False))
+  ),
+)
 def test_a_frozen_encoder_drops_paths_if_it_is_not_in_evaluation_mode(
   setup, method, evaluates
 ):
@@ -156,7 +161,7 @@ def test_a_frozen_encoder_drops_paths_if_it_is_not_in_evaluation_mode(
   assert differ(setup(method, init, **switches)) != evaluates
 
 
-@pytest.mark.parametrize("evaluates", [True, False])
+@pytest.mark.parametrize("evaluates", mostly_slow((True, False), False))
 def test_prompts_drop_out_over_an_encoder_that_drops_no_paths(setup, evaluates):
   switches = {"frozen_encoder_eval": evaluates, "droppath_rate": 0.9}
   config = setup("vpt", backbone="glyph_swin", **switches)
@@ -438,7 +443,7 @@ def test_a_loss_that_is_not_finite_raises_or_ends_the_run(
   assert [step.name for step in steps] == ["00000000"]
 
 
-@pytest.mark.parametrize("method", ["adapter", "vpt"])
+@pytest.mark.parametrize("method", mostly_slow(("adapter", "vpt"), "vpt"))
 def test_a_run_goes_through_with_all_that_the_reference_does(
   setup, method, tmp_path
 ):
@@ -460,19 +465,14 @@ def probed(setup, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  "method, switches",
-  [
-    ("lora", {"lora_init": "standard"}),
-    ("lora", {"lora_init": "both_zero"}),
-    ("adapter", {"adapter_init": "near_identity"}),
-    ("adapter", {"adapter_init": "all_zero"}),
-  ],
+  "method, init",
+  [("lora", "standard"), ("adapter", "near_identity")],
 )
 def test_the_second_stage_starts_at_the_firsts_function(
-  setup, probed, method, switches, tmp_path
+  setup, probed, method, init, tmp_path
 ):
   path, before = probed
-  parts, stage = parts_of(setup(method, "roli", **switches))
+  parts, stage = parts_of(setup(method, "roli", **{f"{method}_init": init}))
   log = record.Record(tmp_path / "log.jsonl")
   start = train.Trainer(parts, stage, path, log)._start()
   old, probe = parts_of(before)

@@ -7,6 +7,7 @@ from jax.sharding import SingleDeviceSharding
 
 from roli_jax import attacks, cost, models, peft, threat, trees
 from roli_jax.bench import timing
+from tests.covering import mostly_slow
 
 
 def _floats(*shape):
@@ -113,10 +114,10 @@ def test_what_is_not_asked_for_is_not_counted():
   [
     # But for what the last block would compute of the patches' tokens.
     ("vit_b16", 17.56 - 196 * (10 * 768**2 + 2 * 197 * 768) / 1e9),
-    ("swin_b", 15.43),
-    ("convnext_b", 15.36),
+    pytest.param("swin_b", 15.43, marks=pytest.mark.slow),
+    pytest.param("convnext_b", 15.36, marks=pytest.mark.slow),
     ("resnet50", 4.09),
-    ("wide_resnet50_2", 11.40),
+    pytest.param("wide_resnet50_2", 11.40, marks=pytest.mark.slow),
     ("wrn_28_10", 5.25),
   ],
 )
@@ -191,7 +192,7 @@ def test_the_head_counts_as_if_it_were_traced(name):
   assert 4 * one.update.kept == update.kept
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", mostly_slow((False, True), True))
 def test_activations_are_what_xla_keeps(remat):
   """Eight further blocks, of a loop, take what they keep, within 2%.
 

@@ -28,6 +28,7 @@ from roli_jax import (
 from roli_jax.models import heads
 from roli_jax.optim import schedules
 from roli_jax.threat import ThreatModel
+from tests.covering import mostly_slow
 
 
 def small(backbone, head=None):
@@ -451,7 +452,7 @@ EACH = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", mostly_slow(EACH, *list(EACH)[:2]))
 def test_each_trains_in_one_program(name):
   criterion, net, method = EACH[name]
   model, params, stats = variables(net, method)

@@ -12,6 +12,7 @@ import pytest
 from roli_jax import data
 from roli_jax.data import glyphs
 from tests import pictures
+from tests.covering import mostly_slow
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +219,7 @@ def test_processes_share_an_augmented_batch(augmented, monkeypatch):
   equal(whole, interleaved(parts))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", mostly_slow((1, 2), 2))
 def test_workers_change_nothing(augmented, workers):
   whole = batches(augmented, batch_size=4)
   late = batches(augmented, batch_size=4, start=3, count=5, workers=workers)

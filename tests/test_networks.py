@@ -9,11 +9,21 @@ import pytest
 
 from roli_jax import convert, keys, models, peft, trees
 from roli_jax.convert import networks
+from tests.covering import covering
+
+
+def drawn(model, seed=0):
+  """Random arrays in the place of parameters and statistics."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(x.dtype),
+    jax.eval_shape(model.init, keys.root(0)),
+  )
 
 
 def state_of(name, seed):
   model = models.create(name, 3)
-  bundle = convert.Bundle(model, *jax.jit(model.init)(keys.root(seed)))
+  bundle = convert.Bundle(model, *drawn(model, seed))
   return convert.to_state_dict(bundle, "timm")
 
 
@@ -63,8 +73,9 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize(
+  "wrapper, prefix", covering(itertools.product(WRAPPERS, PREFIXES))
+)
 def test_what_is_around_a_network_comes_off(wrapper, prefix, state):
   bundle = load(WRAPPERS[wrapper](under(prefix, state)))
   assert is_of(bundle, state)
@@ -85,7 +96,7 @@ TOYS = {
 )
 def test_a_prefix_comes_off_the_names_of_each_layout(name, format):
   model = models.create(name, 3)
-  plain = convert.Bundle(model, *jax.jit(model.init)(keys.root(0)))
+  plain = convert.Bundle(model, *drawn(model))
   state = under("module.encoder.", convert.to_state_dict(plain, format))
   bundle = load(state, model=name, format=format)
   for path, leaf in trees.paths(plain.params).items():

@@ -9,6 +9,7 @@ import pytest
 from configs import cifar_roli, common, glyphs_roli, roli
 from roli_jax import plan
 from tests import cli
+from tests.covering import mostly_slow
 
 _FILE = pathlib.Path(__file__).parent / "fixtures" / "recipes.json"
 REFERENCE = json.loads(_FILE.read_text())
@@ -30,7 +31,7 @@ def _each():
   """Each method and init, and each data set; the others in `make test-all`."""
   known: set = set()
   for recipe in RECIPES:
-    about = {(recipe["method"], recipe["init"]), recipe["dataset"]}
+    about = {recipe["method"], recipe["init"], recipe["dataset"]}
     marks = pytest.mark.slow if about <= known else ()
     known |= about
     yield pytest.param(recipe, id=name_of(recipe), marks=marks)
@@ -91,7 +92,9 @@ def test_roli_is_the_probes_recipe_first(recipe):
   assert stages[0] == probe[0] and len(stages) == 2
 
 
-@pytest.mark.parametrize("dataset", REFERENCE["datasets"])
+@pytest.mark.parametrize(
+  "dataset", mostly_slow(REFERENCE["datasets"], "cub", "stanforddogs")
+)
 def test_what_has_no_recipe_takes_its_neighbours(dataset):
   ours, theirs, probe = (
     cell(dataset, *which)["stages"]

@@ -49,7 +49,13 @@ def check_same(one, many):
 
 
 @pytest.mark.parametrize(
-  ("rules", "model"), [((), 1), ((FSDP,), 1), ((ZERO,), 1), (MEGATRON, 2)]
+  ("rules", "model"),
+  [
+    ((), 1),
+    pytest.param((FSDP,), 1, marks=pytest.mark.slow),
+    pytest.param((ZERO,), 1, marks=pytest.mark.slow),
+    (MEGATRON, 2),
+  ],
 )
 def test_devices_agree_up_to_rounding(one, rules, model):
   many, counts = steps.two_steps(steps.config(*rules, model=model))

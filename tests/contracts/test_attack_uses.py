@@ -10,9 +10,12 @@ import pytest
 from configs import glyphs_roli
 from roli_jax import attacks, evaluate, measure, parts, score
 from tests import cli
+from tests.covering import mostly_slow
 
 TRAINING = ("fgsm", "pgd", "apgd_ce", "apgd_dlr")
 FEW = {"num_steps": 3, "num_queries": 8}
+# Of each class of attacks one; `make test-all` has all.
+ENOUGH = ("fgsm", "pgd", "apgd_t", "fab", "square", "autoattack", "curve")
 SECTIONS = ("attack", "val_attack", "eval_attack")
 
 
@@ -66,7 +69,12 @@ def test_clean_training_asks_nothing_of_its_attack(name):
   run.check(stages)
 
 
-@pytest.mark.parametrize("name", attacks.ATTACKS)
+each_in_the_end = pytest.mark.parametrize(
+  "name", mostly_slow(attacks.ATTACKS, *ENOUGH)
+)
+
+
+@each_in_the_end
 def test_any_attack_validates_and_tests(name, weights):
   run = made(name, *SECTIONS[1:])
   (stage,) = run.stages()
@@ -82,7 +90,7 @@ def test_any_attack_validates_and_tests(name, weights):
     assert not [c for c in result.checks if c.verdict == "fail"]
 
 
-@pytest.mark.parametrize("name", attacks.ATTACKS)
+@each_in_the_end
 def test_any_attack_runs_in_the_library(name, weights):
   run = made(name, "eval_attack")
   images = run.data["test"].pixels()[:12]

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from roli_jax import convert, keys, models, trees
-from tests.covering import covering
+from tests.covering import covering, mostly_slow
 
 TOYS = [name for name in models.MODELS if name.startswith("glyph")]
 NORMALISED = ["glyph_resnet", "glyph_wrn"]  # by batch
@@ -82,7 +82,10 @@ def plainly_seen(name):
 
 @pytest.mark.parametrize(
   "name, option",
-  covering(itertools.product(TOYS, ("scan", "remat", "both"))),
+  covering(
+    itertools.product(TOYS, ("scan", "remat", "both")),
+    among=("glyph_swin", "glyph_vit", "glyph_resnet"),
+  ),
 )
 def test_options_of_speed_change_no_number_and_no_name(name, option):
   model, params, stats = made(name)
@@ -94,7 +97,7 @@ def test_options_of_speed_change_no_number_and_no_name(name, option):
   close(seen(other, params, stats), plainly_seen(name))
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", mostly_slow(TOYS, "glyph_vit", "glyph_wrn"))
 def test_eight_devices_see_what_one_sees(name):
   model, params, stats = made(name)
   see = jax.jit(model.logits)
@@ -107,7 +110,7 @@ def test_eight_devices_see_what_one_sees(name):
   close(got, see(params, stats, images()))
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", mostly_slow(TOYS, "glyph_vit", "glyph_wrn"))
 def test_half_precision_errs_by_less_than_two_percent(name):
   """Of the features' size, at bfloat16's 8 bits; parameters stay float32."""
   model, params, stats = made(name)
@@ -148,7 +151,7 @@ def test_a_batch_moves_statistics_by_a_tenth():
   np.testing.assert_allclose(after["stem_norm"]["mean"], mean, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", mostly_slow(TOYS, "glyph_vit", "glyph_wrn"))
 def test_curvature_can_be_asked_for(name):
   model, params, stats = made(name)
 
@@ -165,8 +168,8 @@ def test_curvature_can_be_asked_for(name):
 def test_outputs_are_named_by_their_modules(name):
   model, params, stats = made(name)
   model = models.with_options(model, scan=True)
-  outputs = model.outputs(params, stats, images(2))
-  close(outputs[""], model.features(params, stats, images(2)))
+  outputs = jax.jit(model.outputs)(params, stats, images(2))
+  close(outputs[""], jax.jit(model.features)(params, stats, images(2)))
   assert any(path.endswith("block1") for path in outputs)
 
 
