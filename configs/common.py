@@ -101,7 +101,8 @@ def methods() -> dict:
   }
 
 
-# What roli_jax does, and what RoLI's reference code does: roli_jax/compat.py.
+# What roli_jax does, and what RoLI's reference code does; in words in
+# roli_jax/experiment/compat.py.
 COMPAT = {
   "adapter_init": ("near_identity", "all_zero"),
   "lora_init": ("standard", "both_zero"),
@@ -195,7 +196,7 @@ def stage(num_steps: int, **changes) -> ConfigDict:
         "lam": config_dict.placeholder(float),
       },
       # Added to the loss: function_space or m2_mix; what is not said is as
-      # roli_jax/criteria has it.
+      # roli_jax/objectives has it.
       "penalty": {
         "name": "none",
         # Of function_space: adversarial, noise (std) or mixup; kl, symmetric_kl
@@ -286,7 +287,7 @@ def choose(options: dict, name: str, what: str):
 
 
 def cells(*given: dict) -> dict:
-  """What a run consists of, as roli_jax/table.py reads it."""
+  """What a run consists of, as roli_jax/experiment/stages.py reads it."""
   return {
     "cells": given,
     # Which of them alone runs, from 0; None: all.

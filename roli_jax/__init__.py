@@ -12,10 +12,20 @@ __version__ = "0.1.0"
 # Of the configs a wheel has the files alone, which pkgutil takes for no module.
 _SUBMODULES = {m.name for m in pkgutil.iter_modules(__path__)} | {"configs"}
 
+# Names that documents printed before these modules had rooms.
+_MOVED = {
+  "cost": "plan.cost",
+  "diagnosis": "evaluate.diagnosis",
+  "guide": "results.guide",
+  "report": "results.report",
+  "tokenizer": "clip.tokenizer",
+  "zeroshot": "clip.zeroshot",
+}
+
 
 def __getattr__(name: str):
-  if name in _SUBMODULES:
-    return importlib.import_module(f"{__name__}.{name}")
+  if name in _SUBMODULES or name in _MOVED:
+    return importlib.import_module(f"{__name__}.{_MOVED.get(name, name)}")
   raise AttributeError(
     f"roli_jax has no {name!r}; it has {', '.join(sorted(_SUBMODULES))}"
   )

@@ -47,8 +47,9 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from roli_jax import command_line, extras
-from roli_jax.command_line import MODES, Command
+from roli_jax.experiment import command_line
+from roli_jax.experiment.command_line import MODES, Command
+from roli_jax.files import extras
 
 __all__ = ["MODES", "main", "run"]
 
@@ -110,7 +111,7 @@ def _prepare_jax(command: Command) -> None:
   """Compiled programs beside the run, a CPU split, other processes joined."""
   import jax
 
-  from roli_jax import processes
+  from roli_jax import distributed
 
   given, split = os.environ.get, "host_platform_device_count"
   if not (split in given("XLA_FLAGS", "") or given("JAX_NUM_CPU_DEVICES")):
@@ -123,11 +124,12 @@ def _prepare_jax(command: Command) -> None:
   if not given("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   told = command.flags
-  processes.connect(told.coordinator, told.num_processes, told.process)
+  distributed.connect(told.coordinator, told.num_processes, told.process)
 
 
 def _sweep(command: Command) -> None:
-  from roli_jax import report, sweep, tabular
+  from roli_jax.experiment import sweep
+  from roli_jax.results import report, tables
 
   path = command.workdir
   found = sweep.cells(
@@ -137,7 +139,7 @@ def _sweep(command: Command) -> None:
     print("\n".join(shlex.join(cell.command(path)) for cell in found))
     return
   sweep.run(found, path)
-  tabular.show(report.write_sweep(path))
+  tables.show(report.write_sweep(path))
   print(f"Written to {path}: report.md, figures/, results.jsonl.")
 
 
@@ -146,39 +148,43 @@ def _run_one(command: Command) -> None:
   _prepare_jax(command)
   if mode == "train":
     extras.need("grain", "matplotlib")  # not only when all is computed
-    from roli_jax import processes, report, tabular, train
+    from roli_jax import distributed, train
+    from roli_jax.results import report, tables
 
     if not train.run(config, path):
       raise ValueError(f"the run ended before it had results; see {path}")
-    if processes.leads():
-      tabular.show(report.write(path))
+    if distributed.leads():
+      tables.show(report.write(path))
       print(f"Written to {path}: report.md, figures/, results.jsonl.")
   elif mode == "evaluate":
-    from roli_jax import comparison, processes, report, tabular, train
+    from roli_jax import distributed, train
+    from roli_jax.results import comparison, report, tables
 
     rows = train.evaluate(config, path)
-    if not processes.leads():
+    if not distributed.leads():
       return
     made = [
       report.accuracies(rows),
       comparison.corruptions(rows),
       report.quick(path),
     ]
-    tabular.show(table for table in made if table.rows)
+    tables.show(table for table in made if table.rows)
   elif mode == "report":
-    from roli_jax import report, tabular
+    from roli_jax.results import report, tables
 
-    tabular.show(report.write(path))
+    tables.show(report.write(path))
   elif mode == "plan":
-    from roli_jax import plan, tabular
+    from roli_jax.plan import plan
+    from roli_jax.results import tables
 
-    tabular.show(plan.tables(plan.run(config, path)))
+    tables.show(plan.tables(plan.run(config, path)))
     print(f"Written to {path / 'plan.json'}.")
   elif mode == "convert":
-    from roli_jax import exchange, tabular
+    from roli_jax.experiment import convert_command
+    from roli_jax.results import tables
 
-    file, facts = exchange.run(config)
-    tabular.show([tabular.Table(str(file), ("", "how much", "which"), facts)])
+    file, facts = convert_command.run(config)
+    tables.show([tables.Table(str(file), ("", "how much", "which"), facts)])
   else:
     from roli_jax import bench
 

@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
-from roli_jax import processes
+from roli_jax import distributed
 
 Update = Callable[..., None]
 
@@ -35,7 +35,7 @@ def bar(description: str, total: int, start: int = 0) -> Iterator[Update]:
     *columns,
     console=rich.console.Console(stderr=True),
     transient=True,
-    disable=not (sys.stderr.isatty() and processes.leads()),
+    disable=not (sys.stderr.isatty() and distributed.leads()),
   ) as shown:
     task = shown.add_task(description, total=total, completed=start, said="")
 

@@ -9,21 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from roli_jax import attacks, criteria, keys, losses, models, trees
-from roli_jax.metrics import Counts
+from roli_jax import attacks, keys, losses, models, objectives, trees
 from roli_jax.models import Model
 from roli_jax.optim.schedules import Schedule
 from roli_jax.peft import Method
 from roli_jax.state import TrainState
-from roli_jax.types import (
-  Array,
-  Float,
-  Images,
-  Key,
-  Logits,
-  Params,
-  PyTree,
-)
+from roli_jax.statistics import Counts
+from roli_jax.types import Array, Float, Images, Key, Logits, Params, PyTree
 
 Batch = Mapping[str, Any]
 
@@ -118,7 +110,7 @@ def _dealt(num_parts: int, rows: Array) -> Array:
 def make_train_step(
   model: Model,
   method: Method,
-  objective: losses.Objective | criteria.Criterion,
+  objective: losses.Objective | objectives.Criterion,
   attack: attacks.Attack,
   radius: Schedule,
   tx: optax.GradientTransformation,
@@ -152,7 +144,7 @@ def make_train_step(
     `(state, batch, key) -> (state, counts)`. The key is the stage's own; the
     noise of an image at a step is folded from it, the step and the image.
   """
-  criterion = criteria.of(objective)
+  criterion = objectives.of(objective)
 
   def inputs(state, batch, key):
     """The images to train on, and the clean ones."""
@@ -182,8 +174,8 @@ def make_train_step(
     """The gradient of a part's mean loss, its counts, and what has moved."""
     (adv, clean), labels, indices = part
     dropout, drawn = draws
-    forward = criteria.Forward(model, method.train_mode, dropout)
-    views = criteria.Views(
+    forward = objectives.Forward(model, method.train_mode, dropout)
+    views = objectives.Views(
       clean=clean, adv=adv, labels=labels, indices=indices, key=drawn
     )
 

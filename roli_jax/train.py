@@ -18,31 +18,25 @@ import numpy as np
 from absl import logging
 
 from roli_jax import (
-  adopt,
-  checkpoint,
-  combine,
   convert,
   data,
+  distributed,
   keys,
-  measure,
   models,
   optim,
   peft,
-  processes,
   progress,
-  record,
-  report,
-  score,
   sharding,
   specs,
   state,
   step,
-  tabular,
-  workdir,
 )
-from roli_jax.metrics import Counts
-from roli_jax.parts import Parts, Variables
-from roli_jax.table import Stage
+from roli_jax.experiment import ensembles_run, measure, probe_reuse, protocol
+from roli_jax.experiment.build import Parts, Variables
+from roli_jax.experiment.stages import Stage
+from roli_jax.files import checkpoint, workdir
+from roli_jax.results import record, report, tables
+from roli_jax.statistics import Counts
 
 LOG_FIELDS = (
     "cell", "stage", "lr", "steps", "step", "split", "attack", "metric",
@@ -69,36 +63,36 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
   parts = Parts(config)
   stages = parts.stages()
   parts.check(stages)
-  score.check(parts, stages)
-  combine.check(parts, stages)
+  protocol.check(parts, stages)
+  ensembles_run.check(parts, stages)
   for warning in workdir.claim(path, config):
     logging.warning("%s", warning)
   results = record.Record(path / "results.jsonl")
   log = record.Record(path / "training.jsonl", LOG_FIELDS, LOG_SAID)
-  processes.wait("records")  # that are read before they are written
-  score.write_facts(parts, stages, path)
+  distributed.wait("records")  # that are read before they are written
+  protocol.write_facts(parts, stages, path)
   if parts.config["data"]["name"] in data.IN_FILES:
-    tabular.show(report.facts(path))
+    tables.show(report.facts(path))
   with progress.bar("stages", len(stages)) as update:
     for stage in stages:
-      if not score.is_done(parts, stage, results):
+      if not protocol.is_done(parts, stage, results):
         if stage.name == "probe":
-          adopt.probe(parts, stage, path, log)
+          probe_reuse.probe(parts, stage, path, log)
         meta = Trainer(parts, stage, path, log).train()
         if meta is None:
           return results.rows
-        score.add_validation(parts, stage, results, meta)
-        score.add_tests(
+        protocol.add_validation(parts, stage, results, meta)
+        protocol.add_tests(
           parts,
           stage,
           results,
           step.make_predict(parts.model(stage)),
           best(parts, stage, path),
-          score.tests(parts, stage),
+          protocol.tests(parts, stage),
         )
       if stage.start and parts.config.get("ensembles"):
         models = [best(parts, each, path) for each in (stage.start, stage)]
-        combine.run(parts, stage, results, *models)
+        ensembles_run.run(parts, stage, results, *models)
       update(1)
   for stage in stages:
     if stage.name == "pretrain":
@@ -148,9 +142,9 @@ def evaluate(
     like = sharding.ruled(jax.eval_shape(model.init, keys.root(0)), parts.mesh)
     variables = checkpoint.restore(checkpoints, best_step, model=like)["model"]
   results = record.Record(path / "results.jsonl")
-  chosen = score.asked(parts)
+  chosen = protocol.asked(parts)
   predict = step.make_predict(model)
-  score.add_tests(parts, stage, results, predict, variables, chosen)
+  protocol.add_tests(parts, stage, results, predict, variables, chosen)
   return record.where(
       results.rows, cell=stage.cell, stage=stage.name, lr=stage.lr,
       steps=stage.num_steps, split="test",
@@ -205,7 +199,7 @@ def _keep_weights(parts, stage, path):
   model = parts.model(stage)
   file = path / f"{model.name}_{stage.weights}.safetensors"
   bundle = convert.Bundle(model, *best(parts, stage, path))
-  if processes.leads() and not file.exists():
+  if distributed.leads() and not file.exists():
     convert.save(bundle, file)
 
 
@@ -213,13 +207,13 @@ def _keep_examples(parts, stages, path):
   """Examples of the last stage whose curve is drawn, or of the last one."""
   file = path / "figures" / "examples.npz"
   there = file.exists()
-  processes.wait("examples")  # before it is written
+  distributed.wait("examples")  # before it is written
   if there:
     return
   stage = ([s for s in stages if s.curve] or stages)[-1]
   file.parent.mkdir(parents=True, exist_ok=True)
-  examples = score.examples(parts, stage, best(parts, stage, path))
-  if not processes.leads():
+  examples = protocol.examples(parts, stage, best(parts, stage, path))
+  if not distributed.leads():
     return
   partial = file.with_name("examples.partial.npz")
   np.savez(partial, **examples)
@@ -378,7 +372,7 @@ class Trainer:
       model=(now.params, now.stats),
       rest=(now.step, now.opt_state, key, now.memory),
       meta={**meta, **about},
-      score=meta["history"][-1][score.selected_by(self.stage)],
+      score=meta["history"][-1][protocol.selected_by(self.stage)],
     )
 
   def _log_training(self, done, counts):

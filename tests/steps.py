@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from roli_jax import keys, parts, processes, sharding, state, step, table, trees
+from roli_jax import distributed, keys, sharding, state, step, trees
+from roli_jax.experiment import build, stages
 
 
 def config(*rules: tuple, model: int = 1) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def config(*rules: tuple, model: int = 1) -> dict[str, Any]:
   return {**made, "mesh": {"model": model, "rules": rules}}
 
 
-def begin(made: parts.Parts, stage: table.Stage) -> tuple[Any, Any, Any]:
+def begin(made: build.Parts, stage: stages.Stage) -> tuple[Any, Any, Any]:
   """The program, and what its step takes first and last."""
   program = made.program(stage)
   params, stats = made.initial(stage)
@@ -43,7 +44,7 @@ def batch(source: Any, k: int) -> dict[str, np.ndarray]:
 
 def two_steps(config: dict[str, Any]) -> tuple[Any, Any]:
   """The state and the counts after two steps."""
-  made = parts.Parts(config)
+  made = build.Parts(config)
   (stage,) = made.stages()
   program, now, key = begin(made, stage)
   source = made.train_data(stage)
@@ -58,7 +59,7 @@ def two_steps(config: dict[str, Any]) -> tuple[Any, Any]:
 
 def attacked(config: dict[str, Any]) -> dict[int, np.ndarray]:
   """The first batch's images, attacked before any step, by who they are."""
-  made = parts.Parts(config)
+  made = build.Parts(config)
   (stage,) = made.stages()
   program, now, key = begin(made, stage)
   predict = step.make_predict(made.model(stage))
@@ -80,9 +81,9 @@ def attacked(config: dict[str, Any]) -> dict[int, np.ndarray]:
 
 if __name__ == "__main__":
   out, address, num, process = sys.argv[1:]
-  processes.connect(address, int(num), int(process))
+  distributed.connect(address, int(num), int(process))
   images = attacked(config())
   after = sharding.fetch(two_steps(config())[0].params)
-  if processes.leads():
+  if distributed.leads():
     named = {str(i): image for i, image in images.items()}
     np.savez(pathlib.Path(out), **named, **trees.paths(after))

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from roli_jax import checkpoint, keys, sharding
+from roli_jax import keys, sharding
+from roli_jax.files import checkpoint
 from roli_jax.types import Params
 
 pytestmark = pytest.mark.usefixtures("eight_devices")

@@ -11,17 +11,15 @@ from jax.sharding import Mesh
 from configs import glyphs_roli
 from roli_jax import (
   attacks,
-  combine,
   corruptions,
   ensembles,
   evaluate,
-  parts,
-  record,
-  score,
   sharding,
   step,
   train,
 )
+from roli_jax.experiment import build, ensembles_run, protocol
+from roli_jax.results import record
 from roli_jax.threat import ThreatModel
 
 
@@ -46,15 +44,15 @@ def whole(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     patch.setattr(sharding, "mesh", lambda *_: mesh)
-    patch.setattr(combine, "ALPHAS", (0.0, 0.5, 1.0))
-    patch.setattr(combine, "A", (0.3, 1.0))
-    patch.setattr(combine, "B", (0.3,))
+    patch.setattr(ensembles_run, "ALPHAS", (0.0, 0.5, 1.0))
+    patch.setattr(ensembles_run, "A", (0.3, 1.0))
+    patch.setattr(ensembles_run, "B", (0.3,))
     path = tmp_path_factory.mktemp("combine") / "run"
     config = small()
     rows = train.run(config, path)
     again = train.run(config, path)
     assert len(again) == len(rows)
-    yield path, parts.Parts(config), rows
+    yield path, build.Parts(config), rows
 
 
 def robust(rows, stage, split="test", attack="pgd"):
@@ -101,7 +99,7 @@ def test_no_frontier_is_drawn_of_what_has_no_alpha(whole):
 def test_a_corruption_is_of_the_image_and_not_of_its_place(whole):
   _, made, _ = whole
   source = made.data["test"]
-  test = score.Corruption("glyph_noise", 3)
+  test = protocol.Corruption("glyph_noise", 3)
   rows = np.array([7, 3, 11])
   some = test.pixels(source, rows)
   np.testing.assert_array_equal(some, test.pixels(source, np.arange(12))[rows])
@@ -113,7 +111,7 @@ def test_the_guide_corrupts_each_image_by_one_type(whole):
   _, made, _ = whole
   source = made.data["test"]
   rows = np.array([0, 200])
-  corrupted = score.Corruption("guide", 3).pixels(source, rows)
+  corrupted = protocol.Corruption("guide", 3).pixels(source, rows)
   for k, name in enumerate(("shot_noise", "zoom_blur")):
     assert corruptions.guide(int(rows[k]), len(source)) == name
     index = int(source.indices[rows[k]])
@@ -138,18 +136,18 @@ def test_both_are_features_and_the_logits_that_are_judged(whole):
 def test_weights_that_a_probe_has_not_are_not_mixed():
   config = small()
   config["cells"] = ({"method": "lora", "init": "roli"},)
-  made = parts.Parts(config)
+  made = build.Parts(config)
   with pytest.raises(ValueError, match="take output or vrf"):
-    combine.check(made, made.stages())
+    ensembles_run.check(made, made.stages())
 
 
 def test_an_unknown_set_of_corruptions_is_refused_before_training():
   config = small()
   tests = (("corruptions:glyph", "", "", 0),)
   config["cells"] = ({"method": "full", "init": "roli", "tests": tests},)
-  made = parts.Parts(config)
+  made = build.Parts(config)
   with pytest.raises(ValueError, match="did you mean 'glyphs'"):
-    score.check(made, made.stages())
+    protocol.check(made, made.stages())
 
 
 def test_an_attack_on_one_model_overstates_what_both_withstand():

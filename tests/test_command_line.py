@@ -7,7 +7,8 @@ import sys
 import pytest
 from absl import flags
 
-from roli_jax import command_line, main
+from roli_jax import main
+from roli_jax.experiment import command_line
 from tests import cli
 
 COPY = """

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from roli_jax import comparison, plots, record
+from roli_jax.results import comparison, figures, record
 
 BASE = {
   "cell": "c", "stage": "adapt", "init": "roli", "head_init": "large",
@@ -194,7 +194,7 @@ def test_rates_of_one_run_are_lines_of_their_own():
 
 
 def test_figures_are_drawn_from_the_rows(tmp_path):
-  files = plots.write_sweep(rows(), tmp_path)
+  files = figures.write_sweep(rows(), tmp_path)
   assert [file.name for file in files] == ["runs.png", "frontier.png"]
 
 

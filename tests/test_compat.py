@@ -15,22 +15,20 @@ from jax.sharding import Mesh
 from configs import common, glyphs_roli
 from configs import roli as roli_config
 from roli_jax import (
-  adopt,
-  compat,
   convert,
   data,
   keys,
   optim,
   peft,
-  record,
   sharding,
   state,
-  table,
   train,
   trees,
 )
+from roli_jax.experiment import compat, probe_reuse, stages
+from roli_jax.experiment.build import Parts
 from roli_jax.optim import reference, schedules
-from roli_jax.parts import Parts
+from roli_jax.results import record
 from tests.contracts.test_methods import filled, net, noisy
 from tests.covering import covering, mostly_slow
 
@@ -78,7 +76,7 @@ def setup(weights):
 def parts_of(config):
   """The parts, and the last stage."""
   parts = Parts(config)
-  return parts, table.expand(config, 32)[-1]
+  return parts, stages.expand(config, 32)[-1]
 
 
 def moved(config):
@@ -486,9 +484,9 @@ def test_the_second_stage_starts_at_the_firsts_function(
 
 def test_what_no_probe_hangs_on_leaves_it_to_other_runs(setup, probed):
   config = setup("lora", "roli", lora_init="both_zero")
-  assert adopt._of_a_probe(config) == adopt._of_a_probe(probed[1])
+  assert probe_reuse._of_a_probe(config) == probe_reuse._of_a_probe(probed[1])
   other = setup("lora", "roli", lr_granularity="epoch")
-  assert adopt._of_a_probe(other) != adopt._of_a_probe(probed[1])
+  assert probe_reuse._of_a_probe(other) != probe_reuse._of_a_probe(probed[1])
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 
 from roli_jax import corruptions
-from roli_jax.corruptions import (
-  base,
-  blur,
-  digital,
-  glyphs,
-  noise,
-  weather,
-)
+from roli_jax.corruptions import base, blur, digital, glyphs, noise, weather
 from tests import pictures
 
 NAMES = tuple(corruptions.CORRUPTIONS)

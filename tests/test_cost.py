@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from roli_jax import attacks, cost, models, peft, threat, trees
+from roli_jax import attacks, models, peft, threat, trees
 from roli_jax.bench import timing
+from roli_jax.plan import cost
 from tests.covering import mostly_slow
 
 

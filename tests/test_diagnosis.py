@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from roli_jax import checks, diagnosis, evaluate
+from roli_jax import evaluate
 from roli_jax.attacks import AutoAttack
+from roli_jax.evaluate import checks, diagnosis
 from roli_jax.threat import ThreatModel
 
 THREAT = ThreatModel("linf", eps=0.05)

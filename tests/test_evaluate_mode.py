@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from roli_jax import record
+from roli_jax.results import record
 from tests import cli
 
 SMALL = ("--config.num_images=24", "--config.checks=False")

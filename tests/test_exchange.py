@@ -9,17 +9,10 @@ from jax.sharding import Mesh
 
 from configs import convert as convert_config
 from configs import glyphs_roli
-from roli_jax import (
-  convert,
-  exchange,
-  parts,
-  peft,
-  record,
-  sharding,
-  train,
-  trees,
-)
+from roli_jax import convert, peft, sharding, train, trees
 from roli_jax.convert import torch_file
+from roli_jax.experiment import build, convert_command
+from roli_jax.results import record
 from tests.contracts.test_methods import FAMILIES, filled, net, noisy
 
 IMAGES = np.random.default_rng(2).random((4, 8, 8, 1))
@@ -217,7 +210,9 @@ def last_step(folder, name):
 
 def converted(source, output, **fields):
   config = {**convert_config.get_config().to_dict(), **fields}
-  return exchange.run(config | {"source": str(source), "output": str(output)})
+  return convert_command.run(
+    config | {"source": str(source), "output": str(output)}
+  )
 
 
 @pytest.mark.parametrize("format", ["", "timm"])
@@ -282,7 +277,7 @@ def test_a_run_of_a_method_is_evaluated_again(finished, name):
   assert row["method"] == name and row["n"] == 40
   whole, _ = peft.restore(stage)  # the best, as rows are of
   clean = record.where(rows, attack="none")[0]["value"]
-  source = parts.Parts(config).data["test"]
+  source = build.Parts(config).data["test"]
   said = whole.model.logits(whole.params, {}, source.pixels(slice(0, 40)))
   correct = said.argmax(-1) == source.labels[:40]
   assert clean == pytest.approx(float(correct.mean()))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from roli_jax import data
-from roli_jax.data import listing, picture, scan
+from roli_jax.data import decode, listing, verify
 from tests import pictures
 
 SMALL = {
@@ -27,7 +27,7 @@ def cache(tmp_path_factory, monkeypatch):
   """Nothing is remembered from test to test."""
   where = tmp_path_factory.mktemp("cache")
   monkeypatch.setenv("XDG_CACHE_HOME", str(where))
-  monkeypatch.setattr(scan, "_seen", set())
+  monkeypatch.setattr(verify, "_seen", set())
   return where / "roli_jax"
 
 
@@ -236,16 +236,16 @@ def test_a_truncated_image_is_bad_wherever_it_ends(share, tmp_path):
     content = encoded(pictures.smooth(3, 200, 150), kind)
     file = tmp_path / "cut.jpg"
     file.write_bytes(content[: int(share * len(content))])
-    assert scan.reason_against(file)
+    assert verify.reason_against(file)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decompression_bombs_are_bad(tmp_path, monkeypatch):
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
   file = pictures.write(tmp_path / "x.jpg")
-  assert "at most 1000" in scan.reason_against(file)
+  assert "at most 1000" in verify.reason_against(file)
   bomb = pictures.write(tmp_path / "y.jpg", width=60, height=60)
-  assert "exceeds limit" in scan.reason_against(bomb)
+  assert "exceeds limit" in verify.reason_against(bomb)
 
 
 def test_the_first_ten_are_listed_in_six_lines(tmp_path):
@@ -366,13 +366,11 @@ def test_a_field_that_can_not_be_is_refused(field, said):
 def decoded(monkeypatch, root):
   """How many of its files a build decodes."""
   count = []
-  real = picture.decode
-  monkeypatch.setattr(
-    picture, "decode", lambda p: (count.append(p), real(p))[1]
-  )
-  monkeypatch.setattr(scan, "_seen", set())
+  real = decode.decode
+  monkeypatch.setattr(decode, "decode", lambda p: (count.append(p), real(p))[1])
+  monkeypatch.setattr(verify, "_seen", set())
   folder(root)
-  monkeypatch.setattr(picture, "decode", real)
+  monkeypatch.setattr(decode, "decode", real)
   # Threads that an earlier test's loader left behind may still decode.
   return sum(root in pathlib.Path(p).parents for p in count)
 
@@ -450,7 +448,7 @@ def test_pixels_are_those_of_pil(tmp_path):
 def test_transparency_is_dropped_and_leaves_the_colour(tmp_path):
   image = Image.new("RGBA", (5, 4), (200, 100, 50, 0))
   image.save(tmp_path / "x.png")
-  decoded = picture.decode(tmp_path / "x.png")
+  decoded = decode.decode(tmp_path / "x.png")
   assert decoded.mode == "RGB" and decoded.getpixel((0, 0)) == (200, 100, 50)
 
 
@@ -458,13 +456,13 @@ def test_a_palette_with_transparency_keeps_its_colours(tmp_path):
   image = Image.new("P", (5, 4), 1)
   image.putpalette([0, 0, 0, 10, 20, 30])
   image.save(tmp_path / "x.png", transparency=b"\x00\x80")
-  assert picture.decode(tmp_path / "x.png").getpixel((2, 2)) == (10, 20, 30)
+  assert decode.decode(tmp_path / "x.png").getpixel((2, 2)) == (10, 20, 30)
 
 
 @pytest.mark.parametrize("mode, value", [("L", 77), ("LA", (77, 5)), ("1", 1)])
 def test_grey_is_grey_in_colour(mode, value, tmp_path):
   Image.new(mode, (5, 4), value).save(tmp_path / "x.png")
-  red, green, blue = picture.decode(tmp_path / "x.png").getpixel((1, 1))
+  red, green, blue = decode.decode(tmp_path / "x.png").getpixel((1, 1))
   assert red == green == blue == (255 if mode == "1" else 77)
 
 
@@ -472,13 +470,13 @@ def test_grey_is_grey_in_colour(mode, value, tmp_path):
 def test_sixteen_bits_are_scaled(suffix, tmp_path):
   ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
   Image.fromarray(ramp).save(tmp_path / f"x.{suffix}")
-  made = np.asarray(picture.decode(tmp_path / f"x.{suffix}"))
+  made = np.asarray(decode.decode(tmp_path / f"x.{suffix}"))
   np.testing.assert_array_equal(made[..., 0].ravel(), np.arange(256))
 
 
 def test_cmyk_becomes_rgb(tmp_path):
   Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "x.jpg")
-  red, green, blue = picture.decode(tmp_path / "x.jpg").getpixel((4, 4))
+  red, green, blue = decode.decode(tmp_path / "x.jpg").getpixel((4, 4))
   assert red > 200 and green < 60 and blue < 60
 
 
@@ -491,20 +489,20 @@ def test_an_image_is_turned_upright(orientation, tmp_path):
   pictures.smooth(0, 20, 10).save(tmp_path / "x.png", exif=exif)
   with Image.open(tmp_path / "x.png") as image:
     upright = ImageOps.exif_transpose(image)
-  made = picture.decode(tmp_path / "x.png")
+  made = decode.decode(tmp_path / "x.png")
   assert made.size == ((20, 10) if orientation < 5 else (10, 20))
   np.testing.assert_array_equal(np.asarray(made), np.asarray(upright))
 
 
 def test_exif_that_can_not_be_read_turns_nothing(tmp_path):
   pictures.smooth(0).save(tmp_path / "x.jpg", exif=b"Exif\x00\x00rubbish")
-  assert picture.decode(tmp_path / "x.jpg").size == (40, 30)
+  assert decode.decode(tmp_path / "x.jpg").size == (40, 30)
 
 
 def test_of_an_animation_the_first_frame_is_taken(tmp_path):
   frames = [Image.new("RGB", (5, 4), c) for c in ((255, 0, 0), (0, 0, 255))]
   frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
-  assert picture.decode(tmp_path / "x.gif").getpixel((2, 2)) == (255, 0, 0)
+  assert decode.decode(tmp_path / "x.gif").getpixel((2, 2)) == (255, 0, 0)
 
 
 def test_an_image_of_one_pixel_is_an_image(tmp_path):

@@ -12,18 +12,12 @@ import pytest
 from PIL import Image
 
 from configs import guide as configs
-from roli_jax import (
-  data,
-  guide,
-  keys,
-  models,
-  parts,
-  record,
-  score,
-  table,
-  trees,
-)
-from roli_jax.data import archives, scan, transforms
+from roli_jax import data, keys, models, trees
+from roli_jax.data import archives, transforms, verify
+from roli_jax.experiment import build as parts
+from roli_jax.experiment import protocol as score
+from roli_jax.experiment.stages import expand
+from roli_jax.results import guide, record
 from tests import pictures
 
 CHAINS = {
@@ -37,7 +31,7 @@ BACKBONE = "convnext_base.fb_in22k"
 def _nothing_is_remembered(tmp_path_factory, monkeypatch):
   cache = tmp_path_factory.mktemp("cache")
   monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-  monkeypatch.setattr(scan, "_seen", set())
+  monkeypatch.setattr(verify, "_seen", set())
 
 
 # Look-alikes of the archives, two classes of ten images a part and more.
@@ -412,7 +406,7 @@ def config_of(dataset="pets", loss="at", protocol="fft50", **more):
 @pytest.mark.parametrize("dataset, loss, protocol", ALL)
 def test_every_config_has_its_stages(dataset, loss, protocol):
   config = config_of(dataset, loss, protocol)
-  stages = table.expand(config, data.FACTS[dataset].train)
+  stages = expand(config, data.FACTS[dataset].train)
   said = [(s.name, s.method, s.init) for s in stages]
   probe = ("probe", "linear", "roli")
   assert (
@@ -450,7 +444,7 @@ def test_training_is_attacked_as_in_the_guide(loss):
 
 def test_the_tests_fill_the_columns():
   made = parts.Parts(config_of())
-  (stage,) = table.expand(config_of(), 9)
+  (stage,) = expand(config_of(), 9)
   about = [one for test in score.tests(made, stage) for one in test.about()]
   blank = {"norm": None, "eps": None}
   measures = {guide._measure({**blank, **one}) for one in about}
@@ -690,7 +684,7 @@ def test_joined_lines_know_of_their_backbones_what_the_guide_says(tmp_path):
   assert joined[3]["backbone"] == "own"
   guide.write_csv(joined, tmp_path / "both.csv")
   back = guide.read_csv(tmp_path / "both.csv")
-  sources = [[line["source"] for line in table] for table in (back, joined)]
+  sources = [[line["source"] for line in each] for each in (back, joined)]
   assert sources[0] == sources[1]
   assert [line["backbone_name"] for line in back[:3]] == ["c,b"] * 3
 
@@ -727,7 +721,7 @@ def test_scores_add_up_over_data_sets():
 def test_ours_and_theirs_of_one_config_are_two():
   theirs, ours = lines(FIVE), lines((0.5,) * 5)
   found = guide.scores(guide.join(ours, theirs))
-  assert {score["source"] for score in found} == {"guide", "roli_jax"}
+  assert {each["source"] for each in found} == {"guide", "roli_jax"}
 
 
 def test_scores_of_what_can_not_be_compared_are_refused():

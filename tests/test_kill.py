@@ -9,7 +9,10 @@ import time
 import numpy as np
 import pytest
 
-from roli_jax import checkpoint, parts, record, table, train, trees, workdir
+from roli_jax import train, trees
+from roli_jax.experiment import build, stages
+from roli_jax.files import checkpoint, workdir
+from roli_jax.results import record
 from tests import cli
 
 pytestmark = pytest.mark.slow
@@ -27,8 +30,8 @@ def results(path):
 
 def parameters(path):
   config = workdir.read_config(path)
-  made = parts.Parts(config)
-  for stage in table.expand(config):
+  made = build.Parts(config)
+  for stage in stages.expand(config):
     params, _ = train.best(made, stage, path)
     yield from trees.paths(params).values()
 

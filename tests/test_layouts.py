@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from roli_jax import data, parts, score
-from roli_jax.data import listing, picture, scan, walk
+from roli_jax import data
+from roli_jax.data import decode, listing, verify, walk
+from roli_jax.experiment import build as parts
+from roli_jax.experiment import protocol
 
 SMALL = {"train_transforms": ("stretch:8",), "eval_transforms": ("stretch:8",)}
 
@@ -18,7 +20,7 @@ SMALL = {"train_transforms": ("stretch:8",), "eval_transforms": ("stretch:8",)}
 def _nothing_is_remembered(tmp_path_factory, monkeypatch):
   cache = tmp_path_factory.mktemp("cache")
   monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-  monkeypatch.setattr(scan, "_seen", set())
+  monkeypatch.setattr(verify, "_seen", set())
 
 
 def put(path):
@@ -342,9 +344,9 @@ def test_a_copy_is_found_by_its_bytes_not_its_name_or_size(tmp_path):
 
 def test_what_a_copy_is_is_remembered(copied, monkeypatch):
   before = told(copied)
-  monkeypatch.setattr(scan, "_seen", set())
-  monkeypatch.setattr(picture, "decode", None)
-  monkeypatch.setattr(scan, "_digest", None)
+  monkeypatch.setattr(verify, "_seen", set())
+  monkeypatch.setattr(decode, "decode", None)
+  monkeypatch.setattr(verify, "_digest", None)
   assert told(copied) == before
 
 
@@ -454,6 +456,6 @@ def test_the_report_says_each_thing_once(tmp_path):
     "data": {"name": "folder", "root": str(tmp_path / "data"), **SMALL},
     "threat": {"norm": "linf", "eps": "0.1"},
   }
-  score.write_facts(parts.Parts(config), [], tmp_path)
+  protocol.write_facts(parts.Parts(config), [], tmp_path)
   notes = json.loads((tmp_path / "facts.json").read_text())["notes"]
   assert [note.split()[0] for note in notes] == ["1", "no"]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from roli_jax import keys, mixup
+from roli_jax import keys
+from roli_jax.clip import mixup
 
 A = np.float32([[1, 0], [0, 1]])
 B = np.float32([[0, 1], [-1, 0]])

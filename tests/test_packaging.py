@@ -10,8 +10,9 @@ import tomllib
 import numpy as np
 import pytest
 
-from roli_jax import corruptions, data, main, plots
-from roli_jax.data import glyphs, picture, tfds
+from roli_jax import corruptions, data, main
+from roli_jax.data import decode, glyphs, tfds
+from roli_jax.results import figures
 from tests import cli, pictures
 
 TEST_TOOLS = {
@@ -74,13 +75,13 @@ CALLS = {
     "data",
     lambda path: tfds.cifar("cifar10", "test", str(path)),
   ),
-  "picture": ("PIL", "data", lambda _: picture.from_array(IMAGE)),
+  "picture": ("PIL", "data", lambda _: decode.from_array(IMAGE)),
   "corruption": (
     "PIL",
     "data",
     lambda _: jpeg(np.random.default_rng(0), IMAGE, 1),
   ),
-  "plots": ("matplotlib", "plots", lambda _: plots._figure(1, 1)),
+  "plots": ("matplotlib", "plots", lambda _: figures._figure(1, 1)),
 }
 
 

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from configs import cifar_roli, common, glyphs_roli, roli
-from roli_jax import plan
+from roli_jax.plan import plan
 from tests import cli
 from tests.covering import mostly_slow
 

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from roli_jax import evaluate, plots, pool
-from roli_jax.tabular import Table
+from roli_jax import evaluate
+from roli_jax.evaluate import batching
+from roli_jax.results import figures
+from roli_jax.results.tables import Table
 
 
 def summary(broken_by):
@@ -15,7 +17,7 @@ def summary(broken_by):
     clean=broken_by != "clean", robust=broken_by == "", broken_by=broken_by,
     distance=np.zeros(n), min_distance=np.zeros(n), margin=np.zeros(n),
     adv=np.zeros((n, 2, 2, 1)), invalid=np.zeros(n, bool),
-    work={"none": pool.Work()}, notes=[], checks=[], seconds=0.0,
+    work={"none": batching.Work()}, notes=[], checks=[], seconds=0.0,
   )  # fmt: skip
   return result.summary()
 
@@ -25,7 +27,7 @@ def test_a_bar_is_all_images_in_the_order_of_attacks():
     summary(["", "", "clean", "apgd_ce"]),
     summary(["apgd_ce", "square", "square", ""]),
   ]
-  figure = plots.broken(given, ["mine", "yours"])
+  figure = figures.broken(given, ["mine", "yours"])
   (axis,) = figure.axes
   widths = [bar.get_width() for bar in axis.patches]
   assert widths == [50, 25, 0, 25, 25, 25, 50, 0]
@@ -39,7 +41,7 @@ def test_a_bar_is_all_images_in_the_order_of_attacks():
 
 def test_accuracy_by_radius_is_in_percent_and_sorted():
   lines = {"curve": {0.2: 0.0, 0.0: 0.9, 0.1: 0.5}, "autoattack": {0.1: 0.4}}
-  (axis,) = plots.by_radius(lines, "linf", 0.1).axes
+  (axis,) = figures.by_radius(lines, "linf", 0.1).axes
   curve, point, radius = axis.lines
   np.testing.assert_allclose(curve.get_xydata(), [[0, 90], [0.1, 50], [0.2, 0]])
   np.testing.assert_allclose(point.get_xydata(), [[0.1, 40]])
@@ -52,7 +54,7 @@ def test_examples_say_what_the_model_says(channels):
   clean = np.full((2, 4, 4, channels), 0.5, np.float32)
   adv = clean + np.array([0.1, 0.0], np.float32).reshape(2, 1, 1, 1)
   labels, names = np.array([0, 1]), np.array(["cat", "automobile"])
-  figure = plots.examples(
+  figure = figures.examples(
     clean, adv, names[labels], names[labels], names[[1, 1]], eps=0.1
   )
   axes = np.array(figure.axes).reshape(3, 2)

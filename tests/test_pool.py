@@ -6,8 +6,9 @@ import pytest
 
 from configs import convert as convert_config
 from configs import glyphs_roli
-from roli_jax import convert, exchange, keys, models, parts, trees
+from roli_jax import convert, keys, models, trees
 from roli_jax.convert import torch_file
+from roli_jax.experiment import build, convert_command
 from tests import golden
 
 # Logits of timm 1.0.31's VisionTransformer(img_size=8, patch_size=2,
@@ -190,10 +191,10 @@ def test_converting_tells_what_it_assumed_and_takes_a_word(tmp_path):
   config = convert_config.get_config().to_dict() | {
     "source": str(file), "model": "glyph_vit_token",
   }  # fmt: skip
-  _, facts = exchange.run(config | {"output": f"{tmp_path}/a"})
+  _, facts = convert_command.run(config | {"output": f"{tmp_path}/a"})
   assert "pool=token" in str(facts)
   told = {"output": f"{tmp_path}/b", "pool": "mean", "key": "."}
-  path, facts = exchange.run(config | told)
+  path, facts = convert_command.run(config | told)
   assert "pool=token" not in str(facts)
   np.testing.assert_allclose(
     logits(convert.load(path)), TIMM[True, "norm", "mean"], atol=2e-5
@@ -212,10 +213,10 @@ def test_a_run_takes_the_words_too(pool, key, tmp_path, monkeypatch):
   monkeypatch.setattr(
     convert.files.logging, "warning", lambda *words: said.append(words)
   )
-  run = parts.Parts(config.to_dict())
+  run = build.Parts(config.to_dict())
   (stage,) = run.stages()
   assert run.model(stage).backbone.pool == (pool or "token")
   assert len(said) == (0 if pool else 2)  # of the pool, and of the network
   config.backbone.key = "best"
   with pytest.raises(ValueError, match=r"no network 'best'.*ema, net"):
-    parts.Parts(config.to_dict()).pretrained(str(file))
+    build.Parts(config.to_dict()).pretrained(str(file))

@@ -12,18 +12,10 @@ import numpy as np
 import pytest
 
 from configs import roli
-from roli_jax import (
-  convert,
-  data,
-  keys,
-  models,
-  parts,
-  peft,
-  record,
-  table,
-  train,
-  trees,
-)
+from roli_jax import convert, data, keys, models, peft, train, trees
+from roli_jax.experiment import build
+from roli_jax.experiment.stages import expand
+from roli_jax.results import record
 from tests import pictures, test_tfds
 
 BACKBONES = {"cifar10": "glyph_vit_token", "cub": "glyph_swin"}
@@ -97,8 +89,8 @@ def test_every_method_trains_from_a_random_head_and_from_a_probe(
   probes = record.where(rows, split="test", attack="pgd", stage="probe")
   assert len(probes) == 1  # once for all that start from it
   assert {row["data"] for row in rows} == {dataset}
-  made = parts.Parts(config)
-  stages = table.expand(config, len(made.data["train"]))
+  made = build.Parts(config)
+  stages = expand(config, len(made.data["train"]))
   for stage in stages:
     before, _ = made.initial(stage)
     after, _ = train.best(made, stage, tmp_path / "run")
@@ -109,7 +101,7 @@ def test_every_method_trains_from_a_random_head_and_from_a_probe(
 
 
 def test_data_in_files_is_told_of_in_the_report(folder, tmp_path, capsys):
-  from roli_jax import report
+  from roli_jax.results import report
 
   cells = [{"method": "linear", "init": "roli"}]
   path = tmp_path / "run"
@@ -126,8 +118,8 @@ class _Killed(Exception):
 
 
 def _parameters(config, path):
-  made = parts.Parts(config)
-  (stage,) = table.expand(config, len(made.data["train"]))
+  made = build.Parts(config)
+  (stage,) = expand(config, len(made.data["train"]))
   return trees.paths(train.best(made, stage, path)[0])
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from roli_jax import record
+from roli_jax.results import record
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from roli_jax import comparison, plots, record, report
+from roli_jax.results import comparison, figures, record, report
 
 ABOUT = {
   "backbone": "glyph_vit", "data": "digits", "train_size": 200, "steps": 60,
@@ -163,4 +163,4 @@ def test_no_rows_no_report(tmp_path):
   with pytest.raises(ValueError, match="no rows"):
     report.write(tmp_path)
   assert report.tables([]) == []
-  assert plots.write([], [], tmp_path / "figures") == []
+  assert figures.write([], [], tmp_path / "figures") == []

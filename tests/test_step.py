@@ -13,7 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from roli_jax import parts, record, sharding, trees
+from roli_jax import sharding, trees
+from roli_jax.experiment import build
+from roli_jax.results import record
 from tests import cli, steps
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
@@ -78,14 +80,14 @@ def test_a_batch_in_parts_is_the_batch_up_to_rounding():
 def test_parts_that_can_not_be_are_refused(turns):
   config = steps.config()
   config["adapt"] = {**config["adapt"], "accumulate": turns}
-  made = parts.Parts(config)
+  made = build.Parts(config)
   with pytest.raises(ValueError, match=r"accumulate.* must"):
     made.program(made.stages()[0])
 
 
 def test_rules_split_parameters_and_what_the_optimizer_keeps(one):
   now, _ = one
-  made = parts.Parts(steps.config(FSDP))
+  made = build.Parts(steps.config(FSDP))
   (stage,) = made.stages()
   for name, leaf in trees.paths(made.program(stage).like).items():
     spread = [n for n in leaf.shape if n % 8 == 0]
@@ -105,14 +107,14 @@ def test_rules_split_parameters_and_what_the_optimizer_keeps(one):
   ],
 )
 def test_a_rule_that_can_not_be_is_refused(rule, said):
-  made = parts.Parts(steps.config(rule))
+  made = build.Parts(steps.config(rule))
   with pytest.raises(ValueError, match=said):
     made.check(made.stages())
 
 
 def test_a_mesh_that_can_not_be_is_refused():
   with pytest.raises(ValueError, match="must divide the 8 devices, got 3"):
-    parts.Parts(steps.config(model=3))
+    build.Parts(steps.config(model=3))
 
 
 COLLECTIVES = re.compile(
@@ -150,7 +152,7 @@ def loops(program, *args):
 
 
 def arguments(config):
-  made = parts.Parts(config)
+  made = build.Parts(config)
   (stage,) = made.stages()
   program, now, key = steps.begin(made, stage)
   batch = sharding.put(steps.batch(made.train_data(stage), 0), made.mesh)
@@ -185,7 +187,7 @@ def test_to_keep_the_best_of_a_batch_asks_all_devices():
 
 
 def test_a_step_donates_its_state_and_leaves_the_weights():
-  made = parts.Parts(steps.config())
+  made = build.Parts(steps.config())
   (stage,) = made.stages()
   program, now, key = steps.begin(made, stage)
   batch = sharding.put(steps.batch(made.train_data(stage), 0), made.mesh)
@@ -200,7 +202,7 @@ def test_a_step_donates_its_state_and_leaves_the_weights():
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused(devices):
   devices(3)
-  made = parts.Parts(steps.config())
+  made = build.Parts(steps.config())
   with pytest.raises(ValueError, match="multiple of the 3 devices"):
     made.program(made.stages()[0])
 

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from configs import glyphs_roli
-from roli_jax import record, sweep, workdir
+from roli_jax.experiment import sweep
+from roli_jax.files import workdir
+from roli_jax.results import record
 from tests import cli
 
 GRID = (

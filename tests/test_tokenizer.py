@@ -7,8 +7,8 @@ import importlib.util
 import numpy as np
 import pytest
 
-from roli_jax import tokenizer
-from roli_jax.tokenizer import Tokenizer
+from roli_jax.clip import tokenizer
+from roli_jax.clip.tokenizer import Tokenizer
 
 # Ids 512 to 519, in this order; start and end are 520 and 521.
 MERGES = "l o\nlo w\ne r</w>\nlo w</w>\nd o\ndo g</w>\na a\nÃ ©</w>\n"

@@ -8,16 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from roli_jax import (
-  checkpoint,
-  parts,
-  record,
-  report,
-  table,
-  train,
-  trees,
-  workdir,
-)
+from roli_jax import train, trees
+from roli_jax.experiment import build, stages
+from roli_jax.files import checkpoint, workdir
+from roli_jax.results import record, report
 from tests import cli
 
 CELL = f"{cli.GLYPHS}:method=full,init=roli"
@@ -93,7 +87,7 @@ def test_roli_starts_at_its_probe_and_is_never_worse_on_validation(finished):
 
 def test_a_checkpoint_says_all_that_going_on_needs(finished):
   path = finished[0]
-  _, stage = table.expand(config_of(path))
+  _, stage = stages.expand(config_of(path))
   with checkpoint.manager(
     path / "checkpoints" / stage.directory, reading=True
   ) as checkpoints:
@@ -107,8 +101,8 @@ def test_a_checkpoint_says_all_that_going_on_needs(finished):
 def test_a_probe_moves_the_head_alone(finished):
   path = finished[0]
   config = config_of(path)
-  made = parts.Parts(config)
-  probe, _ = table.expand(config)
+  made = build.Parts(config)
+  probe, _ = stages.expand(config)
   before, _ = made.initial(probe)
   after, _ = train.best(made, probe, path)
   for name, leaf in trees.paths(before.backbone).items():

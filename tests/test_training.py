@@ -11,15 +11,15 @@ import pytest
 from configs import glyphs_roli
 from roli_jax import (
   attacks,
-  criteria,
   keys,
   losses,
   models,
-  parts,
+  objectives,
   peft,
   state,
   step,
 )
+from roli_jax.experiment import build
 from roli_jax.models import heads
 from roli_jax.optim import schedules
 from roli_jax.threat import ThreatModel
@@ -39,8 +39,8 @@ TINY = models.Model(
 def inner(lowered="at", **own):
   config = glyphs_roli.get_config("init=ranli").to_dict()
   config["adapt"]["attack"] |= own
-  criterion = criteria.build({"name": lowered})
-  return parts.Parts(config).inner_attack("adapt", criterion)
+  criterion = objectives.build({"name": lowered})
+  return build.Parts(config).inner_attack("adapt", criterion)
 
 
 def test_a_stage_trains_against_the_configs_attack_unless_it_has_its_own():

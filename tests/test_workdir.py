@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from roli_jax import workdir
+from roli_jax.files import workdir
 
 CONFIG = {"a": {"b": 1, "c": (1, 2)}, "lr": None, "cells": ({"x": 1},)}
 

@@ -9,20 +9,12 @@ import numpy as np
 import pytest
 
 from configs import glyphs_roli
-from roli_jax import (
-  convert,
-  keys,
-  models,
-  optim,
-  parts,
-  sharding,
-  step,
-  trees,
-  zeroshot,
-)
+from roli_jax import convert, keys, models, optim, sharding, step, trees
 from roli_jax import state as training
+from roli_jax.clip import zeroshot
+from roli_jax.clip.tokenizer import Tokenizer
+from roli_jax.experiment import build
 from roli_jax.models import heads
-from roli_jax.tokenizer import Tokenizer
 
 WIDTH, CONTEXT, EMBED = 128, 12, 8
 MERGES = [("d", "o"), ("do", "g</w>"), ("c", "a"), ("ca", "t</w>")]
@@ -261,8 +253,8 @@ def test_a_zero_shot_head_is_as_by_hand(made, bundle, words, state):
 def test_texts_are_embedded_in_batches(tower, words, monkeypatch):
   whole = zeroshot.class_vectors(*tower, words, CLASSES, TEMPLATES)
   monkeypatch.setattr(zeroshot, "_BATCH", 5)  # of 12
-  parts = zeroshot.class_vectors(*tower, words, CLASSES, TEMPLATES)
-  np.testing.assert_allclose(parts, whole, atol=1e-6)
+  pieces = zeroshot.class_vectors(*tower, words, CLASSES, TEMPLATES)
+  np.testing.assert_allclose(pieces, whole, atol=1e-6)
 
 
 def test_the_scale_can_be_told(made, bundle, tower, words):
@@ -421,7 +413,7 @@ def run_of(file, **changes):
   config.head_init = "zeroshot"
   config.adapt.batch_size = 16
   config.adapt.update(changes)
-  made = parts.Parts(config.to_dict())
+  made = build.Parts(config.to_dict())
   (stage,) = made.stages()
   return made, stage
 

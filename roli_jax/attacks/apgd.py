@@ -17,15 +17,7 @@ from roli_jax.attacks import search
 from roli_jax.attacks.search import Classify, Job
 from roli_jax.keys import fold
 from roli_jax.threat import TINY, ThreatModel, per_image
-from roli_jax.types import (
-  Array,
-  Float,
-  Images,
-  Keys,
-  Labels,
-  Logits,
-  LogitsFn,
-)
+from roli_jax.types import Array, Float, Images, Keys, Labels, Logits, LogitsFn
 
 RHO = 0.75  # the share of rising steps that keeps the step size
 MOMENTUM = 0.75

@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
-from roli_jax import specs, tabular
+from roli_jax import specs
 from roli_jax.bench import suites
+from roli_jax.results import tables
 
 _COLUMNS = {
   "seconds": "{:.4f}",
@@ -52,7 +53,7 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> None:
     " of the square matmul; of an attack, its passes made alone, in eights."
     " Programs: compiled in the first run, small ones included."
   )
-  tabular.show(_table(name, of_suite) for name, of_suite in rows.items())
+  tables.show(_table(name, of_suite) for name, of_suite in rows.items())
   print(note)
 
 
@@ -73,4 +74,4 @@ def _table(suite, rows):
     )
     for row in rows
   ]
-  return tabular.Table(f"Speed: {suite}", ("what", *columns), lines)
+  return tables.Table(f"Speed: {suite}", ("what", *columns), lines)

@@ -12,8 +12,9 @@ from unittest import mock
 
 import numpy as np
 
-from roli_jax import data, extras
+from roli_jax import data
 from roli_jax.data import transforms
+from roli_jax.files import extras
 
 Row = dict[str, Any]
 

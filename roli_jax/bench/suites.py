@@ -15,7 +15,6 @@ import numpy as np
 
 from roli_jax import (
   attacks,
-  classifier,
   convert,
   data,
   evaluate,
@@ -31,6 +30,7 @@ from roli_jax import (
 )
 from roli_jax.bench import eager, loader, timing
 from roli_jax.data.source import num_cores
+from roli_jax.evaluate import classifier
 from roli_jax.optim import schedules
 from roli_jax.threat import ThreatModel
 

@@ -10,8 +10,8 @@ from roli_jax.convert.files import (
   save,
   text_tower,
 )
-from roli_jax.convert.foreign import to_state_dict
-from roli_jax.convert.layouts import FORMATS
+from roli_jax.convert.name_maps import FORMATS
+from roli_jax.convert.state_dict import to_state_dict
 
 __all__ = [
   "FORMATS",

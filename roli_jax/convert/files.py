@@ -10,18 +10,19 @@ import jax
 import numpy as np
 from absl import logging
 
-from roli_jax import checkpoint, models, trees
+from roli_jax import models, trees
 from roli_jax.convert import bundle as bundles
 from roli_jax.convert import (
-  foreign,
   kinds,
   networks,
   plain,
   resample,
+  state_dict,
   text,
   torch_file,
 )
 from roli_jax.convert.bundle import Bundle
+from roli_jax.files import checkpoint
 from roli_jax.types import PyTree
 
 _TORCH = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
@@ -105,7 +106,7 @@ def load(
     path = pathlib.Path(source).expanduser()
     found, what = opened(path), str(path)
   if not isinstance(found, Bundle):
-    bundle = foreign.to_bundle(
+    bundle = state_dict.to_bundle(
       found, model, format, mean, std, num_classes, image_size, pool, key, what
     )
     assert bundle.coverage is not None
@@ -193,8 +194,8 @@ def adjusted(
   about, params = models.with_options(found.model, pool=pool), found.params
   about = dataclasses.replace(
     about,
-    mean=foreign.each_channel(mean, about.mean, "mean"),
-    std=foreign.each_channel(std, about.std, "std"),
+    mean=state_dict.each_channel(mean, about.mean, "mean"),
+    std=state_dict.each_channel(std, about.std, "std"),
   )
   if image_size is not None:
     about, params, _ = resample.to_size(about, params, image_size)
@@ -305,7 +306,7 @@ def save(
   if format is None:
     bundles.write(bundle, path)
     return
-  state = foreign.to_state_dict(bundle, format)
+  state = state_dict.to_state_dict(bundle, format)
   if path.suffix.lower() in _TORCH:
     torch_file.write(path, state)
   else:

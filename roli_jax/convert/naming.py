@@ -11,7 +11,7 @@ import numpy as np
 
 from roli_jax import models, trees
 from roli_jax.convert import resample
-from roli_jax.convert.layouts import LAYOUTS, TEXT, Layout
+from roli_jax.convert.name_maps import LAYOUTS, TEXT, Layout
 from roli_jax.convert.networks import Network
 from roli_jax.types import Params
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from roli_jax.convert.layouts import LAYOUTS, TEXT, Layout
+from roli_jax.convert.name_maps import LAYOUTS, TEXT, Layout
 
 # Of several networks the averaged ones go first, which are what the published
 # accuracies are of, and what trained beside the model last.

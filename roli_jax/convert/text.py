@@ -9,8 +9,8 @@ import numpy as np
 
 from roli_jax import models, specs, trees
 from roli_jax.convert import bundle as bundles
-from roli_jax.convert import foreign, naming, networks
-from roli_jax.convert.layouts import TEXT
+from roli_jax.convert import naming, networks, state_dict
+from roli_jax.convert.name_maps import TEXT
 from roli_jax.types import PyTree
 
 
@@ -61,7 +61,7 @@ def to_text(
     naming.foreign_shapes(TEXT, names, expected),
     what,
   )
-  return module, foreign.tree(TEXT, names, expected, needed)
+  return module, state_dict.tree(TEXT, names, expected, needed)
 
 
 def _shapes(module: models.Text) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from roli_jax import extras
+from roli_jax.files import extras
 
 Rng = np.random.Generator
 

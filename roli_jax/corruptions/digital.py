@@ -8,8 +8,8 @@ import io
 
 import numpy as np
 
-from roli_jax import extras
 from roli_jax.corruptions import base
+from roli_jax.files import extras
 
 CONTRAST = {  # what is left of the distance to the mean
   32: (0.75, 0.5, 0.4, 0.3, 0.15),

@@ -7,8 +7,8 @@ from typing import Any
 
 from roli_jax import specs
 from roli_jax.data import archives, folder, glyphs, listing, tfds, transforms
-from roli_jax.data.facts import FACTS, Facts
 from roli_jax.data.pipeline import train_batches
+from roli_jax.data.sizes import FACTS, Facts
 from roli_jax.data.source import SPLITS, Source
 
 IN_MEMORY: dict[str, Callable[[str, str], Source]] = {  # of split and root

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from roli_jax import extras
 from roli_jax.data import listing, walk
 from roli_jax.data.source import SPLITS
+from roli_jax.files import extras
 
 _SEED, _TEST_SEED = 42, 0
 _TEST, _VAL = 0.2, 0.15

@@ -9,14 +9,14 @@ import numpy as np
 from roli_jax.data import (
   archives,
   copies,
+  decode,
   listing,
-  picture,
-  scan,
   source,
   transforms,
+  verify,
   walk,
 )
-from roli_jax.data.facts import FACTS
+from roli_jax.data.sizes import FACTS
 from roli_jax.data.source import SPLITS
 
 POLICIES = ("error", "skip")
@@ -59,11 +59,11 @@ class Files(source.Source):
     """
     path = self.images[row]
     try:
-      return picture.decode(path)
+      return decode.decode(path)
     except Exception as error:  # decoders raise whatever bytes lead them to
       raise ValueError(
         f"{path} was a sound image when the run began, and can't be read now"
-        f" ({scan.reason_against(pathlib.Path(path)) or error});"
+        f" ({verify.reason_against(pathlib.Path(path)) or error});"
         " put it back, and the same command goes on"
       ) from error
 
@@ -180,7 +180,7 @@ def _looked_at(listed):
   names = dict.fromkeys(
     entry.name for entry in listed.entries if entry.name not in listed.wrong
   )
-  unsound, digests = scan.look(listed.base, names)
+  unsound, digests = verify.look(listed.base, names)
   groups = copies.shared(listed.entries, digests)
   links = copies.one_file(groups, listed.base)
   return {**listed.wrong, **unsound, **links}, groups

@@ -13,8 +13,8 @@ import pathlib
 
 import numpy as np
 
-from roli_jax import extras
 from roli_jax.data import source
+from roli_jax.files import extras
 
 # The upper case, and the lower-case letters that look unlike it: the letter
 # classes of EMNIST "balanced" (Cohen et al. 2017).

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from roli_jax import extras
 from roli_jax.data.source import Source, num_cores
+from roli_jax.files import extras
 
 Batch = dict[str, Any]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from roli_jax import extras
-from roli_jax.data import picture, transforms
+from roli_jax.data import decode, transforms
+from roli_jax.files import extras
 
 SPLITS = ("train", "val", "test")
 
@@ -69,7 +69,7 @@ class Source:
 
   def picture(self, row: int) -> Any:
     """The image of PIL at this position, before any transform."""
-    return picture.from_array(self.images[row])
+    return decode.from_array(self.images[row])
 
   def train_image(self, row: int, rng: np.random.Generator) -> np.ndarray:
     """One augmented image, uint8 [h, w, c]."""

@@ -10,8 +10,8 @@ import pathlib
 
 import numpy as np
 
-from roli_jax import extras
 from roli_jax.data import source
+from roli_jax.files import extras
 
 _TRAINING = 50_000  # images in CIFAR's training split; test images count on
 

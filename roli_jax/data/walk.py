@@ -6,7 +6,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Mapping
 
-from roli_jax.data import picture
+from roli_jax.data import decode
 
 # What a directory, or a JSON file, of a split may be called, in any case.
 SPLIT_NAMES = {
@@ -136,7 +136,7 @@ def _suffix(name):
 
 
 def _is_image(name):
-  return _suffix(name) in picture.SUFFIXES
+  return _suffix(name) in decode.SUFFIXES
 
 
 def suffixes(names: Iterable[str]) -> str:
@@ -175,7 +175,7 @@ def passed_over(walks: Mapping[str, Walked]) -> tuple[str, ...]:
   ]
   notes = []
   if others:
-    known = picture.known()
+    known = decode.known()
     unread = [name for name in others if _suffix(name) in known]
     notes.append(
       f"{len(others)} files without an image's suffix ignored"

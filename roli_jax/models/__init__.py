@@ -7,10 +7,10 @@ from typing import Any
 from roli_jax import specs
 from roli_jax.models import heads
 from roli_jax.models.convnext import ConvNext
+from roli_jax.models.hooks import Seams
 from roli_jax.models.layers import ATTENTIONS
 from roli_jax.models.model import INTERPOLATIONS, Model
 from roli_jax.models.resnet import ResNet, WideResNet
-from roli_jax.models.seams import Seams
 from roli_jax.models.swin import Swin
 from roli_jax.models.text import Text
 from roli_jax.models.vit import POOLS, Vit

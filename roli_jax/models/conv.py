@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from roli_jax.models.seams import Seams
+from roli_jax.models.hooks import Seams
 from roli_jax.types import Array, Float
 
 

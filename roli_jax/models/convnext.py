@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from roli_jax.models import layers
 from roli_jax.models.conv import Conv
-from roli_jax.models.seams import Seams
+from roli_jax.models.hooks import Seams
 from roli_jax.types import Array, Float
 
 _norm = functools.partial(nn.LayerNorm, epsilon=1e-6)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from roli_jax.models.seams import Seams
+from roli_jax.models.hooks import Seams
 from roli_jax.types import Array, Float
 
 

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from roli_jax.models import layers
 from roli_jax.models.conv import Conv
-from roli_jax.models.seams import Seams
+from roli_jax.models.hooks import Seams
 from roli_jax.types import Array, Float
 
 Map = Float[Array, "b _ _ _"]

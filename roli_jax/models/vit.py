@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from roli_jax.models import layers
-from roli_jax.models.seams import Seams
+from roli_jax.models.hooks import Seams
 from roli_jax.types import Array, Float
 
 POOLS = ("token", "mean")

@@ -1,12 +1,5 @@
 """Methods of fine-tuning by name."""
 
-from roli_jax.peft.exchange import (
-  load,
-  merge,
-  restore,
-  state_dict,
-  without,
-)
 from roli_jax.peft.method import (
   FROZEN,
   GROUPS,
@@ -20,6 +13,7 @@ from roli_jax.peft.method import (
   lora,
   vpt,
 )
+from roli_jax.peft.state_dict import load, merge, restore, state_dict, without
 
 __all__ = [
   "FROZEN",

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from configs import glyphs_roli
-from roli_jax import attacks, evaluate, measure, parts, score
+from roli_jax import attacks, evaluate
+from roli_jax.experiment import build, measure, protocol
 from tests import cli
 from tests.covering import mostly_slow
 
@@ -26,7 +27,7 @@ def made(name, *sections):
     spec = dict.fromkeys(config[section])
     config[section] = {**spec, "name": name, **FEW}
   config["num_images"] = 12
-  return parts.Parts(config)
+  return build.Parts(config)
 
 
 def predict(w, images):
@@ -78,11 +79,11 @@ each_in_the_end = pytest.mark.parametrize(
 def test_any_attack_validates_and_tests(name, weights):
   run = made(name, *SECTIONS[1:])
   (stage,) = run.stages()
-  asked = list(score.asked(run))
+  asked = list(protocol.asked(run))
   for split, test in (("val", measure.Test(run.attack("val_attack"), 12)),
                       ("test", asked[0])):  # fmt: skip
     result = measure.run(run, predict, weights, 0, split, test)
-    rows = score.rows(run, stage, split, test)
+    rows = protocol.rows(run, stage, split, test)
     assert len(rows) == len(test.values(result))
     assert {"gradients finite", "batch", "ball_and_box"} <= {
       check.name for check in result.checks

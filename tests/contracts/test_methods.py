@@ -14,7 +14,6 @@ from flax import linen as nn
 
 from roli_jax import (
   attacks,
-  cost,
   keys,
   losses,
   models,
@@ -26,6 +25,7 @@ from roli_jax import (
 )
 from roli_jax.models import heads, layers
 from roli_jax.optim import schedules
+from roli_jax.plan import cost
 from roli_jax.threat import ThreatModel
 from tests.covering import covering, mostly_slow
 

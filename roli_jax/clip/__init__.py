@@ -1,0 +1,1 @@
+"""CLIP's text side: prompts as heads, and mixtures of both sides."""

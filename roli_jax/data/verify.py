@@ -1,0 +1,142 @@
+"""Decodes every file once, before training does, and remembers the sound."""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Iterable
+
+from roli_jax import progress
+from roli_jax.data import decode
+from roli_jax.data.source import num_cores
+from roli_jax.files import extras
+
+# A number that changes when `picture.decode` takes less than before, or more is
+# remembered.
+_RULES = 2
+
+# Of sound files, by this process: mark and digest, with a space between.
+_seen: set[str] = set()
+
+
+def look(
+  base: pathlib.Path, names: Iterable[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+  """What is wrong with files, and what is in the others.
+
+  What was decoded before, of the same size and time of change, is believed:
+  by a file under $XDG_CACHE_HOME or ~/.cache, if that can be written.
+
+  Args:
+    base: where names start.
+    names: of files.
+
+  Returns:
+    Reasons against those that can not be decoded, by name; and digests of the
+    bytes of the others, by name.
+  """
+  marks = {name: _mark(base / name) for name in names}
+  cache = _cache_file(base)
+  known = dict(line.rsplit(" ", 1) for line in _seen | _remembered(cache))
+  new = [name for name, mark in marks.items() if mark not in known]
+  bad = {}
+  for name, (reason, digest) in zip(
+    new, _look_all([base / name for name in new]), strict=True
+  ):
+    if reason:
+      bad[name] = reason
+    else:
+      known[marks[name]] = digest
+  digests = {name: known[m] for name, m in marks.items() if name not in bad}
+  if len(bad) < len(new):
+    sound = {f"{marks[name]} {digest}" for name, digest in digests.items()}
+    _seen.update(sound)
+    _remember(cache, sound)
+  return bad, digests
+
+
+def _mark(path):
+  """What changes when the file does; "" where there is none."""
+  try:
+    found = os.stat(path)
+  except OSError:
+    return ""
+  return f"{os.path.abspath(path)} {found.st_size} {found.st_mtime_ns}"
+
+
+def _look_all(paths):
+  """What is wrong with each file, "" for nothing; and its digest."""
+  found = []
+  with (
+    progress.bar("checking images", len(paths)) as update,
+    concurrent.futures.ThreadPoolExecutor(num_cores()) as pool,
+    warnings.catch_warnings(),
+  ):
+    warnings.simplefilter("ignore")  # PIL's, of odd files
+    for seen in pool.map(_look_at, paths):
+      found.append(seen)
+      update(1)
+  return found
+
+
+def _look_at(path):
+  reason = reason_against(path)
+  return reason, "" if reason else _digest(path)
+
+
+def _digest(path):
+  """Of the bytes: a file that was just decoded is read again from memory."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def reason_against(path: pathlib.Path) -> str:
+  """Why a file can not be decoded, a few words; "" if it can be."""
+  try:
+    if not path.is_file():
+      return "there is no such file"
+    if not path.stat().st_size:
+      return "empty"
+    decode.decode(path)
+  except Exception as error:  # decoders raise whatever the bytes lead them to
+    said = str(error).replace(str(path), "").strip() or type(error).__name__
+    if said.startswith("cannot identify"):
+      return "no image"
+    return said.splitlines()[0][:80]
+  return ""
+
+
+def _cache_file(base):
+  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  place = os.path.abspath(base).encode(errors="surrogateescape")
+  name = hashlib.sha256(place).hexdigest()[:16]
+  return pathlib.Path(home, "roli_jax", f"images-{name}.json")
+
+
+def _version():
+  extras.need("PIL")
+  import PIL
+
+  return f"{_RULES} {PIL.__version__}"
+
+
+def _remembered(cache):
+  """Marks of files that were sound; none where nothing can be read."""
+  try:
+    kept = json.loads(cache.read_text())
+    return set(kept["sound"]) if kept["version"] == _version() else set()
+  except (OSError, ValueError, TypeError, KeyError):
+    return set()
+
+
+def _remember(cache, sound):
+  text = json.dumps({"version": _version(), "sound": sorted(sound)})
+  partial = cache.with_name(f"{cache.name}.{os.getpid()}")
+  try:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(text)
+    partial.replace(cache)
+  except OSError:
+    return  # then the next run decodes again

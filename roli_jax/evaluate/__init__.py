@@ -1,0 +1,109 @@
+"""Robust accuracy of any function, image by image.
+
+An attack never judges itself: what it claims is classified by a fresh forward
+pass at highest precision, and its distance is measured in float64 on the host.
+Each image's result depends on that image, the attack and the seed, not on
+which images it shares a batch with, nor on interruptions.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from roli_jax import attacks
+from roli_jax.evaluate import checks, classifier
+from roli_jax.evaluate.engine import Evaluation
+from roli_jax.evaluate.result import Result
+
+
+def run(
+  logits_fn: Callable[..., Any],
+  images: np.ndarray,
+  labels: np.ndarray,
+  attack: attacks.Attack | None,
+  *,
+  params: Any = None,
+  seed: int = 0,
+  batch_size: int = 128,
+  indices: np.ndarray | None = None,
+  stochastic: bool = False,
+  save: str | os.PathLike[str] | None = None,
+  dtype: str | None = None,
+) -> Result:
+  """Attacks each image that is classified as labelled, and judges the result.
+
+  Of an ensemble such as AutoAttack each attack sees what those before it left.
+  Jobs (an image, with a target or a restart) are packed into few fixed sizes
+  of batches; who falls leaves at once.
+
+  Args:
+    logits_fn: `(images) -> logits`, or `(params, images) -> logits` if params
+      are given; then other params of the same shapes compile nothing. With
+      `stochastic` it takes a key last. It may read what it likes outside its
+      arguments: each call sees that as it is then. -inf masks a class.
+    images: [n, h, w, c], floats in the box of the threat model; attacked and
+      judged in float32.
+    labels: [n], integers within the logits' width.
+    attack: None measures clean accuracy alone.
+    params: of `logits_fn`, a tree of arrays.
+    seed: of the attacks' noise.
+    batch_size: images attacked at once.
+    indices: who each image is, 0..n-1 by default; keys are folded from (seed,
+      index, attack, job) and from nothing else.
+    stochastic: whether the function draws from a key. Each image is then seen
+      alone, with a key of its own, and judged by the majority of 20 draws.
+    save: a directory that progress goes to after each bucket of work. The same
+      call with the same directory goes on where it stopped. It knows the model
+      by its params and its clean logits; what was broken is judged again.
+    dtype: `bfloat16` for the attacks' passes, to which images and params are
+      cast; claims are still judged as they are. None casts nothing.
+
+  Raises:
+    ValueError: images, labels or indices that can't be meant; a function that
+      can't be traced, whose outputs are no logits, or which has no derivative
+      where the attack needs one; progress of another evaluation.
+  """
+  images = np.asarray(images)
+  checks.check_shape(images)
+  on = classifier.make(
+    logits_fn, params, images.shape[1:], batch_size,
+    stochastic=stochastic, dtype=dtype, seed=seed,
+  )  # fmt: skip
+  return run_on(on, images, labels, attack, indices=indices, save=save)
+
+
+def run_on(
+  on: classifier.Classifier,
+  images: np.ndarray,
+  labels: np.ndarray,
+  attack: attacks.Attack | None,
+  *,
+  indices: np.ndarray | None = None,
+  save: str | os.PathLike[str] | None = None,
+) -> Result:
+  """`run`, of a function that is a classifier on the devices already."""
+  started = time.perf_counter()
+  images, labels = np.asarray(images), np.asarray(labels)
+  indices = np.arange(len(images)) if indices is None else np.asarray(indices)
+  checks.check_inputs(images, labels, indices, attack)
+  checks.check_function(on, labels, attack)
+  now = Evaluation(
+    on,
+    images.astype(np.float32),
+    labels.astype(np.int32),  # 8 bits don't count 300 classes
+    indices.astype(np.int64),
+    attack,
+    save,
+  )
+  if isinstance(attack, attacks.Curve):
+    now.curve(attack)
+  elif attack is not None:
+    for part in getattr(attack, "parts", (attack,)):
+      now.attack(part)
+  return now.result(time.perf_counter() - started)
+
+
+__all__ = ["Result", "run", "run_on"]

@@ -1,0 +1,326 @@
+"""Searches of many images at once, packed so that no row of a batch idles.
+
+A pool is a batch of jobs. After every few steps those that have ended leave
+it, those of images that have fallen are called off, and jobs that wait take
+their rows. Jobs of an image are started in their order; the first of them that
+breaks it is the one that counts, whenever it does, so that nothing depends on
+what ran beside what.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from roli_jax import keys, progress, sharding
+from roli_jax.attacks import search
+from roli_jax.evaluate import classifier
+from roli_jax.evaluate.classifier import Classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Subjects:
+  """What is attacked; NumPy arrays, one entry an image.
+
+  Attributes:
+    images: the clean ones, float32.
+    labels: their classes.
+    indices: who each is.
+    eps: the radius of each.
+    towards: [n, k], the classes aimed at, by the number of the target.
+    noise: what searches start from; None draws it.
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+  indices: np.ndarray
+  eps: np.ndarray
+  towards: np.ndarray
+  noise: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+  """Jobs that have ended since the last time; NumPy arrays, one entry a job.
+
+  Attributes:
+    rows: of the images.
+    jobs: of those images.
+    found: whether the job claims to have found a misclassified image.
+    adv: that image, or the clean one.
+    can_go_on: whether a claim that proves false leaves steps to take.
+  """
+
+  rows: np.ndarray
+  jobs: np.ndarray
+  found: np.ndarray
+  adv: np.ndarray
+  can_go_on: np.ndarray
+
+
+@dataclasses.dataclass
+class Work:
+  """What was computed: forward and backward passes of single images.
+
+  Attributes:
+    forward: of jobs.
+    backward: of jobs.
+    padding_forward: of rows without a job, or whose job had ended.
+    padding_backward: likewise.
+    seconds: of it all.
+  """
+
+  forward: int = 0
+  backward: int = 0
+  padding_forward: int = 0
+  padding_backward: int = 0
+  seconds: float = 0.0
+
+  def __add__(self, other: "Work") -> "Work":
+    mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+    return Work(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+  def add(self, steps: int, padding: int, passes: tuple[int, int]) -> None:
+    """So many steps of jobs and of padding, of so many passes each."""
+    forward, backward = passes
+    self.forward += steps * forward
+    self.backward += steps * backward
+    self.padding_forward += padding * forward
+    self.padding_backward += padding * backward
+
+
+# Who is broken and who goes on, of jobs that have ended.
+Settle = Callable[[Ended], tuple[np.ndarray, np.ndarray]]
+
+
+def run(
+  on: Classifier,
+  attack: search.Search,
+  of: Subjects,
+  waiting: Iterable[tuple[int, int]],
+  settle: Settle,
+  work: Work,
+  update: progress.Update,
+) -> None:
+  """Runs jobs until all have ended.
+
+  Args:
+    on: the function.
+    attack: the search.
+    of: the images.
+    waiting: (row, job) of each job, in the order in which they start.
+    settle: told of jobs that have ended, says which have broken their image,
+      whose later jobs are called off; and which go on, since they have not.
+    work: what was computed is added to it.
+    update: told of steps that are no longer to be taken.
+  """
+  key = keys.stream(keys.root(on.seed), attack.name)
+  sizes = on.sizes
+  if jax.default_backend() == "cpu":
+    sizes = sizes[-1:]  # eight rows without a job cost nothing there
+  queue = collections.deque(waiting)
+  fallen: dict[int, int] = {}  # row -> the first job that broke the image
+  nobody = np.zeros(0, np.int64)
+  rows, jobs, slots, steps = nobody, nobody, nobody, nobody
+  again = np.zeros(0, bool)
+  pool = None
+  while True:
+    called_off = _called_off(attack, fallen, rows, jobs)
+    update(int((attack.length - steps[called_off]).sum()))
+    rows, jobs, slots, steps, again = (
+      x[~called_off] for x in (rows, jobs, slots, steps, again)
+    )
+    fresh: list[tuple[int, int]] = []
+    while queue and len(rows) + len(fresh) < sizes[-1]:
+      row, job = queue.popleft()
+      if attack.stop and fallen.get(row, job) < job:
+        update(attack.length)
+      else:
+        fresh.append((row, job))
+    total = len(rows) + len(fresh)
+    if not total:
+      return
+    size = min(s for s in sizes if s >= total)
+    rows, jobs, steps, slots, again = (
+      np.concatenate([x, np.array(more, x.dtype)])
+      for x, more in (
+        (rows, [row for row, _ in fresh]),
+        (jobs, [job for _, job in fresh]),
+        (steps, [0] * len(fresh)),
+        (slots, [0] * len(fresh)),
+        (again, [False] * len(fresh)),
+      )
+    )
+    places = _places(size, on.mesh.size)[:total]
+    pool = _filled(on, attack, of, key, pool, size, places, rows, jobs, slots,
+                   again, len(fresh))  # fmt: skip
+    slots = places
+    every = math.ceil(math.sqrt(attack.length))
+    advance = on.programs.compiled(
+      _advance, static_argnums=(0, 1), donate_argnums=(5, 6)
+    )
+    pool, counts = advance(
+      on.mesh, on.dtype, _of_a_job(attack), on.params, every, *pool
+    )
+    state = pool[1]
+    taken, found, done = (
+      x[slots] for x in sharding.fetch((state.i, state.found, state.done))
+    )
+    new = int((taken - steps).sum())
+    counts = sharding.fetch(counts)
+    work.add(new, int(counts.sum()) * (size // len(counts)) - new,
+             attack.step_passes)  # fmt: skip
+    steps = taken
+    again = np.zeros(total, bool)
+    if done.any():
+      ended = np.flatnonzero(done)
+      claims = ended[found[ended]]
+      adv = of.images[rows[ended]].copy()
+      if len(claims):
+        adv[found[ended]] = sharding.fetch(state.adv)[slots[claims]]
+      told = Ended(rows[ended], jobs[ended], found[ended], adv,
+                   (taken < attack.length)[ended])  # fmt: skip
+      broke, goes_on = settle(told)
+      for row, job in zip(told.rows[broke], told.jobs[broke], strict=True):
+        fallen[row] = min(job, fallen.get(row, job))
+      again[ended] = goes_on
+    update(new + int((attack.length - steps)[done & ~again].sum()))
+    stays = ~done | again
+    rows, jobs, slots, steps, again = (
+      x[stays] for x in (rows, jobs, slots, steps, again)
+    )
+
+
+def _of_a_job(attack):
+  """The attack as a job sees it: other numbers of jobs compile nothing."""
+  return dataclasses.replace(
+    attack, num_restarts=1, num_targets=min(1, attack.num_targets)
+  )
+
+
+def _called_off(attack, fallen, rows, jobs):
+  """The jobs of images that fell to an earlier one."""
+  firsts = [fallen.get(row, job) for row, job in zip(rows, jobs, strict=True)]
+  return (
+    np.array(firsts, jobs.dtype).reshape(-1) < jobs
+    if attack.stop
+    else (np.zeros(len(rows), bool))
+  )
+
+
+def _places(size: int, devices: int) -> np.ndarray:
+  """The rows of a pool in the order in which they are filled.
+
+  By eights, each device in turn: few jobs are spread over all of them.
+  """
+  eights = np.arange(size).reshape(devices, -1, classifier.SMALLEST)
+  return eights.swapaxes(0, 1).ravel()
+
+
+def _filled(on, attack, of, key, pool, size, places, rows, jobs, slots, again,
+            num_fresh):  # fmt: skip
+  """The pool with its jobs at their places, new ones at theirs.
+
+  Returns:
+    Jobs, states, and which of them are to begin.
+  """
+  order = np.zeros(size, np.int32)
+  order[places] = slots
+  retract, fresh = np.zeros(size, bool), np.zeros(size, bool)
+  retract[places] = again
+  starts = places[len(places) - num_fresh :]
+  fresh[starts] = True
+  news = _news(attack, of, size, starts, rows[len(rows) - num_fresh :],
+               jobs[len(jobs) - num_fresh :])  # fmt: skip
+  used = np.zeros(size, bool)
+  used[places] = True
+  arrays = sharding.spread((order, retract, fresh, used, news), on.mesh)
+  if pool is None:
+    pool = _empty(_of_a_job(attack), key, arrays[-1])
+  return _pack(on.mesh, _of_a_job(attack), key, pool, *arrays)
+
+
+def _news(attack, of, size, starts, rows, jobs):
+  """Arrays of new jobs at their places; zeros elsewhere."""
+  targets = np.minimum(jobs // attack.num_restarts, of.towards.shape[1] - 1)
+  values = {
+    "images": of.images[rows],
+    "labels": of.labels[rows].astype(np.int32),
+    "targets": of.towards[rows, targets].astype(np.int32),
+    "restart": (jobs % attack.num_restarts).astype(np.int32),
+    "eps": of.eps[rows].astype(np.float32),
+    "indices": of.indices[rows].astype(np.uint32),
+    "jobs": jobs.astype(np.uint32),
+  }
+  if of.noise is not None:
+    values["noise"] = of.noise[rows]
+
+  def placed(value):
+    out = np.zeros((size, *value.shape[1:]), value.dtype)
+    out[starts] = value
+    return out
+
+  return {name: placed(value) for name, value in values.items()}
+
+
+def _job(key, news):
+  own = keys.per_image(key, news["indices"])
+  return search.Job(
+    images=news["images"],
+    labels=news["labels"],
+    targets=news["targets"],
+    restart=news["restart"],
+    eps=news["eps"],
+    keys=keys.fold(own, news["jobs"]),
+    noise=news.get("noise"),
+  )
+
+
+@jax.jit
+def _empty(attack, key, news):
+  """A pool of no jobs."""
+  job = _job(key, news)
+  state = jax.tree.map(jnp.zeros_like, attack.begin(job))
+  return job, dataclasses.replace(state, done=jnp.ones_like(state.done))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pack(mesh, attack, key, pool, order, retract, fresh, used, news):
+  """The pool in another order, with new jobs, ready to go on."""
+  job, state = jax.tree.map(lambda x: x[order], pool)
+  job = search.where(fresh, _job(key, news), job)
+  state = attack.retract(state, retract)
+  state = dataclasses.replace(state, done=state.done | ~used)
+  packed = (job, state, fresh)
+  return jax.lax.with_sharding_constraint(packed, sharding.split(mesh))
+
+
+def _advance(fn, mesh, dtype, attack, params, most, job, state, fresh):
+  """At most so many steps of each job.
+
+  Returns:
+    The pool, and the steps of the slowest of each group of rows that was run
+    together.
+  """
+
+  def go_on(whole, job, state, fresh):
+    attack, params, most = whole
+    state = search.where(fresh, attack.begin(job), state)
+
+    def classify(images, image_keys):
+      return classifier.lowered(fn, dtype)(params, images, image_keys)
+
+    with jax.default_matmul_precision("default" if dtype else "highest"):
+      state, count = search.proceed(attack, classify, job, state, most)
+    return state, count[None]
+
+  parts = (job, state, fresh)
+  state, counts = classifier.by_eights(
+    go_on, mesh, (attack, params, most), parts
+  )
+  return (job, state), counts

@@ -1,0 +1,81 @@
+"""What the jobs of an attack have found, whatever the order they ended in."""
+
+from typing import Any
+
+import numpy as np
+
+from roli_jax.evaluate import batching
+
+
+class Ledger:
+  """What an attack's jobs have found; arrays of one entry an image.
+
+  Of the jobs that broke an image the first counts, or the nearest where the
+  attack looks for that: not the one that was quickest beside the others.
+
+  Attributes:
+    stops: whether an image's later jobs are called off when it is broken.
+    ended: [n, jobs], which have.
+    far: [n, jobs], how far off a job found the image misclassified, else inf.
+    first: the job that counts; their number where there is none.
+    broken: whether a job broke the image.
+    adv: what that job found, or the nearest misclassified image.
+    said: its class.
+    margin: of it, NaN where nothing was judged.
+    outside: whether a job left the ball or the box.
+    strange: whether `adv` was judged by logits that are NaN or infinite, of
+      classes that the clean image's don't mask.
+    work: what was computed.
+  """
+
+  def __init__(self, images, num_jobs, stops):
+    n = len(images)
+    self.stops = stops
+    self.ended = np.zeros((n, num_jobs), bool)
+    self.far = np.full((n, num_jobs), np.inf)
+    self.first = np.full(n, num_jobs)
+    self.broken = np.zeros(n, bool)
+    self.adv = images.copy()
+    self.said = np.zeros(n, np.int64)
+    self.margin = np.full(n, np.nan)
+    self.outside = np.zeros(n, bool)
+    self.strange = np.zeros(n, bool)
+    self.best = np.full(n, np.inf)
+    self.work = batching.Work()
+
+  @property
+  def nearest(self) -> np.ndarray:
+    """The least distance; not of jobs that were called off."""
+    after = np.arange(self.far.shape[1]) > self.first[:, None]
+    counts = np.where(after & self.stops, np.inf, self.far)
+    return np.minimum(counts.min(1, initial=np.inf), self.best)
+
+  def enter(self, entry: dict[str, Any]) -> None:
+    """Enters jobs that have ended, as they were judged."""
+    adv = iter(entry["adv"])
+    for i, (row, job) in enumerate(
+      zip(entry["rows"], entry["jobs"], strict=True)
+    ):
+      far = entry["far"][i]
+      self.ended[row, job] |= entry["ended"][i]
+      self.far[row, job] = min(far, self.far[row, job])
+      self.outside[row] |= entry["outside"][i]
+      found = next(adv) if np.isfinite(far) else None
+      if self.stops:
+        wins = entry["broke"][i] and job < self.first[row]
+      else:
+        wins = (far, job) < (self.best[row], self.first[row])
+      self.broken[row] |= entry["broke"][i]
+      if wins and found is not None:
+        self.first[row], self.best[row] = job, far
+        self.adv[row], self.said[row] = found, entry["said"][i]
+        self.strange[row] = entry["strange"][i]
+      if wins or self.first[row] == self.far.shape[1]:
+        self.margin[row] = entry["margin"][i]
+
+  def take(self, other: "Ledger") -> None:
+    """Takes over what another attack found nearer."""
+    nearer = other.best < self.best
+    for name in ("adv", "said", "margin", "best", "strange"):
+      getattr(self, name)[nearer] = getattr(other, name)[nearer]
+    self.outside |= other.outside

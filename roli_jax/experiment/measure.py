@@ -1,0 +1,189 @@
+"""One test of one model: an attack, or a corruption, on a split of the data."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+
+from roli_jax import corruptions, data, evaluate
+from roli_jax.evaluate import batching, checks, classifier
+from roli_jax.experiment.build import Parts
+
+_PIECE = 2**30  # bytes of pixels that are attacked at once
+
+CLEAN: dict[str, Any] = {"attack": "none"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+  """An attack on a split, and the rows that come of it.
+
+  Attributes:
+    attack: the attack.
+    num_images: how many of the split's first images; 0 for all.
+    radii: at which accuracy is told, of an attack that finds distances; none
+      for the attack's own.
+  """
+
+  attack: Any
+  num_images: int = 0
+  radii: tuple[float, ...] = ()
+
+  def about(self) -> list[dict[str, Any]]:
+    """What tells its rows from others: clean, and one for each radius."""
+    attack = self.attack
+    attacked = {
+      "attack": attack.name,
+      "attack_steps": attack.num_steps,
+      "restarts": attack.num_restarts,
+      "norm": attack.threat.norm,
+    }
+    radii = self.radii or (float(attack.threat.eps),)
+    return [CLEAN, *({**attacked, "eps": eps} for eps in radii)]
+
+  def pixels(self, source: data.Source, rows: np.ndarray) -> np.ndarray:
+    """The images that are attacked."""
+    return source.pixels(rows)
+
+  def values(self, result: evaluate.Result) -> list[float]:
+    """Clean accuracy, and the robust one at each radius."""
+    at = [result.robust_at(eps) for eps in self.radii] or [result.robust]
+    return [float(flags.mean()) for flags in (result.clean, *at)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corruption:
+  """A common corruption of a split; its row says the severity as `eps`.
+
+  Attributes:
+    name: one of `corruptions.CORRUPTIONS`; `guide`: each image its own type.
+    severity: 1 to 5.
+    num_images: how many of the split's first images; 0 for all.
+  """
+
+  name: str
+  severity: int
+  num_images: int = 0
+  attack: ClassVar[None] = None
+
+  def about(self) -> list[dict[str, Any]]:
+    """What tells its row from others."""
+    severity = float(self.severity)
+    return [{"attack": self.name, "norm": "severity", "eps": severity}]
+
+  def pixels(self, source: data.Source, rows: np.ndarray) -> np.ndarray:
+    """The corrupted images, each by who it is."""
+    clean = np.rint(255 * source.pixels(rows)).astype(np.uint8)
+    corrupted = [
+      corruptions.apply(self._type(row, source), image, self.severity, index)
+      for row, image, index in zip(
+        rows.tolist(), clean, source.indices[rows].tolist(), strict=True
+      )
+    ]
+    return np.stack(corrupted) / np.float32(255)
+
+  def _type(self, row, source):
+    if self.name == "guide":
+      return corruptions.guide(row, len(source))
+    return self.name
+
+  def values(self, result: evaluate.Result) -> list[float]:
+    """Accuracy."""
+    return [float(result.clean.mean())]
+
+
+def run(
+  parts: Parts,
+  predict: Callable[..., Any],
+  variables: Any,
+  seed: int,
+  split: str,
+  test: Test | Corruption,
+  save: pathlib.Path | None = None,
+) -> evaluate.Result:
+  """One test on one split of the run's data; progress goes to `save`.
+
+  Without `save`, a split whose pixels take much memory is attacked in pieces,
+  and the result holds no adversarial images.
+
+  Args:
+    parts: of the run.
+    predict: `(variables, images) -> logits`.
+    variables: of a model, or of several.
+    seed: of the attack's noise.
+    split: which.
+    test: what is done to it.
+    save: a directory; None keeps nothing.
+  """
+  source: data.Source = parts.data[split]
+  rows = np.arange(len(source))[: test.num_images or None]
+  batch = parts.config["eval_batch_size"]
+  on = on_devices(parts, predict, variables, seed, parts.half)
+  batches = _PIECE // (4 * math.prod(source.shape) * batch)
+  at_once = max(batches, 1) * batch
+  pieces = range(0, len(rows), at_once)
+  each = [rows] if save else [rows[i : i + at_once] for i in pieces]
+  return _joined(
+    [
+      evaluate.run_on(
+        on,
+        test.pixels(source, few),
+        source.labels[few],
+        test.attack,
+        indices=source.indices[few],
+        save=save,
+      )
+      for few in each
+    ]
+  )
+
+
+def on_devices(
+  parts: Parts,
+  predict: Callable[..., Any],
+  variables: Any,
+  seed: int,
+  dtype: str | None = None,
+) -> classifier.Classifier:
+  """A model of the run's own, which reads nothing but its arguments."""
+  return classifier.make(
+    predict,
+    variables,
+    parts.shape,
+    parts.config["eval_batch_size"],
+    dtype=dtype,
+    seed=seed,
+    pure=True,
+  )
+
+
+def _joined(results):
+  """The result of all pieces."""
+  if len(results) == 1:
+    return results[0]
+  whole = {
+    name: np.concatenate([getattr(result, name) for result in results])
+    for name, value in vars(results[0]).items()
+    if isinstance(value, np.ndarray) and name != "adv"
+  }
+  return dataclasses.replace(
+    results[-1],
+    adv=results[0].adv[:0],
+    work=functools.reduce(_added, (result.work for result in results)),
+    notes=list(dict.fromkeys(n for result in results for n in result.notes)),
+    checks=checks.worst(result.checks for result in results),
+    seconds=sum(result.seconds for result in results),
+    **whole,
+  )
+
+
+def _added(some, others):
+  """Work by attack, of both."""
+  return {
+    name: some.get(name, batching.Work()) + others.get(name, batching.Work())
+    for name in some | others
+  }

@@ -1,0 +1,94 @@
+"""A probe that a run beside this one has trained is not trained again."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+from absl import logging
+
+from roli_jax import distributed
+from roli_jax.experiment.build import Parts
+from roli_jax.experiment.stages import Stage
+from roli_jax.files import checkpoint, workdir
+from roli_jax.results import record
+
+# Of a config, what a linear probe doesn't depend on.
+_BESIDE_A_PROBE = frozenset({
+    "cells", "only", "ensembles", "adapt", "rates", "seed", "peft",
+    "eval_attack", "curve", "test", "checkpoint", "radii", "num_images",
+    "save_adv", "checks",
+})  # fmt: skip
+_SWITCHES_BESIDE_A_PROBE = frozenset({
+    "adapter_init", "lora_init", "lora_dropout_active", "swin_prompt_order",
+})  # fmt: skip
+
+
+def probe(
+  parts: Parts, stage: Stage, path: pathlib.Path, log: record.Record
+) -> None:
+  """Copies the probe from a run beside this one that has trained the same.
+
+  Of several processes the first looks and copies.
+
+  Args:
+    parts: of this run.
+    stage: the probe.
+    path: of this run.
+    log: of its training, which gets the probe's rows.
+  """
+  directory = checkpoint.directory(path, stage)
+  if distributed.leads() and not directory.exists():
+    _copy(parts, stage, path, directory, log)
+  distributed.wait("adoption")
+
+
+def _copy(parts, stage, path, directory, log):
+  for file in sorted(path.absolute().parent.glob("*/config.json")):
+    other = file.parent
+    try:
+      if other.name == path.name or not _has_probe(parts, stage, other, path):
+        continue
+      partial = path / "adopted.partial"
+      shutil.rmtree(partial, ignore_errors=True)
+      shutil.copytree(checkpoint.directory(other, stage), partial)
+    except (KeyError, OSError, ValueError):
+      continue  # whatever is wrong with that run, this one trains its own
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial.rename(directory)
+    about = {"cell": stage.cell, "stage": "probe", "lr": stage.lr}
+    for row in record.where(record.read(other / "training.jsonl"), **about):
+      log.add(row)
+    logging.warning("the probe of %s is taken from %s", stage.cell, other)
+    return
+
+
+def _has_probe(parts, stage, other, path):
+  """Whether another run has finished the probe that this one would train."""
+  theirs = checkpoint.directory(other, stage)
+  if not theirs.is_dir() or not workdir.same_code(other, path):
+    return False
+  with checkpoint.manager(theirs, reading=True) as checkpoints:
+    if checkpoints.latest_step() != stage.num_steps:
+      return False
+    meta = checkpoint.restore_meta(checkpoints, stage.num_steps)
+  mine = json.loads(json.dumps(dataclasses.asdict(stage)))
+  for tested in ("curve", "tests"):  # afterwards
+    mine.pop(tested)
+    meta["stage"].pop(tested)
+  return (
+    meta["stage"] == mine
+    and meta["made_of"] == parts.made_of(stage)
+    and _of_a_probe(meta["config"]) == _of_a_probe(parts.config)
+  )
+
+
+def _of_a_probe(config):
+  """What a probe depends on."""
+  config = json.loads(json.dumps(config))
+  switches = config.get("compat", {})
+  config["compat"] = {
+    k: v for k, v in switches.items() if k not in _SWITCHES_BESIDE_A_PROBE
+  }
+  config["data"].pop("num_workers", None)
+  return {k: v for k, v in config.items() if k not in _BESIDE_A_PROBE}

@@ -1,0 +1,101 @@
+"""AutoLoRa (Xu et al. 2024): clean images teach a branch, attacked ones do not.
+
+Facts are of the authors' code, Finetuning_Methods/AutoLoRa in
+GodXuxilie/RobustSSL_Benchmark.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from roli_jax import losses
+from roli_jax.objectives.base import Forward, Outcome, Views
+from roli_jax.types import Labels, Logits, Params, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoLora:
+  """(1 - A) CE(clean) + A CE(adv) + beta A KL(clean || adv).
+
+  Clean images see the backbone with its branch of LoRA, adversarial ones the
+  backbone alone, which is also what attacks and tests see. The clean logits'
+  gradient reaches the branch and the head, the adversarial ones' the backbone
+  and the head; that of KL goes both ways, as the authors have it.
+
+  A is the accuracy on clean training images, with the branch, in the epoch
+  before. The authors measure it at each epoch's start in a pass of its own and
+  in evaluation mode. Ours is counted on the way, as the images train; in the
+  first epoch it is that of the images so far.
+
+  Left out is the authors' rule for the learning rate, which they halve at fixed
+  epochs, going back to the best checkpoint, where robust accuracy in validation
+  has rarely risen since the last of them.
+
+  Attributes:
+    beta: >= 0, of the last term at A = 1; the authors use 6.
+    epoch_steps: the steps of an epoch.
+  """
+
+  beta: float | int = 6.0
+  epoch_steps: int = 1
+  surrogate: ClassVar[str] = "ce"
+  adversarial: ClassVar[float] = 1.0
+  needs_clean: ClassVar[bool] = True
+
+  def __post_init__(self):
+    if not self.beta >= 0:
+      raise ValueError(f"beta must be >= 0, got {self.beta}")
+    if self.epoch_steps < 1:
+      raise ValueError(f"an epoch has at least 1 step, got {self.epoch_steps}")
+
+  def start(self, params: Params, stats: PyTree) -> PyTree:
+    del stats
+    if not params.peft:
+      raise ValueError(
+        "autolora trains a branch beside the backbone, and there is none; take"
+        " method=autolora"
+      )
+    counts = {k: jnp.zeros((), jnp.int32) for k in ("correct", "seen", "steps")}
+    return {**counts, "accuracy": jnp.zeros(())}
+
+  def __call__(
+    self,
+    forward: Forward,
+    params: Params,
+    stats: PyTree,
+    memory: PyTree,
+    views: Views,
+  ) -> Outcome:
+    held = jax.lax.stop_gradient(params.backbone)
+    absent = jax.tree.map(jnp.zeros_like, params.peft)
+    with_branch = dataclasses.replace(params, backbone=held)
+    without = dataclasses.replace(params, peft=absent)
+    clean, moved = forward(with_branch, stats, views.clean)
+    adv, moved = forward(without, moved, views.adv)
+    memory = self.counted(memory, clean, views.labels)
+    a = memory["accuracy"]
+    values = (
+      (1 - a) * losses.cross_entropy(clean, views.labels)
+      + a * losses.cross_entropy(adv, views.labels)
+      + self.beta * a * losses.kl(adv, clean)
+    )
+    return Outcome(values=values, logits=adv, stats=moved, memory=memory)
+
+  def counted(self, memory: PyTree, clean: Logits, labels: Labels) -> PyTree:
+    """The memory after a step, with the accuracy A that its weights are of.
+
+    An epoch's accuracy holds from its last step on.
+    """
+    steps = memory["steps"] + 1
+    correct = memory["correct"] + losses.correct(clean, labels).sum()
+    seen = memory["seen"] + len(labels)
+    ends = steps % self.epoch_steps == 0
+    renewed = ends | (steps <= self.epoch_steps)
+    return {
+      "correct": jnp.where(ends, 0, correct),
+      "seen": jnp.where(ends, 0, seen),
+      "steps": steps,
+      "accuracy": jnp.where(renewed, correct / seen, memory["accuracy"]),
+    }

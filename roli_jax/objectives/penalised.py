@@ -1,0 +1,100 @@
+"""A criterion with something added to it."""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+from roli_jax.objectives.base import Criterion, Forward, Outcome, Views
+from roli_jax.types import Array, Float, Params, PyTree
+
+
+@runtime_checkable
+class Penalty(Protocol):
+  """What is added to each image's loss; a frozen dataclass, weight included.
+
+  Attributes:
+    needs_attack: whether it is about adversarial images.
+    needs_clean: whether clean images go through the model.
+    needs_start: whether it compares with the model at the stage's start, which
+      says nothing under a random head.
+  """
+
+  @property
+  def needs_attack(self) -> bool: ...
+
+  @property
+  def needs_clean(self) -> bool: ...
+
+  @property
+  def needs_start(self) -> bool: ...
+
+  def start(self, params: Params, stats: PyTree) -> PyTree:
+    """See `Criterion.start`."""
+    ...
+
+  def __call__(
+    self,
+    forward: Forward,
+    params: Params,
+    stats: PyTree,
+    memory: PyTree,
+    views: Views,
+  ) -> tuple[Float[Array, "b"], PyTree]:
+    """Each image's penalty, and the memory after the batch."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Penalised:
+  """A criterion plus a penalty, which moves no running statistics.
+
+  Attributes:
+    base: the criterion.
+    penalty: what is added.
+
+  Raises:
+    ValueError: a penalty on adversarial images where none are made.
+  """
+
+  base: Criterion
+  penalty: Penalty
+
+  def __post_init__(self):
+    if self.penalty.needs_attack and not self.base.adversarial:
+      raise ValueError(
+        f"{self.penalty} is about adversarial images, and a loss that attacks"
+        " none makes none; choose others, or another loss"
+      )
+
+  @property
+  def surrogate(self) -> str:
+    return self.base.surrogate
+
+  @property
+  def adversarial(self) -> float:
+    return self.base.adversarial
+
+  @property
+  def needs_clean(self) -> bool:
+    return self.base.needs_clean or self.penalty.needs_clean
+
+  def start(self, params: Params, stats: PyTree) -> PyTree:
+    return {
+      "base": self.base.start(params, stats),
+      "penalty": self.penalty.start(params, stats),
+    }
+
+  def __call__(
+    self,
+    forward: Forward,
+    params: Params,
+    stats: PyTree,
+    memory: PyTree,
+    views: Views,
+  ) -> Outcome:
+    out = self.base(forward, params, stats, memory["base"], views)
+    added, kept = self.penalty(forward, params, stats, memory["penalty"], views)
+    return dataclasses.replace(
+      out,
+      values=out.values + added,
+      memory={"base": out.memory, "penalty": kept},
+    )

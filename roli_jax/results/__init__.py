@@ -1,0 +1,1 @@
+"""Rows of results: grouped, compared, drawn and written as tables."""
