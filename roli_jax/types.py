@@ -53,6 +53,7 @@ __all__ = [
   "Params",
   "PerImage",
   "PyTree",
+  "Variables",
 ]
 
 
@@ -69,3 +70,6 @@ class Params:
   backbone: PyTree
   peft: PyTree
   head: PyTree
+
+
+Variables = tuple[Params, PyTree]  # parameters and running statistics

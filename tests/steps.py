@@ -11,7 +11,18 @@ import jax
 import numpy as np
 
 from roli_jax import distributed, keys, sharding, state, step, trees
-from roli_jax.experiment import build, stages
+from roli_jax.experiment import stages
+from roli_jax.experiment.build import (
+  build_model,
+  build_program,
+  initial_variables,
+)
+from roli_jax.experiment.run import (
+  Run,
+  build_run,
+  expand_stages,
+  training_images,
+)
 
 
 def config(*rules: tuple, model: int = 1) -> dict[str, Any]:
@@ -22,13 +33,13 @@ def config(*rules: tuple, model: int = 1) -> dict[str, Any]:
   return {**made, "mesh": {"model": model, "rules": rules}}
 
 
-def begin(made: build.Parts, stage: stages.Stage) -> tuple[Any, Any, Any]:
+def begin(made: Run, stage: stages.Stage) -> tuple[Any, Any, Any]:
   """The program, and what its step takes first and last."""
-  program = made.program(stage)
-  params, stats = made.initial(stage)
+  program = build_program(made, stage)
+  params, stats = initial_variables(made, stage)
   now = state.create(params, stats, program.method.trains(params), program.tx)
   key = sharding.replicate(keys.root(0), made.mesh)
-  return program, sharding.place(now, program.like), key
+  return program, sharding.place(now, program.abstract_state), key
 
 
 def batch(source: Any, k: int) -> dict[str, np.ndarray]:
@@ -44,10 +55,10 @@ def batch(source: Any, k: int) -> dict[str, np.ndarray]:
 
 def two_steps(config: dict[str, Any]) -> tuple[Any, Any]:
   """The state and the counts after two steps."""
-  made = build.Parts(config)
-  (stage,) = made.stages()
+  made = build_run(config)
+  (stage,) = expand_stages(made)
   program, now, key = begin(made, stage)
-  source = made.train_data(stage)
+  source = training_images(made, stage)
   for k in range(2):
     placed = sharding.put(batch(source, k), made.mesh)
     with jax.transfer_guard("disallow"):
@@ -59,10 +70,10 @@ def two_steps(config: dict[str, Any]) -> tuple[Any, Any]:
 
 def attacked(config: dict[str, Any]) -> dict[int, np.ndarray]:
   """The first batch's images, attacked before any step, by who they are."""
-  made = build.Parts(config)
-  (stage,) = made.stages()
+  made = build_run(config)
+  (stage,) = expand_stages(made)
   program, now, key = begin(made, stage)
-  predict = step.make_predict(made.model(stage))
+  predict = step.make_predict(build_model(made, stage))
 
   @jax.jit
   def attack(variables, key, images, labels, indices):
@@ -71,7 +82,7 @@ def attacked(config: dict[str, Any]) -> dict[int, np.ndarray]:
       lambda x: predict(variables, x), images, labels, image_keys
     )
 
-  of = batch(made.train_data(stage), 0)
+  of = batch(training_images(made, stage), 0)
   arrays = (of["image"] / np.float32(16), of["label"], of["index"])
   placed = sharding.put(arrays, made.mesh)
   found = attack((now.params, now.stats), key, *placed)

@@ -10,7 +10,6 @@ import pytest
 from roli_jax import attacks, evaluate, keys, losses
 from roli_jax.threat import ThreatModel
 from tests import tiny
-from tests.covering import mostly_slow
 
 EPS = {"linf": 0.01, "l2": 0.15, "l1": 1.0}
 PARTS = {
@@ -57,7 +56,8 @@ def test_flags_and_passes_are_the_official_ones(norm, official, devices):
   assert outside["ball_and_box"] == "pass"
 
 
-@pytest.mark.parametrize("norm", mostly_slow(EPS, "l2"))
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", EPS)
 def test_fab_alone_breaks_what_the_official_one_does(norm, official):
   result = run("fab_t", norm)
   differ = result.robust != official[f"{norm}/alone/fab-t"]
@@ -74,6 +74,7 @@ def test_fast_agrees_with_standard_at_a_third_of_the_passes(official):
   assert result.summary()["broken_by"][""] == result.robust.sum()
 
 
+@pytest.mark.slow
 def test_a_curve_is_what_separate_runs_find():
   norm, rows = "linf", slice(0, 24)
   curve = run("curve", norm, rows, num_rounds=5)

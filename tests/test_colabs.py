@@ -95,6 +95,7 @@ def is_picture(outputs):
   return size > 80 and (coloured.mean() > 2e-3 or dark.mean() > 0.2)
 
 
+@pytest.mark.slow
 def test_the_quickstart_compares_three_ways(tmp_path):
   shown = run(
     "roli_quickstart", tmp_path,
@@ -126,6 +127,7 @@ def cifar(tmp_path):
   }
 
 
+@pytest.mark.slow
 def test_cifar_goes_from_a_file_of_weights_to_a_model(cifar, tmp_path):
   shown = run(
     "cifar_roli_tpu", tmp_path,

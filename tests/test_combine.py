@@ -18,7 +18,9 @@ from roli_jax import (
   step,
   train,
 )
-from roli_jax.experiment import build, ensembles_run, protocol
+from roli_jax.experiment import ensembles_run, protocol
+from roli_jax.experiment.build import build_model, initial_variables
+from roli_jax.experiment.run import build_run, expand_stages
 from roli_jax.results import record
 from roli_jax.threat import ThreatModel
 
@@ -52,7 +54,7 @@ def whole(tmp_path_factory):
     rows = train.run(config, path)
     again = train.run(config, path)
     assert len(again) == len(rows)
-    yield path, build.Parts(config), rows
+    yield path, build_run(config), rows
 
 
 def robust(rows, stage, split="test", attack="pgd"):
@@ -122,9 +124,9 @@ def test_the_guide_corrupts_each_image_by_one_type(whole):
 
 def test_both_are_features_and_the_logits_that_are_judged(whole):
   _, made, _ = whole
-  stage = made.stages()[-1]
-  model = made.model(stage)
-  variables = made.initial(stage)
+  stage = expand_stages(made)[-1]
+  model = build_model(made, stage)
+  variables = initial_variables(made, stage)
   images = made.data["test"].pixels(np.arange(8))
   features, logits = step.make_both(model)(variables, images)
   assert features.shape == (8, 64)
@@ -136,18 +138,18 @@ def test_both_are_features_and_the_logits_that_are_judged(whole):
 def test_weights_that_a_probe_has_not_are_not_mixed():
   config = small()
   config["cells"] = ({"method": "lora", "init": "roli"},)
-  made = build.Parts(config)
+  made = build_run(config)
   with pytest.raises(ValueError, match="take output or vrf"):
-    ensembles_run.check(made, made.stages())
+    ensembles_run.check(made, expand_stages(made))
 
 
 def test_an_unknown_set_of_corruptions_is_refused_before_training():
   config = small()
   tests = (("corruptions:glyph", "", "", 0),)
   config["cells"] = ({"method": "full", "init": "roli", "tests": tests},)
-  made = build.Parts(config)
+  made = build_run(config)
   with pytest.raises(ValueError, match="did you mean 'glyphs'"):
-    protocol.check(made, made.stages())
+    protocol.check(made, expand_stages(made))
 
 
 def test_an_attack_on_one_model_overstates_what_both_withstand():
@@ -173,6 +175,6 @@ def test_an_attack_on_one_model_overstates_what_both_withstand():
 
 def test_a_chosen_ensemble_goes_by_its_own_name(whole):
   _, made, _ = whole
-  stage = made.stages()[-1]
+  stage = expand_stages(made)[-1]
   renamed = dataclasses.replace(stage, name="vrf")
   assert renamed.directory != stage.directory

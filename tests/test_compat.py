@@ -26,7 +26,16 @@ from roli_jax import (
   trees,
 )
 from roli_jax.experiment import compat, probe_reuse, stages
-from roli_jax.experiment.build import Parts
+from roli_jax.experiment.build import (
+  build_attack,
+  build_method,
+  build_model,
+  build_program,
+  initial_variables,
+  optimizer_fields,
+)
+from roli_jax.experiment.run import build_run, training_images
+from roli_jax.experiment.train_stage import best_variables, start_variables
 from roli_jax.optim import reference, schedules
 from roli_jax.results import record
 from tests.contracts.test_methods import filled, net, noisy
@@ -75,20 +84,20 @@ def setup(weights):
 
 def parts_of(config):
   """The parts, and the last stage."""
-  parts = Parts(config)
+  parts = build_run(config)
   return parts, stages.expand(config, 32)[-1]
 
 
 def moved(config):
   """The trained leaves that three steps move, and those that they don't."""
   parts, stage = parts_of(config)
-  params, stats = parts.initial(stage)
-  program = parts.program(stage)
+  params, stats = initial_variables(parts, stage)
+  program = build_program(parts, stage)
   step = jax.jit(program.step)
   now = state.create(params, stats, program.method.trains(params), program.tx)
   rate = optim.at_rate(now.opt_state, stage.lr)
   now = dataclasses.replace(now, opt_state=rate)
-  batches = data.train_batches(parts.train_data(stage), 16, seed=0)
+  batches = data.train_batches(training_images(parts, stage), 16, seed=0)
   for batch in itertools.islice(batches, 3):
     now, _ = step(now, batch, keys.root(0))
   trained, _ = trees.split(params, program.method.trains(params))
@@ -125,9 +134,9 @@ def test_lora_of_two_zeros_never_moves(setup):
 def differ(config):
   """Whether the forward pass of training is another than evaluation's."""
   parts, stage = parts_of(config)
-  params, stats = parts.initial(stage)
+  params, stats = initial_variables(parts, stage)
   params = dataclasses.replace(params, peft=noisy(params.peft))
-  model, method = parts.model(stage), parts.method(stage)
+  model, method = build_model(parts, stage), build_method(parts, stage)
   images = jnp.asarray(parts.data["train"].pixels(slice(0, 8)))
   trained = jax.jit(
     lambda key: model(
@@ -173,26 +182,26 @@ def test_full_tuning_drops_paths_at_the_rate_given(setup, rate):
   config = setup("full", backbone="glyph_swin", droppath_rate=rate)
   assert differ(config) == (rate > 0)
   parts, stage = parts_of(config)
-  assert parts.model(stage).backbone.drop_path == rate
+  assert build_model(parts, stage).backbone.drop_path == rate
 
 
 @pytest.mark.parametrize("keep", ["sample", "batch", "last"])
 def test_every_pgd_keeps_what_the_switch_says(setup, keep):
-  parts = Parts(setup("full", pgd_best=keep))
+  parts = build_run(setup("full", pgd_best=keep))
   for kind in ("attack", "val_attack", "eval_attack"):
-    assert parts.attack(kind).keep == keep
+    assert build_attack(parts, kind).keep == keep
 
 
 def test_the_default_of_pgd_best_leaves_what_the_config_says(setup):
   config = setup("full")
   config["attack"]["keep"] = "last"
-  assert Parts(config).attack("attack").keep == "last"
+  assert build_attack(build_run(config), "attack").keep == "last"
 
 
 def test_attacks_other_than_pgd_are_as_they_are(setup):
   config = setup("full", pgd_best="batch")
   config["eval_attack"] = {"name": "fgsm"}
-  assert Parts(config).attack("eval_attack").name == "fgsm"
+  assert build_attack(build_run(config), "eval_attack").name == "fgsm"
 
 
 LABELS = {"head": {"kernel": "head", "bias": "head"}}
@@ -258,7 +267,11 @@ def test_the_references_adamw_is_its_formula():
 
 def built(config, num_steps=100, **spec):
   """The stage's optimizer, of the small tree, at a constant rate."""
-  given = {**Parts(config).optimizer("adapt"), **spec, "clip_norm": 0.0}
+  given = {
+    **optimizer_fields(build_run(config), "adapt"),
+    **spec,
+    "clip_norm": 0.0,
+  }
   shape = schedules.warmup(num_steps, 0.0, "constant")
   return optim.build(given, LABELS, shape)
 
@@ -290,7 +303,7 @@ def test_the_decay_is_the_configs_or_the_references(setup, switch, expected):
 def test_the_fixed_decay_is_of_adamw_alone(setup):
   config = setup("full", adamw_decay="fixed_0.01")
   config["adapt"]["optim"].update(name="sgd", weight_decay=0.3)
-  assert Parts(config).optimizer("adapt")["weight_decay"] == 0.3
+  assert optimizer_fields(build_run(config), "adapt")["weight_decay"] == 0.3
 
 
 @pytest.mark.parametrize("sgd", [False, True])
@@ -351,7 +364,7 @@ def test_a_first_epoch_at_zero_moves_moments_alone(setup, zero):
   shape = parts.schedule(
     dataclasses.replace(stage, num_steps=60, epoch_steps=3)
   )
-  tx = optim.build(parts.optimizer("adapt"), LABELS, shape)
+  tx = optim.build(optimizer_fields(parts, "adapt"), LABELS, shape)
   now = arrays(START, np.float32)
   opt_state = optim.at_rate(tx.init(now), 0.1)
   sizes = []
@@ -397,7 +410,7 @@ def test_deep_prompts_do_not_show_the_order():
 def test_the_switch_says_the_order(setup, order):
   config = setup("vpt", backbone="glyph_swin", swin_prompt_order=order)
   parts, stage = parts_of(config)
-  assert parts.model(stage).backbone.seams.mixed == (order == "as_is")
+  assert build_model(parts, stage).backbone.seams.mixed == (order == "as_is")
 
 
 @pytest.mark.parametrize(
@@ -417,7 +430,7 @@ def test_a_cells_head_goes_before_the_switch_before_the_config(
   config["cells"] = ({**config["cells"][0], **cell},)
   parts, stage = parts_of(config)
   assert stage.head_init == expected
-  kernel = parts.initial(stage)[0].head["kernel"]
+  kernel = initial_variables(parts, stage)[0].head["kernel"]
   std = {"kaiming_fan_out": np.sqrt(0.2), "small": 0.02}[expected]
   assert np.std(kernel) == pytest.approx(std, rel=0.15)
 
@@ -467,19 +480,22 @@ def probed(setup, tmp_path_factory):
   [("lora", "standard"), ("adapter", "near_identity")],
 )
 def test_the_second_stage_starts_at_the_firsts_function(
-  setup, probed, method, init, tmp_path
+  setup, probed, method, init
 ):
   path, before = probed
   parts, stage = parts_of(setup(method, "roli", **{f"{method}_init": init}))
-  log = record.Record(tmp_path / "log.jsonl")
-  start = train.Trainer(parts, stage, path, log)._start()
+  start = start_variables(
+    parts, stage, lambda probe: best_variables(parts, probe, path)
+  )
   old, probe = parts_of(before)
   assert stage.start == probe
-  end = train.best(old, probe, path)
+  end = best_variables(old, probe, path)
   x = parts.data["val"].pixels(slice(0, 16))
-  got = jax.jit(parts.model(stage).logits)(*start, x)
-  np.testing.assert_array_equal(got, jax.jit(old.model(probe).logits)(*end, x))
-  assert parts.program(stage).like.params.peft
+  got = jax.jit(build_model(parts, stage).logits)(*start, x)
+  np.testing.assert_array_equal(
+    got, jax.jit(build_model(old, probe).logits)(*end, x)
+  )
+  assert build_program(parts, stage).abstract_state.params.peft
 
 
 def test_what_no_probe_hangs_on_leaves_it_to_other_runs(setup, probed):

@@ -101,11 +101,11 @@ def test_a_mistake_is_told_in_a_few_words(words, message):
 @pytest.mark.parametrize(
   "name, moves",
   [
-    ("glyph_vit_token", False),
-    ("glyph_clip", False),
-    ("glyph_convnext", False),
+    pytest.param("glyph_vit_token", False, marks=pytest.mark.slow),
+    pytest.param("glyph_clip", False, marks=pytest.mark.slow),
+    pytest.param("glyph_convnext", False, marks=pytest.mark.slow),
     ("glyph_resnet", True),
-    ("glyph_wrn", False),
+    pytest.param("glyph_wrn", False, marks=pytest.mark.slow),
   ],
 )
 def test_the_demo_starts_from_any_family(name, moves, tmp_path):

@@ -9,6 +9,7 @@ from roli_jax import evaluate
 from roli_jax.attacks import AutoAttack
 from roli_jax.evaluate import checks, diagnosis
 from roli_jax.threat import ThreatModel
+from tests.covering import mostly_slow
 
 THREAT = ThreatModel("linf", eps=0.05)
 
@@ -85,11 +86,14 @@ def test_a_healthy_function_passes(healthy):
   assert all(check.said for check in found)
 
 
+@pytest.mark.slow
 def test_it_passes_in_another_norm_too(healthy):
   assert verdicts(diagnosis.run(*healthy, ThreatModel("l1", 0.4))) == {}
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize(
+  "name", mostly_slow(BROKEN, "gradient killer", "another batch")
+)
 def test_what_is_broken_on_purpose_is_found(name, healthy):
   logits_fn, images, labels = healthy
   change, *expected = BROKEN[name]

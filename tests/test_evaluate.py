@@ -159,6 +159,7 @@ def count_compilations():
   return compiled
 
 
+@pytest.mark.slow
 def test_new_params_and_radii_compile_nothing(shipped):
   predict, (params, stats), _ = shipped
   attack_shipped(shipped)
@@ -287,11 +288,10 @@ def test_each_attack_sees_what_the_last_one_left(toy, whole):
 
 
 @pytest.mark.parametrize(
-  "count, batch_size", [(1, 8), (1, 40), (2, 16), (8, 64)]
+  "on", mostly_slow(((1, 8), (1, 40), (2, 16), (8, 64)), (2, 16))
 )
-def test_searches_depend_on_no_batch_and_no_device(
-  toy, whole, devices, count, batch_size
-):
+def test_searches_depend_on_no_batch_and_no_device(toy, whole, devices, on):
+  count, batch_size = on
   devices(count)
   order = np.random.default_rng(batch_size).permutation(40)
   logits_fn, images, labels = toy

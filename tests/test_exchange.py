@@ -11,7 +11,8 @@ from configs import convert as convert_config
 from configs import glyphs_roli
 from roli_jax import convert, peft, sharding, train, trees
 from roli_jax.convert import torch_file
-from roli_jax.experiment import build, convert_command
+from roli_jax.experiment import convert_command
+from roli_jax.experiment.run import build_run
 from roli_jax.results import record
 from tests.contracts.test_methods import FAMILIES, filled, net, noisy
 
@@ -277,7 +278,7 @@ def test_a_run_of_a_method_is_evaluated_again(finished, name):
   assert row["method"] == name and row["n"] == 40
   whole, _ = peft.restore(stage)  # the best, as rows are of
   clean = record.where(rows, attack="none")[0]["value"]
-  source = build.Parts(config).data["test"]
+  source = build_run(config).data["test"]
   said = whole.model.logits(whole.params, {}, source.pixels(slice(0, 40)))
   correct = said.argmax(-1) == source.labels[:40]
   assert clean == pytest.approx(float(correct.mean()))

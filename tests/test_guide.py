@@ -14,8 +14,9 @@ from PIL import Image
 from configs import guide as configs
 from roli_jax import data, keys, models, trees
 from roli_jax.data import archives, transforms, verify
-from roli_jax.experiment import build as parts
 from roli_jax.experiment import protocol as score
+from roli_jax.experiment.build import build_attack
+from roli_jax.experiment.run import build_run
 from roli_jax.experiment.stages import expand
 from roli_jax.results import guide, record
 from tests import pictures
@@ -431,8 +432,11 @@ def test_every_config_has_its_stages(dataset, loss, protocol):
 @pytest.mark.parametrize("loss", configs.LOSSES)
 def test_training_is_attacked_as_in_the_guide(loss):
   config = config_of(loss=loss)
-  made = parts.Parts(config)
-  for attack in (made.attack("attack"), made.attack("val_attack")):
+  made = build_run(config)
+  for attack in (
+    build_attack(made, "attack"),
+    build_attack(made, "val_attack"),
+  ):
     assert (attack.name, attack.num_steps) == ("apgd_ce", 10)
     assert not attack.random_start and attack.loss == "ce"
     assert attack.threat.norm == "linf"
@@ -443,13 +447,13 @@ def test_training_is_attacked_as_in_the_guide(loss):
 
 
 def test_the_tests_fill_the_columns():
-  made = parts.Parts(config_of())
+  made = build_run(config_of())
   (stage,) = expand(config_of(), 9)
   about = [one for test in score.tests(made, stage) for one in test.about()]
   blank = {"norm": None, "eps": None}
   measures = {guide._measure({**blank, **one}) for one in about}
   assert measures == set(guide.MEASURES)
-  assert made.attack("eval_attack").name == "autoattack"
+  assert build_attack(made, "eval_attack").name == "autoattack"
 
 
 @pytest.mark.parametrize(

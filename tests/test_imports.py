@@ -82,7 +82,7 @@ def test_no_modules_import_each_other(root):
 def test_the_root_has_rooms_and_fifteen_modules(root):
   found = {room for _, room in _modules(root)} - {"__init__"}
   assert found == {*ROOMS}
-  files = [p for p in (root / "roli_jax").glob("*.py")]
+  files = list((root / "roli_jax").glob("*.py"))
   assert len(files) - 1 <= 15
 
 

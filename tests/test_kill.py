@@ -9,8 +9,10 @@ import time
 import numpy as np
 import pytest
 
-from roli_jax import train, trees
-from roli_jax.experiment import build, stages
+from roli_jax import trees
+from roli_jax.experiment import stages
+from roli_jax.experiment.run import build_run
+from roli_jax.experiment.train_stage import best_variables
 from roli_jax.files import checkpoint, workdir
 from roli_jax.results import record
 from tests import cli
@@ -30,9 +32,9 @@ def results(path):
 
 def parameters(path):
   config = workdir.read_config(path)
-  made = build.Parts(config)
+  made = build_run(config)
   for stage in stages.expand(config):
-    params, _ = train.best(made, stage, path)
+    params, _ = best_variables(made, stage, path)
     yield from trees.paths(params).values()
 
 

@@ -22,7 +22,9 @@ from roli_jax import (
   trees,
 )
 from roli_jax.clip import mixup
-from roli_jax.experiment import build, stages
+from roli_jax.experiment import stages
+from roli_jax.experiment.build import build_criterion, build_program
+from roli_jax.experiment.run import build_run
 from roli_jax.files import checkpoint
 from roli_jax.models import heads
 from roli_jax.optim import schedules
@@ -502,8 +504,8 @@ def config(cell="method=full,init=roli", **adapt):
 
 
 def program(given):
-  made = build.Parts(given)
-  return made.program(stages.expand(given)[-1])
+  made = build_run(given)
+  return build_program(made, stages.expand(given)[-1])
 
 
 def test_a_config_names_a_criterion_and_a_penalty():
@@ -523,7 +525,7 @@ def test_a_config_names_a_criterion_and_a_penalty():
   (_, stage) = stages.expand(config())
   without = config()
   del without["adapt"]["penalty"]  # of a run before there were any
-  assert build.Parts(without).criterion("adapt", stage.loss) == plain
+  assert build_criterion(build_run(without), "adapt", stage.loss) == plain
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from configs import convert as convert_config
 from configs import glyphs_roli
 from roli_jax import convert, keys, models, trees
 from roli_jax.convert import torch_file
-from roli_jax.experiment import build, convert_command
+from roli_jax.experiment import convert_command
+from roli_jax.experiment.build import build_model
+from roli_jax.experiment.run import build_run, expand_stages
 from tests import golden
 
 # Logits of timm 1.0.31's VisionTransformer(img_size=8, patch_size=2,
@@ -213,10 +215,10 @@ def test_a_run_takes_the_words_too(pool, key, tmp_path, monkeypatch):
   monkeypatch.setattr(
     convert.files.logging, "warning", lambda *words: said.append(words)
   )
-  run = build.Parts(config.to_dict())
-  (stage,) = run.stages()
-  assert run.model(stage).backbone.pool == (pool or "token")
+  run = build_run(config.to_dict())
+  (stage,) = expand_stages(run)
+  assert build_model(run, stage).backbone.pool == (pool or "token")
   assert len(said) == (0 if pool else 2)  # of the pool, and of the network
   config.backbone.key = "best"
   with pytest.raises(ValueError, match=r"no network 'best'.*ema, net"):
-    build.Parts(config.to_dict()).pretrained(str(file))
+    build_run(config.to_dict()).load(str(file))

@@ -105,8 +105,8 @@ def test_every_module_stands_on_the_map(readme, root):
   named = set(re.findall(r"(\w+)(?:\.py|/)", block))
   modules = {path.stem for path in (root / "roli_jax").iterdir()}
   small = {
-    "keys", "trees", "specs", "types", "metrics", "sharding", "progress",
-    "journal", "projections", "processes",
+    "keys", "trees", "specs", "types", "statistics", "sharding", "progress",
+    "distributed",
   }  # fmt: skip
   hidden = {"__init__", "__pycache__", "weights"}
   assert modules - small - hidden <= named

@@ -13,10 +13,14 @@ import pytest
 
 from configs import roli
 from roli_jax import convert, data, keys, models, peft, train, trees
-from roli_jax.experiment import build
+from roli_jax.experiment.build import build_method, initial_variables
+from roli_jax.experiment.run import build_run
 from roli_jax.experiment.stages import expand
+from roli_jax.experiment.train_stage import best_variables
+from roli_jax.files import checkpoint
 from roli_jax.results import record
 from tests import pictures, test_tfds
+from tests.covering import mostly_slow
 
 BACKBONES = {"cifar10": "glyph_vit_token", "cub": "glyph_swin"}
 LOSSES = {"autolora": {"loss": "autolora"}}
@@ -73,6 +77,7 @@ def config_of(folder, dataset, cells, **changes):
   return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", BACKBONES)
 def test_every_method_trains_from_a_random_head_and_from_a_probe(
   folder, dataset, tmp_path
@@ -89,13 +94,13 @@ def test_every_method_trains_from_a_random_head_and_from_a_probe(
   probes = record.where(rows, split="test", attack="pgd", stage="probe")
   assert len(probes) == 1  # once for all that start from it
   assert {row["data"] for row in rows} == {dataset}
-  made = build.Parts(config)
+  made = build_run(config)
   stages = expand(config, len(made.data["train"]))
   for stage in stages:
-    before, _ = made.initial(stage)
-    after, _ = train.best(made, stage, tmp_path / "run")
+    before, _ = initial_variables(made, stage)
+    after, _ = best_variables(made, stage, tmp_path / "run")
     for name, leaf in trees.paths(before.backbone).items():
-      trained = made.method(stage).trains(before).backbone
+      trained = build_method(made, stage).trains(before).backbone
       if not trees.paths(trained)[name]:
         np.testing.assert_array_equal(leaf, trees.paths(after.backbone)[name])
 
@@ -118,12 +123,12 @@ class _Killed(Exception):
 
 
 def _parameters(config, path):
-  made = build.Parts(config)
+  made = build_run(config)
   (stage,) = expand(config, len(made.data["train"]))
-  return trees.paths(train.best(made, stage, path)[0])
+  return trees.paths(best_variables(made, stage, path)[0])
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("num_workers", mostly_slow((0, 1, 2), 1))
 def test_killed_in_an_epoch_it_ends_at_the_same_bits_with_any_workers(
   folder, tmp_path, monkeypatch, num_workers
 ):
@@ -153,19 +158,20 @@ def test_killed_in_an_epoch_it_ends_at_the_same_bits_with_any_workers(
     np.testing.assert_array_equal(leaf, ours[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_probe_is_taken_from_the_run_beside(folder, tmp_path, monkeypatch):
   bias = config_of(folder, "cub", [{"method": "bias", "init": "roli"}])
   train.run(bias, tmp_path / "one")
   lora = config_of(folder, "cub", [{"method": "lora", "init": "roli"}])
   trained = []
-  whole = train.Trainer.train
+  whole = train.train_stage
 
-  def spied(self):
-    with_steps = self.directory.exists()
-    trained.append((self.stage.name, with_steps))
-    return whole(self)
+  def spied(run, stage, path, *rest):
+    with_steps = checkpoint.directory(path, stage).exists()
+    trained.append((stage.name, with_steps))
+    return whole(run, stage, path, *rest)
 
-  monkeypatch.setattr(train.Trainer, "train", spied)
+  monkeypatch.setattr(train, "train_stage", spied)
   rows = train.run(lora, tmp_path / "two")
   assert trained == [("probe", True), ("adapt", False)]
   said = [

@@ -14,7 +14,12 @@ import numpy as np
 import pytest
 
 from roli_jax import sharding, trees
-from roli_jax.experiment import build
+from roli_jax.experiment.build import (
+  build_program,
+  check_run,
+  initial_variables,
+)
+from roli_jax.experiment.run import build_run, expand_stages, training_images
 from roli_jax.results import record
 from tests import cli, steps
 
@@ -80,16 +85,16 @@ def test_a_batch_in_parts_is_the_batch_up_to_rounding():
 def test_parts_that_can_not_be_are_refused(turns):
   config = steps.config()
   config["adapt"] = {**config["adapt"], "accumulate": turns}
-  made = build.Parts(config)
+  made = build_run(config)
   with pytest.raises(ValueError, match=r"accumulate.* must"):
-    made.program(made.stages()[0])
+    build_program(made, expand_stages(made)[0])
 
 
 def test_rules_split_parameters_and_what_the_optimizer_keeps(one):
   now, _ = one
-  made = build.Parts(steps.config(FSDP))
-  (stage,) = made.stages()
-  for name, leaf in trees.paths(made.program(stage).like).items():
+  made = build_run(steps.config(FSDP))
+  (stage,) = expand_stages(made)
+  for name, leaf in trees.paths(build_program(made, stage).like).items():
     spread = [n for n in leaf.shape if n % 8 == 0]
     own = leaf.sharding.shard_shape(leaf.shape)
     assert np.prod(own) * (8 if spread else 1) == np.prod(leaf.shape), name
@@ -107,14 +112,14 @@ def test_rules_split_parameters_and_what_the_optimizer_keeps(one):
   ],
 )
 def test_a_rule_that_can_not_be_is_refused(rule, said):
-  made = build.Parts(steps.config(rule))
+  made = build_run(steps.config(rule))
   with pytest.raises(ValueError, match=said):
-    made.check(made.stages())
+    check_run(made, expand_stages(made))
 
 
 def test_a_mesh_that_can_not_be_is_refused():
   with pytest.raises(ValueError, match="must divide the 8 devices, got 3"):
-    build.Parts(steps.config(model=3))
+    build_run(steps.config(model=3))
 
 
 COLLECTIVES = re.compile(
@@ -152,10 +157,10 @@ def loops(program, *args):
 
 
 def arguments(config):
-  made = build.Parts(config)
-  (stage,) = made.stages()
+  made = build_run(config)
+  (stage,) = expand_stages(made)
   program, now, key = steps.begin(made, stage)
-  batch = sharding.put(steps.batch(made.train_data(stage), 0), made.mesh)
+  batch = sharding.put(steps.batch(training_images(made, stage), 0), made.mesh)
   return program.step, now, batch, key
 
 
@@ -187,24 +192,24 @@ def test_to_keep_the_best_of_a_batch_asks_all_devices():
 
 
 def test_a_step_donates_its_state_and_leaves_the_weights():
-  made = build.Parts(steps.config())
-  (stage,) = made.stages()
+  made = build_run(steps.config())
+  (stage,) = expand_stages(made)
   program, now, key = steps.begin(made, stage)
-  batch = sharding.put(steps.batch(made.train_data(stage), 0), made.mesh)
+  batch = sharding.put(steps.batch(training_images(made, stage), 0), made.mesh)
   after, _ = program.step(now, batch, key)
   assert all(x.is_deleted() for x in jax.tree.leaves(now.params))
   assert all(not x.is_deleted() for x in jax.tree.leaves(after))
-  params, _ = made.initial(stage)
+  params, _ = initial_variables(made, stage)
   assert np.isfinite(np.asarray(params.backbone["positions"])).all()
   changed = dataclasses.replace(stage, head_init="small")
-  assert made.program(changed) is program
+  assert build_program(made, changed) is program
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused(devices):
   devices(3)
-  made = build.Parts(steps.config())
+  made = build_run(steps.config())
   with pytest.raises(ValueError, match="multiple of the 3 devices"):
-    made.program(made.stages()[0])
+    build_program(made, expand_stages(made)[0])
 
 
 # Two processes of four devices each.

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from roli_jax import train, trees
-from roli_jax.experiment import build, stages
+from roli_jax.experiment import stages
+from roli_jax.experiment.build import initial_variables
+from roli_jax.experiment.run import build_run
+from roli_jax.experiment.train_stage import best_variables
 from roli_jax.files import checkpoint, workdir
 from roli_jax.results import record, report
 from tests import cli
@@ -101,10 +104,10 @@ def test_a_checkpoint_says_all_that_going_on_needs(finished):
 def test_a_probe_moves_the_head_alone(finished):
   path = finished[0]
   config = config_of(path)
-  made = build.Parts(config)
+  made = build_run(config)
   probe, _ = stages.expand(config)
-  before, _ = made.initial(probe)
-  after, _ = train.best(made, probe, path)
+  before, _ = initial_variables(made, probe)
+  after, _ = best_variables(made, probe, path)
   for name, leaf in trees.paths(before.backbone).items():
     np.testing.assert_array_equal(leaf, trees.paths(after.backbone)[name])
   assert (before.head["kernel"] != jax.device_get(after.head["kernel"])).any()

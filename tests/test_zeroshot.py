@@ -13,7 +13,13 @@ from roli_jax import convert, keys, models, optim, sharding, step, trees
 from roli_jax import state as training
 from roli_jax.clip import zeroshot
 from roli_jax.clip.tokenizer import Tokenizer
-from roli_jax.experiment import build
+from roli_jax.experiment.build import (
+  build_model,
+  build_program,
+  check_run,
+  initial_variables,
+)
+from roli_jax.experiment.run import build_run, expand_stages
 from roli_jax.models import heads
 
 WIDTH, CONTEXT, EMBED = 128, 12, 8
@@ -413,21 +419,24 @@ def run_of(file, **changes):
   config.head_init = "zeroshot"
   config.adapt.batch_size = 16
   config.adapt.update(changes)
-  made = build.Parts(config.to_dict())
-  (stage,) = made.stages()
+  made = build_run(config.to_dict())
+  (stage,) = expand_stages(made)
   return made, stage
 
 
+@pytest.mark.slow
 def test_a_run_can_start_at_a_zero_shot_head_with_m2_mix(prompted):
   file, bundle = prompted
   made, stage = run_of(file, penalty={"name": "m2_mix", "weight": 0.05})
-  made.check([stage])
-  params, stats = made.initial(stage)
+  check_run(made, [stage])
+  params, stats = initial_variables(made, stage)
   source = made.data["test"]
   expected = bundle.model.logits(bundle.params, {}, source.pixels(slice(4)))
-  logits = made.model(stage).logits(params, stats, source.pixels(slice(4)))
+  logits = build_model(made, stage).logits(
+    params, stats, source.pixels(slice(4))
+  )
   np.testing.assert_allclose(logits, expected, atol=1e-6)
-  program = made.program(stage)
+  program = build_program(made, stage)
   now = state_of(made, stage, program)
   batch = {
     "image": source.images[:16],
@@ -440,7 +449,7 @@ def test_a_run_can_start_at_a_zero_shot_head_with_m2_mix(prompted):
 
 
 def state_of(made, stage, program):
-  params, stats = made.initial(stage)
+  params, stats = initial_variables(made, stage)
   now = training.create(
     params, stats, program.method.trains(params), program.tx,
     program.criterion.start,
@@ -455,4 +464,4 @@ def test_weights_without_a_zero_shot_head_are_refused(prompted, tmp_path):
   convert.save(convert.Bundle(plain, *plain.init(keys.root(0))), file)
   made, stage = run_of(file)
   with pytest.raises(ValueError, match="has no zero-shot head"):
-    made.check([stage])
+    check_run(made, [stage])

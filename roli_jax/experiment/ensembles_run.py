@@ -17,9 +17,16 @@ import numpy as np
 
 from roli_jax import data, ensembles, sharding, specs, step
 from roli_jax.experiment import measure, protocol
-from roli_jax.experiment.build import Parts, Variables
+from roli_jax.experiment.build import (
+  build_attack,
+  build_model,
+  build_predict,
+  build_program,
+)
+from roli_jax.experiment.run import Run, training_images
 from roli_jax.experiment.stages import Stage
 from roli_jax.results import record
+from roli_jax.types import Variables
 
 ALPHAS = tuple(i / 10 for i in range(11))
 # Tested by the main attack alone: it is there to be drawn beside the others,
@@ -45,14 +52,14 @@ class Family:
   is_frontier: bool
 
 
-def check(parts: Parts, stages: Iterable[Stage]) -> None:
+def check(run: Run, stages: Iterable[Stage]) -> None:
   """Raises the ValueError that the config's ensembles would end in."""
-  names = parts.config.get("ensembles", ())
+  names = run.config.get("ensembles", ())
   for name in names:
     specs.choose(FAMILIES, name, "ensemble")
   for stage in stages:
     adds = stage.start and jax.tree.leaves(
-      parts.program(stage).like.params.peft
+      build_program(run, stage).abstract_state.params.peft
     )
     if "wise_ft" in names and adds:
       raise ValueError(
@@ -62,7 +69,7 @@ def check(parts: Parts, stages: Iterable[Stage]) -> None:
 
 
 def run(
-  parts: Parts,
+  run: Run,
   stage: Stage,
   results: record.Record,
   first: Variables,
@@ -71,58 +78,58 @@ def run(
   """The rows of the config's ensembles, those that are missing.
 
   Args:
-    parts: of the run.
+    run: the run.
     stage: that was fine-tuned from another.
     results: where rows go.
     first: the best of the stage that it started from.
     second: the best of this one.
   """
-  for name in parts.config["ensembles"]:
+  for name in run.config["ensembles"]:
     make = FAMILIES[name]
     chosen = dataclasses.replace(stage, name=name)
-    tests = list(protocol.tests(parts, chosen))
+    tests = list(protocol.tests(run, chosen))
     if name in MAIN_ALONE:
       tests = tests[:1]
-    wanted = [r for t in tests for r in protocol.rows(parts, chosen, "test", t)]
+    wanted = [r for t in tests for r in protocol.rows(run, chosen, "test", t)]
     if tests and all(row in results for row in wanted):
       continue
-    family = make(parts, stage, first, second)
-    best = _best(parts, chosen, results, family)
-    if family.is_frontier and parts.config["test"]:
+    family = make(run, stage, first, second)
+    best = _best(run, chosen, results, family)
+    if family.is_frontier and run.config["test"]:
       for label, variables in family.members.items():
         member = dataclasses.replace(stage, name=f"{name}-{label}")
-        test = measure.Test(parts.attack("eval_attack"))
+        test = measure.Test(build_attack(run, "eval_attack"))
         protocol.add_tests(
-          parts, member, results, family.predict, variables, [test]
+          run, member, results, family.predict, variables, [test]
         )
-    protocol.add_tests(parts, chosen, results, family.predict, best, tests)
+    protocol.add_tests(run, chosen, results, family.predict, best, tests)
 
 
-def _best(parts, chosen, results, family):
+def _best(run, chosen, results, family):
   """The member of the highest robust accuracy on validation."""
-  test = measure.Test(parts.attack("val_attack"))
+  test = measure.Test(build_attack(run, "val_attack"))
   robust = {}
   for label, variables in family.members.items():
     member = dataclasses.replace(chosen, name=f"{chosen.name}-{label}")
     protocol.add_tests(
-      parts, member, results, family.predict, variables, [test], "val"
+      run, member, results, family.predict, variables, [test], "val"
     )
-    *_, about = protocol.rows(parts, member, "val", test)
+    *_, about = protocol.rows(run, member, "val", test)
     (row,) = record.where(results.rows, **about)
     robust[label] = row["value"]
   return family.members[max(robust, key=lambda label: robust[label])]
 
 
-def _wise_ft(parts, stage, first, second):
+def _wise_ft(run, stage, first, second):
   return Family(
-    step.make_predict(parts.model(stage)),
+    build_predict(run, stage),
     {f"{a:g}": ensembles.wse(first, second, a) for a in ALPHAS},
     is_frontier=True,
   )
 
 
-def _output(parts, stage, first, second):
-  predicts = (step.make_predict(parts.model(s)) for s in (stage.start, stage))
+def _output(run, stage, first, second):
+  predicts = (build_predict(run, s) for s in (stage.start, stage))
   return Family(
     ensembles.output_space(*predicts),
     {f"{a:g}": (first, second, np.float32(a)) for a in ALPHAS},
@@ -130,7 +137,7 @@ def _output(parts, stage, first, second):
   )
 
 
-def _vrf(parts, stage, first, second):
+def _vrf(run, stage, first, second):
   """The bank from the stage's training images, k = 1.
 
   The authors' rule for k counts members per thousand images, which is beyond
@@ -138,9 +145,9 @@ def _vrf(parts, stage, first, second):
   without members, where the probe errs on nothing that fine-tuning mends, gives
   both models the same weight.
   """
-  probe = step.make_predict(parts.model(stage.start))
-  both = step.make_both(parts.model(stage))
-  train, held = parts.train_data(stage), parts.data["val"]
+  probe = build_predict(run, stage.start)
+  both = step.make_both(build_model(run, stage))
+  train, held = training_images(run, stage), run.data["val"]
 
   def outputs(fn, variables, source):
     return _in_batches(jax.jit(functools.partial(fn, variables)), source)

@@ -11,7 +11,7 @@ import numpy as np
 
 from roli_jax import corruptions, data, evaluate
 from roli_jax.evaluate import batching, checks, classifier
-from roli_jax.experiment.build import Parts
+from roli_jax.experiment.run import Run
 
 _PIECE = 2**30  # bytes of pixels that are attacked at once
 
@@ -97,7 +97,7 @@ class Corruption:
 
 
 def run(
-  parts: Parts,
+  run: Run,
   predict: Callable[..., Any],
   variables: Any,
   seed: int,
@@ -111,7 +111,7 @@ def run(
   and the result holds no adversarial images.
 
   Args:
-    parts: of the run.
+    run: the run.
     predict: `(variables, images) -> logits`.
     variables: of a model, or of several.
     seed: of the attack's noise.
@@ -119,10 +119,10 @@ def run(
     test: what is done to it.
     save: a directory; None keeps nothing.
   """
-  source: data.Source = parts.data[split]
+  source: data.Source = run.data[split]
   rows = np.arange(len(source))[: test.num_images or None]
-  batch = parts.config["eval_batch_size"]
-  on = on_devices(parts, predict, variables, seed, parts.half)
+  batch = run.config["eval_batch_size"]
+  on = on_devices(run, predict, variables, seed, run.compute_dtype)
   batches = _PIECE // (4 * math.prod(source.shape) * batch)
   at_once = max(batches, 1) * batch
   pieces = range(0, len(rows), at_once)
@@ -143,7 +143,7 @@ def run(
 
 
 def on_devices(
-  parts: Parts,
+  run: Run,
   predict: Callable[..., Any],
   variables: Any,
   seed: int,
@@ -153,8 +153,8 @@ def on_devices(
   return classifier.make(
     predict,
     variables,
-    parts.shape,
-    parts.config["eval_batch_size"],
+    run.shape,
+    run.config["eval_batch_size"],
     dtype=dtype,
     seed=seed,
     pure=True,

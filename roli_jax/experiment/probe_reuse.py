@@ -8,7 +8,7 @@ import shutil
 from absl import logging
 
 from roli_jax import distributed
-from roli_jax.experiment.build import Parts
+from roli_jax.experiment.run import Run, fingerprint
 from roli_jax.experiment.stages import Stage
 from roli_jax.files import checkpoint, workdir
 from roli_jax.results import record
@@ -24,30 +24,30 @@ _SWITCHES_BESIDE_A_PROBE = frozenset({
 })  # fmt: skip
 
 
-def probe(
-  parts: Parts, stage: Stage, path: pathlib.Path, log: record.Record
+def adopt(
+  run: Run, stage: Stage, path: pathlib.Path, log: record.Record
 ) -> None:
   """Copies the probe from a run beside this one that has trained the same.
 
   Of several processes the first looks and copies.
 
   Args:
-    parts: of this run.
+    run: this run.
     stage: the probe.
     path: of this run.
     log: of its training, which gets the probe's rows.
   """
   directory = checkpoint.directory(path, stage)
   if distributed.leads() and not directory.exists():
-    _copy(parts, stage, path, directory, log)
+    _copy(run, stage, path, directory, log)
   distributed.wait("adoption")
 
 
-def _copy(parts, stage, path, directory, log):
+def _copy(run, stage, path, directory, log):
   for file in sorted(path.absolute().parent.glob("*/config.json")):
     other = file.parent
     try:
-      if other.name == path.name or not _has_probe(parts, stage, other, path):
+      if other.name == path.name or not _has_probe(run, stage, other, path):
         continue
       partial = path / "adopted.partial"
       shutil.rmtree(partial, ignore_errors=True)
@@ -63,7 +63,7 @@ def _copy(parts, stage, path, directory, log):
     return
 
 
-def _has_probe(parts, stage, other, path):
+def _has_probe(run, stage, other, path):
   """Whether another run has finished the probe that this one would train."""
   theirs = checkpoint.directory(other, stage)
   if not theirs.is_dir() or not workdir.same_code(other, path):
@@ -78,8 +78,8 @@ def _has_probe(parts, stage, other, path):
     meta["stage"].pop(tested)
   return (
     meta["stage"] == mine
-    and meta["made_of"] == parts.made_of(stage)
-    and _of_a_probe(meta["config"]) == _of_a_probe(parts.config)
+    and meta["made_of"] == fingerprint(run, stage)
+    and _of_a_probe(meta["config"]) == _of_a_probe(run.config)
   )
 
 

@@ -65,6 +65,14 @@ class Stage:
     return _cell(self.__dict__)
 
   @property
+  def selected_by(self) -> str:
+    """The validation accuracy that selects the best checkpoint.
+
+    Adversarial, as in the RoLI reference; clean where training is.
+    """
+    return "clean" if self.loss == "clean" else "robust"
+
+  @property
   def is_random(self) -> bool:
     """Whether it begins at a head that nothing has taught."""
     return self.start is None and self.head_init != ZEROSHOT

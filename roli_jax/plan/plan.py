@@ -1,5 +1,6 @@
 """`--mode=plan`: what a run will do and cost, without data or weights."""
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
@@ -8,41 +9,63 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from roli_jax import data, models, optim, trees
-from roli_jax.experiment.build import Parts
-from roli_jax.experiment.stages import Stage, expand
+from roli_jax import convert, data, keys, models, trees
+from roli_jax.experiment.build import (
+  build_attack,
+  build_criterion,
+  build_method,
+  build_model,
+  build_optimizer,
+  build_schedule,
+  build_training_attack,
+  optimizer_fields,
+)
+from roli_jax.experiment.run import Run, build_run, expand_stages
+from roli_jax.experiment.stages import Stage
 from roli_jax.files import workdir
 from roli_jax.plan import cost
 from roli_jax.results.tables import Table
 
 
-class Planned(Parts):
-  """The parts of a run that has neither data nor weights yet."""
+@dataclasses.dataclass(frozen=True)
+class _Split:
+  """What a plan knows of a split in place of its images."""
 
-  @property
-  def facts(self) -> data.Facts:
-    """Of the data set; one that nothing is known of is looked at."""
-    name = self.config["data"]["name"]
-    if name in data.FACTS:
-      return data.FACTS[name]
-    train, val, test = (self.data[split] for split in data.SPLITS)
-    return data.Facts(
-      train.num_classes, len(train), len(val), len(test), train.shape
+  num_classes: int
+  size: int
+  shape: tuple[int, int, int]
+
+  def __len__(self) -> int:
+    return self.size
+
+
+def _planned(config: Mapping[str, Any]) -> Run:
+  """A run with shapes in place of data and weights.
+
+  A data set of which nothing is known is looked at.
+  """
+  run = build_run(config)
+  name, backbone = config["data"]["name"], config["backbone"]
+  splits: Any = run.data
+  if name in data.FACTS:
+    facts = data.FACTS[name]
+    sizes = {"train": facts.train, "val": facts.val, "test": facts.test}
+    splits = {
+      split: _Split(facts.num_classes, size, facts.shape)
+      for split, size in sizes.items()
+    }
+
+  def load(weights, keeps_head=False):
+    if keeps_head:  # whatever head the file has
+      return run.load(weights, keeps_head=True)
+    model = models.create(
+      backbone["name"],
+      splits["train"].num_classes,
+      backbone.get("image_size") or None,
     )
+    return convert.Bundle(model, *jax.eval_shape(model.init, keys.root(0)))
 
-  @property
-  def num_classes(self) -> int:
-    return self.facts.num_classes
-
-  def pretrained(self, weights: str) -> models.Model:
-    backbone = self.config["backbone"]
-    size = backbone.get("image_size") or None
-    return models.create(backbone["name"], self.num_classes, size)
-
-  def method_spec(self, stage: Stage) -> dict[str, Any]:
-    # Costs don't depend on how arrays start: what differs in that is one.
-    spec = super().method_spec(stage)
-    return {k: v for k, v in spec.items() if k not in ("init", "order")}
+  return dataclasses.replace(run, data=splits, load=load)
 
 
 def make(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,33 +79,28 @@ def make(config: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: as a run of the config would.
   """
-  parts = Planned(config)
-  stages = expand(config, parts.facts.train)
+  run = _planned(config)
+  stages = expand_stages(run)
+  have = len(run.data["train"])
   for stage in stages:
-    if stage.train_size > parts.facts.train:
-      raise ValueError(
-        f"train_size={stage.train_size}, of {parts.facts.train} images"
-      )
-  told = [_told(parts, stage) for stage in stages]
+    if stage.train_size > have:
+      raise ValueError(f"train_size={stage.train_size}, of {have} images")
   last = stages[-1]
-  params = cost.shapes(parts.model(last))
-  trained, _ = parts.method(last).split(params)
-  one = cost.of(parts.model(last), parts.method(last))
-  tx = optim.build(
-    parts.optimizer(last.name, parts.head(last)),
-    parts.method(last).labels(params),
-    parts.schedule(last),
-  )
+  model, method = build_model(run, last), build_method(run, last)
+  params = cost.shapes(model)
+  trained, _ = method.split(params)
+  one = cost.of(model, method)
+  tx = build_optimizer(run, last, method.labels(params))
   optimizer = jax.eval_shape(tx.init, trained)
   section = config[last.name]
   batch = section["batch_size"] // section.get("accumulate", 1)
-  total = sum(_flops(parts, stage) for stage in stages)
+  total = sum(_flops(run, stage) for stage in stages)
   return {
     "dataset": config["data"]["name"],
     "backbone": config["backbone"]["name"],
     "method": last.method,
     "init": config["cells"][-1].get("init", last.init),
-    "stages": told,
+    "stages": [_describe(run, stage) for stage in stages],
     "total_params": trees.size(params),
     "flops_per_image_forward": one.forward,
     "bytes": {
@@ -146,16 +164,16 @@ def _plain(value: Any) -> str:
   return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _told(parts: Parts, stage: Stage) -> dict[str, Any]:
+def _describe(run: Run, stage: Stage) -> dict[str, Any]:
   """What a stage will do."""
-  spec = parts.optimizer(stage.name)
-  method = parts.method(stage)
-  params = cost.shapes(parts.model(stage))
-  trained, _ = method.split(params)
+  spec = optimizer_fields(run, stage.name)
+  params = cost.shapes(build_model(run, stage))
+  trained, _ = build_method(run, stage).split(params)
   first = (stage.num_steps - 1) // stage.epoch_steps * stage.epoch_steps
+  schedule = build_schedule(run, stage.name, stage.num_steps, stage.epoch_steps)
   with jax.enable_x64(True):  # 1 + cos x is all but 0 there
-    share = float(parts.schedule(stage)(jnp.asarray(first)))
-  tokens = parts.config.get("peft", {}).get("vpt", {}).get("tokens")
+    share = float(schedule(jnp.asarray(first)))
+  tokens = run.config.get("peft", {}).get("vpt", {}).get("tokens")
   return {
     "stage": stage.name,
     "epochs": stage.num_steps / stage.epoch_steps,
@@ -171,25 +189,30 @@ def _told(parts: Parts, stage: Stage) -> dict[str, Any]:
   }
 
 
-def _flops(parts: Planned, stage: Stage) -> int:
-  """Of a stage: its steps, its validations and its test."""
-  section, facts = parts.config[stage.name], parts.facts
-  one = cost.of(parts.model(stage), parts.method(stage))
-  criterion = parts.criterion(stage.name, stage.loss)
+def _flops(run: Run, stage: Stage) -> int:
+  """The FLOPs of a stage: its steps, its validations and its test."""
+  section = run.config[stage.name]
+  one = cost.of(build_model(run, stage), build_method(run, stage))
+  criterion = build_criterion(run, stage.name, stage.loss)
   a_step = cost.step_flops(
     one,
-    parts.inner_attack(stage.name, criterion).passes,
+    build_training_attack(run, stage.name, criterion).passes,
     adversarial=criterion.adversarial,
     needs_clean=criterion.needs_clean,
     gradients=2 if section.get("awp", {}).get("gamma") else 1,
   )
   every = section["val_every"] or stage.epoch_steps
-  validated = (math.ceil(stage.num_steps / every) + 1) * facts.val
-  tested = facts.test if parts.config["test"] else 0
+  times = math.ceil(stage.num_steps / every) + 1
+  validated = times * len(run.data["val"])
+  tested = len(run.data["test"]) if run.config["test"] else 0
+  validation, test = (
+    cost.evaluation_flops(one, build_attack(run, section).passes)
+    for section in ("val_attack", "eval_attack")
+  )
   return (
     stage.num_steps * section["batch_size"] * a_step
-    + validated * cost.evaluation_flops(one, parts.attack("val_attack").passes)
-    + tested * cost.evaluation_flops(one, parts.attack("eval_attack").passes)
+    + validated * validation
+    + tested * test
   )
 
 

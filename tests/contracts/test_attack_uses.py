@@ -9,7 +9,9 @@ import pytest
 
 from configs import glyphs_roli
 from roli_jax import attacks, evaluate
-from roli_jax.experiment import build, measure, protocol
+from roli_jax.experiment import measure, protocol
+from roli_jax.experiment.build import build_attack, build_program, check_run
+from roli_jax.experiment.run import build_run, expand_stages
 from tests import cli
 from tests.covering import mostly_slow
 
@@ -27,7 +29,7 @@ def made(name, *sections):
     spec = dict.fromkeys(config[section])
     config[section] = {**spec, "name": name, **FEW}
   config["num_images"] = 12
-  return build.Parts(config)
+  return build_run(config)
 
 
 def predict(w, images):
@@ -44,20 +46,20 @@ def weights():
 @pytest.mark.parametrize("name", attacks.ATTACKS)
 def test_what_can_train_does_and_the_rest_is_refused(name):
   run = made(name, "attack")
-  stages = run.stages()
+  stages = expand_stages(run)
   if name not in TRAINING:
     with pytest.raises(ValueError, match="train"):
-      run.check(stages)
+      check_run(run, stages)
     return
-  run.check(stages)
-  program = run.program(stages[0])
+  check_run(run, stages)
+  program = build_program(run, stages[0])
   batch = {
     "image": jax.ShapeDtypeStruct((64, 8, 8, 1), jnp.uint8),
     "label": jax.ShapeDtypeStruct((64,), jnp.int32),
     "index": jax.ShapeDtypeStruct((64,), jnp.int32),
   }
   _, counts = jax.eval_shape(
-    program.step, program.like, batch, jax.random.key(0)
+    program.step, program.abstract_state, batch, jax.random.key(0)
   )
   assert counts.loss.shape == ()
 
@@ -66,8 +68,8 @@ def test_what_can_train_does_and_the_rest_is_refused(name):
 def test_clean_training_asks_nothing_of_its_attack(name):
   run = made(name, "attack")
   run.config["adapt"]["loss"] = {"name": "clean"}
-  stages = [dataclasses.replace(s, loss="clean") for s in run.stages()]
-  run.check(stages)
+  stages = [dataclasses.replace(s, loss="clean") for s in expand_stages(run)]
+  check_run(run, stages)
 
 
 each_in_the_end = pytest.mark.parametrize(
@@ -78,10 +80,10 @@ each_in_the_end = pytest.mark.parametrize(
 @each_in_the_end
 def test_any_attack_validates_and_tests(name, weights):
   run = made(name, *SECTIONS[1:])
-  (stage,) = run.stages()
+  (stage,) = expand_stages(run)
   asked = list(protocol.asked(run))
-  for split, test in (("val", measure.Test(run.attack("val_attack"), 12)),
-                      ("test", asked[0])):  # fmt: skip
+  validation = measure.Test(build_attack(run, "val_attack"), 12)
+  for split, test in (("val", validation), ("test", asked[0])):
     result = measure.run(run, predict, weights, 0, split, test)
     rows = protocol.rows(run, stage, split, test)
     assert len(rows) == len(test.values(result))
@@ -96,7 +98,7 @@ def test_any_attack_runs_in_the_library(name, weights):
   run = made(name, "eval_attack")
   images = run.data["test"].pixels()[:12]
   labels = np.asarray(predict(weights, images).argmax(1))
-  attack = run.attack("eval_attack")
+  attack = build_attack(run, "eval_attack")
   result = evaluate.run(predict, images, labels, attack, params=weights)
   assert result.clean.all() and result.summary()["n"] == 12
 

@@ -1,0 +1,83 @@
+"""A trained model of a run, restored from the checkpoint that is asked for."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from roli_jax import keys, models, peft, sharding, specs, step
+from roli_jax.experiment.run import Run, expand_stages
+from roli_jax.experiment.stages import Stage
+from roli_jax.files import checkpoint
+from roli_jax.types import Variables
+
+
+def restore(
+  run: Run, path: pathlib.Path
+) -> tuple[Stage, Callable[..., Any], Variables]:
+  """The stage, its forward pass and its variables.
+
+  Args:
+    run: the run; `config.checkpoint` says which checkpoint.
+    path: the run's directory.
+
+  Returns:
+    The stage; `(variables, images) -> logits`; the variables.
+
+  Raises:
+    ValueError: there is no such checkpoint, or more than one; the data have
+      another number of classes.
+  """
+  directory, asked = _choose(run, path)
+  with checkpoint.manager(directory, reading=True) as checkpoints:
+    best_step = checkpoints.best_step()
+    if asked not in (None, best_step):
+      raise ValueError(
+        f"step {asked} is not the best of its stage, which rows are of;"
+        f" the best is {directory}/{best_step:08d}"
+      )
+    meta = checkpoint.restore_meta(checkpoints, best_step)
+    stage = Stage(**{**meta["stage"], "start": None, "tests": ()})
+    method = specs.build(peft.METHODS, meta["method"], "method")
+    model = method.enter(models.described(meta["model"]))
+    classes = run.data["test"].num_classes
+    if model.num_classes != classes:
+      raise ValueError(
+        f"{directory} has a head of {model.num_classes} classes,"
+        f" {run.config['data']['name']} has {classes}"
+      )
+    shapes = jax.eval_shape(model.init, keys.root(0))
+    placed = sharding.ruled(shapes, run.mesh)
+    items = checkpoint.restore(checkpoints, best_step, model=placed)
+  return stage, step.make_predict(model), items["model"]
+
+
+def _choose(run, path):
+  """The directory of the stage that config.checkpoint means, and the step."""
+  root = path.absolute() / "checkpoints"
+  if run.config["checkpoint"]:
+    asked = root / run.config["checkpoint"]
+    at_step = checkpoint.step_of(asked)
+    found = checkpoint.find(asked if at_step is None else asked.parent)
+    if at_step is not None and not asked.is_dir():
+      found = []
+  else:
+    asked, at_step = root, None
+    stages = expand_stages(run)
+    starts = {stage.start for stage in stages}
+    last = [
+      checkpoint.directory(path, stage)
+      for stage in stages
+      if stage not in starts
+    ]
+    found = last if len(last) == 1 else checkpoint.find(root)
+  if not found or not found[0].is_dir():
+    raise ValueError(f"there is no checkpoint at {asked}")
+  if len(found) > 1:
+    names = [str(directory.relative_to(root)) for directory in found]
+    raise ValueError(
+      f"{len(found)} checkpoints are at {asked};"
+      f" give one as --config.checkpoint: {', '.join(names)}"
+    )
+  return found[0], at_step

@@ -1,0 +1,139 @@
+"""What the stages of a run share: config, devices, data, weights."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from roli_jax import convert, data, sharding, specs
+from roli_jax.experiment import compat
+from roli_jax.experiment.stages import Stage, expand
+from roli_jax.threat import ThreatModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What the stages of a run share.
+
+  Attributes:
+    config: any nested mapping with the fields of `configs/glyphs_roli.py`.
+    mesh: all devices, as `config.mesh` splits them.
+    rules: where the leaves of a stage's state lie, for `sharding.ruled`.
+    threat: the threat model of training and, unless a test names another
+      radius, of tests.
+    data: the sources by split; a split is read when it is first asked for.
+    switches: the values of all of `compat.SWITCHES`.
+    load: `(weights, keeps_head) -> Bundle`, which reads each file once.
+    diagnoses: whether a test by an ensemble of attacks adds a diagnosis.
+    programs: the compiled steps so far, by what they depend on.
+  """
+
+  config: Mapping[str, Any]
+  mesh: Mesh
+  rules: tuple[Any, ...]
+  threat: ThreatModel
+  data: Mapping[str, data.Source]
+  switches: Mapping[str, Any]
+  load: Callable[..., convert.Bundle]
+  diagnoses: bool = False
+  programs: dict[Any, Any] = dataclasses.field(
+    default_factory=dict, repr=False, compare=False
+  )
+
+  @property
+  def num_classes(self) -> int:
+    """The number of classes of the data set."""
+    return self.data["train"].num_classes
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """(h, w, c) of an image as it is attacked."""
+    return self.data["train"].shape
+
+  @property
+  def compute_dtype(self) -> str | None:
+    """The precision of training and of attacks; None: the arrays' own."""
+    known = {"float32": None, "bfloat16": "bfloat16"}
+    dtype = self.config["backbone"].get("dtype", "float32")
+    return specs.choose(known, dtype, "backbone.dtype")
+
+
+class _Splits(dict[str, data.Source]):
+  """The splits of a data set, each read when first asked for."""
+
+  def __init__(self, spec: Mapping[str, Any]):
+    super().__init__()
+    self._spec = spec
+
+  def __missing__(self, split: str) -> data.Source:
+    self[split] = data.build(self._spec, split)
+    return self[split]
+
+
+def build_run(config: Mapping[str, Any], diagnoses: bool = False) -> Run:
+  """The run of a config; neither data nor weights are read yet.
+
+  Args:
+    config: any nested mapping with the fields of `configs/glyphs_roli.py`.
+    diagnoses: whether a test by an ensemble of attacks adds a diagnosis.
+
+  Raises:
+    ValueError: a threat model, mesh or compat switch that can't be.
+  """
+  # The configs of runs from before there were meshes have none.
+  mesh = {"model": 1, "rules": (), **config.get("mesh", {})}
+  splits = _Splits(config["data"])
+  threat = config["threat"]
+  return Run(
+    config=config,
+    mesh=sharding.mesh(mesh["model"]),
+    rules=mesh["rules"],
+    threat=ThreatModel(threat["norm"], eps=specs.number(threat["eps"])),
+    data=splits,
+    switches=compat.switches(config),
+    load=functools.cache(functools.partial(_load, config["backbone"], splits)),
+    diagnoses=diagnoses,
+  )
+
+
+def _load(backbone, splits, weights, keeps_head=False):
+  """The bundle of a file of weights, with a head as wide as the data set."""
+  file = convert.find(backbone["name"], weights, hint=backbone["origin"])
+  return convert.load(
+    file,
+    model=backbone["name"],
+    num_classes=None if keeps_head else splits["train"].num_classes,
+    image_size=backbone.get("image_size") or None,
+    pool=backbone.get("pool") or None,
+    key=backbone.get("key") or None,
+  )
+
+
+def expand_stages(run: Run) -> list[Stage]:
+  """The stages of the config's table; a train_size of 0 means all images."""
+  given = run.config["data"]["train_size"]
+  return expand(run.config, given or len(run.data["train"]))
+
+
+def training_images(run: Run, stage: Stage) -> data.Source:
+  """The images that the stage trains on."""
+  return run.data["train"].subset(stage.train_size, stage.seed)
+
+
+def fingerprint(run: Run, stage: Stage) -> str:
+  """A digest of the weights and the training images of a probe.
+
+  For files of images their paths and labels stand in place of the pixels.
+  """
+  source = training_images(run, stage)
+  backbone = run.load(stage.weights).params.backbone
+  arrays = [*jax.tree.leaves(backbone), source.labels, source.indices]
+  digest = hashlib.sha256()
+  for array in [*arrays, source.images]:
+    digest.update(np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()
