@@ -13,7 +13,7 @@ _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _EXPRESSION = re.compile(rf"(eps|{_NUMBER})(?:\s*([*/])\s*({_NUMBER}))?")
 
 
-def choose(registry: Mapping[str, T], name: str, what: str) -> T:
+def lookup(registry: Mapping[str, T], name: str, what: str) -> T:
   """The entry of that name, or a ValueError that says which there are."""
   if name not in registry:
     raise ValueError(f"unknown {what} {name!r}{_hint(name, registry)}")
@@ -45,7 +45,7 @@ def build(
     ValueError: an unknown name, or a keyword that it does not take.
   """
   fields = dict(spec)
-  make = choose(registry, fields.pop("name"), what)
+  make = lookup(registry, fields.pop("name"), what)
   takes = inspect.signature(make).parameters
   for field in fields:
     if field not in takes:
@@ -56,7 +56,7 @@ def build(
   return make(**given, **fields)
 
 
-def taken(
+def accepted_fields(
   registry: Mapping[str, Callable[..., Any]],
   spec: Mapping[str, Any],
   what: str,
@@ -66,7 +66,7 @@ def taken(
   A section of a config holds the fields of all the names that it may be given
   (`--config.attack=fgsm`); those of the others wait.
   """
-  takes = inspect.signature(choose(registry, spec["name"], what)).parameters
+  takes = inspect.signature(lookup(registry, spec["name"], what)).parameters
   return {k: v for k, v in spec.items() if k == "name" or k in takes}
 
 

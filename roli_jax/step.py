@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +15,7 @@ from roli_jax.optim.schedules import Schedule
 from roli_jax.peft import Method
 from roli_jax.state import TrainState
 from roli_jax.statistics import Counts
-from roli_jax.types import Array, Float, Images, Key, Logits, Params, PyTree
-
-Batch = Mapping[str, Any]
+from roli_jax.types import Array, Float, Images, Logits, Params, PyTree
 
 
 def make_predict(model: Model) -> Callable[[Any, Images], Logits]:
@@ -99,12 +97,21 @@ class WeightAttack:
     return jax.tree.map(move, trained, grads)
 
 
-def _dealt(num_parts: int, rows: Array) -> Array:
-  """Rows [b, ...] as parts [num_parts, b / num_parts, ...].
+@trees.tree_class
+class Gradient:
+  """The gradient of a batch, and what its passes moved.
 
-  Each part has its share of each device's rows, so that none has to move.
+  Attributes:
+    grads: of the mean loss, by the trained leaves.
+    counts: of the batch.
+    stats: running statistics after the batch.
+    memory: the criterion's, after the batch.
   """
-  return rows.reshape(-1, num_parts, *rows.shape[1:]).swapaxes(0, 1)
+
+  grads: PyTree
+  counts: Counts
+  stats: PyTree
+  memory: PyTree
 
 
 def make_train_step(
@@ -118,8 +125,8 @@ def make_train_step(
   awp: WeightAttack = WeightAttack(),
   num_steps: int = 1,
   num_parts: int = 1,
-) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Counts]]:
-  """A step of adversarial training.
+) -> Callable[..., tuple[TrainState, Counts]]:
+  """A step of adversarial training: attack the batch, accumulate, update.
 
   Trained and frozen leaves are split before the gradient is taken: gradient,
   clipping and optimizer see trained leaves only, and the mistake of clipping
@@ -127,118 +134,161 @@ def make_train_step(
 
   Args:
     model: the classifier.
-    method: which leaves train.
-    objective: what is lowered.
-    attack: what finds the adversarial images, in evaluation mode.
-    radius: scales the attack by step.
-    tx: of the trained leaves.
-    white: the value of a white pixel.
-    awp: what is done to the weights.
-    num_steps: of the whole stage.
+    method: chooses the leaves that train.
+    objective: the loss that training lowers.
+    attack: finds the adversarial images, in evaluation mode.
+    radius: scales the attack's radius by step.
+    tx: the optimizer of the trained leaves.
+    white: the value of a white pixel, > 0.
+    awp: the perturbation of the weights; none by default.
+    num_steps: the number of steps of the whole stage, >= 1.
     num_parts: a batch is attacked, and its gradient taken, in so many parts of
       equal size, one after another (gradient accumulation): memory is a part's.
       The gradient is the whole batch's, to rounding; running statistics and
       the criterion's memory move with each part.
 
   Returns:
-    `(state, batch, key) -> (state, counts)`. The key is the stage's own; the
-    noise of an image at a step is folded from it, the step and the image.
+    `(state, batch, key) -> (state, counts)`. A batch has `image` [b, h, w, c],
+    `label` [b] and `index` [b]. The key is the stage's own; the noise of an
+    image at a step is folded from it, the step and the image.
   """
   criterion = objectives.of(objective)
+  attack_batch = _make_attack(model, attack, radius, criterion, white)
+  gradient_of = _make_gradient(model, method, criterion)
 
-  def inputs(state, batch, key):
-    """The images to train on, and the clean ones."""
+  def train_step(state, batch, key):
+    trained, frozen = method.split(state.params)
+    parts = {name: batch[name] for name in ("image", "label", "index")}
+    if num_parts == 1:
+      attacked = attack_batch(state, key, parts)
+      gradient_at = functools.partial(gradient_of, state, frozen, attacked)
+    else:
+      parts = jax.tree.map(functools.partial(_dealt, num_parts), parts)
+      one = functools.partial(attack_batch, state, key)
+      attacked = _with_keys_of_parts(jax.lax.map(one, parts), num_parts)
+      gradient_at = functools.partial(
+        _accumulate, gradient_of, state, frozen, attacked
+      )
+    gradient = gradient_at(trained)
+    grads = gradient.grads
+    if awp.gamma:
+      begun = jnp.where(state.step >= awp.begin * num_steps, 1.0, 0.0)
+      grads = gradient_at(awp.moved(trained, grads, begun)).grads
+    return _update(state, trained, frozen, grads, gradient, tx)
+
+  return train_step
+
+
+def _make_attack(model, attack, radius, criterion, white):
+  """`(state, key, batch) -> objectives.Batch`: what the loss is taken of."""
+
+  def attack_batch(state, key, batch):
     images = batch["image"].astype(jnp.float32) / white
-    labels = batch["label"]
-    scaled = attack.scaled(radius(state.step))
-    image_keys = keys.per_image(
-      keys.stream(key, "attack", state.step), batch["index"]
+    labels, indices = batch["label"], batch["index"]
+    image_keys = keys.per_image(keys.stream(key, "attack", state.step), indices)
+    return objectives.Batch(
+      clean=images,
+      adv=attacked(state, images, labels, image_keys),
+      labels=labels,
+      indices=indices,
+      key=keys.stream(key, "criterion", state.step),
+      dropout=keys.stream(key, "dropout", state.step),
     )
+
+  def attacked(state, images, labels, image_keys):
+    scaled = attack.scaled(radius(state.step))
 
     def logits_fn(x):
       return model.logits(state.params, state.stats, x)
 
     if not criterion.adversarial:
-      return images, images
+      return images
     if criterion.adversarial == 1.0:
       target = logits_fn(images) if scaled.loss == "kl" else labels
-      return scaled(logits_fn, images, target, image_keys), images
+      return scaled(logits_fn, images, target, image_keys)
     # Every other image: both halves of every device's part, so that none of
     # them has to move.
-    clean = images.reshape(-1, 2, *images.shape[1:])
-    adv = scaled(logits_fn, clean[:, 0], labels[::2], image_keys[::2])
-    mixed = jnp.stack([adv, clean[:, 1]], 1).reshape(images.shape)
-    return mixed, images
+    halves = images.reshape(-1, 2, *images.shape[1:])
+    adv = scaled(logits_fn, halves[:, 0], labels[::2], image_keys[::2])
+    return jnp.stack([adv, halves[:, 1]], 1).reshape(images.shape)
 
-  def gradient(trained, frozen, moving, part, draws):
-    """The gradient of a part's mean loss, its counts, and what has moved."""
-    (adv, clean), labels, indices = part
-    dropout, drawn = draws
-    forward = objectives.Forward(model, method.train_mode, dropout)
-    views = objectives.Views(
-      clean=clean, adv=adv, labels=labels, indices=indices, key=drawn
-    )
+  return attack_batch
+
+
+def _make_gradient(model, method, criterion):
+  """`(state, frozen, batch, trained) -> Gradient` of the batch's mean loss."""
+
+  def gradient_of(state, frozen, batch, trained):
+    forward = objectives.Forward(model, method.train_mode, batch.dropout)
 
     def loss(trained):
       params = trees.merge(trained, frozen)
-      out = criterion(forward, params, *moving, views)
+      out = criterion(forward, params, state.stats, state.memory, batch)
       counts = Counts(
         loss=out.values.sum(),
-        correct=losses.correct(out.logits, labels).sum(),
-        seen=jnp.asarray(len(labels)),
+        correct=losses.correct(out.logits, batch.labels).sum(),
+        seen=jnp.asarray(len(batch.labels)),
       )
-      return out.values.mean(), (counts, (out.stats, out.memory))
+      return out.values.mean(), (counts, out.stats, out.memory)
 
-    return jax.grad(loss, has_aux=True)(trained)
+    grads, (counts, stats, memory) = jax.grad(loss, has_aux=True)(trained)
+    return Gradient(grads=grads, counts=counts, stats=stats, memory=memory)
 
-  def train_step(state, batch, key):
-    trained, frozen = method.split(state.params)
-    streams = tuple(
-      keys.stream(key, name, state.step) for name in ("dropout", "criterion")
-    )
-    batch = {name: batch[name] for name in ("image", "label", "index")}
-    if num_parts == 1:
-      part = (inputs(state, batch, key), batch["label"], batch["index"])
+  return gradient_of
 
-      def gradient_at(trained):
-        moving = (state.stats, state.memory)
-        grads, rest = gradient(trained, frozen, moving, part, streams)
-        return grads, *rest
-    else:
-      parts = jax.tree.map(functools.partial(_dealt, num_parts), batch)
-      seen = jax.lax.map(lambda part: inputs(state, part, key), parts)
 
-      def gradient_at(trained):
-        def add(sums, turn):
-          (grads, counts, moving), (part, k) = sums, turn
-          draws = tuple(jax.random.fold_in(stream, k) for stream in streams)
-          more, (count, moving) = gradient(trained, frozen, moving, part, draws)
-          more = jax.tree.map(lambda g: g / num_parts, more)
-          added = jax.tree.map(jnp.add, (grads, counts), (more, count))
-          return (*added, moving), None
+def _dealt(num_parts: int, rows: Array) -> Array:
+  """Rows [b, ...] as parts [num_parts, b / num_parts, ...].
 
-        none = Counts(loss=jnp.zeros(()), correct=0, seen=0)
-        start = (
-          jax.tree.map(jnp.zeros_like, trained),
-          jax.tree.map(jnp.asarray, none),
-          (state.stats, state.memory),
-        )
-        each = ((seen, parts["label"], parts["index"]), jnp.arange(num_parts))
-        return jax.lax.scan(add, start, each)[0]
+  Each part has its share of each device's rows, so that none has to move.
+  """
+  return rows.reshape(-1, num_parts, *rows.shape[1:]).swapaxes(0, 1)
 
-    grads, counts, (stats, memory) = gradient_at(trained)
-    if awp.gamma:
-      begun = jnp.where(state.step >= awp.begin * num_steps, 1.0, 0.0)
-      grads, *_ = gradient_at(awp.moved(trained, grads, begun))
-    updates, opt_state = tx.update(grads, state.opt_state, trained)
-    trained = optax.apply_updates(trained, updates)
-    state = TrainState(
-      step=state.step + 1,
-      params=trees.merge(trained, frozen),
-      stats=stats,
-      opt_state=opt_state,
-      memory=memory,
-    )
-    return state, counts
 
-  return train_step
+def _with_keys_of_parts(attacked, num_parts):
+  """The parts of a batch, each with draws of its own."""
+  fold = jax.vmap(jax.random.fold_in)
+  turns = jnp.arange(num_parts)
+  return dataclasses.replace(
+    attacked,
+    key=fold(attacked.key, turns),
+    dropout=fold(attacked.dropout, turns),
+  )
+
+
+def _accumulate(gradient_of, state, frozen, attacked, trained):
+  """The gradient of a batch in parts, one after another."""
+  num_parts = len(attacked.labels)
+
+  def add(total, part):
+    moved = dataclasses.replace(state, stats=total.stats, memory=total.memory)
+    one = gradient_of(moved, frozen, part, trained)
+    return dataclasses.replace(
+      one,
+      grads=jax.tree.map(
+        lambda old, new: old + new / num_parts, total.grads, one.grads
+      ),
+      counts=jax.tree.map(jnp.add, total.counts, one.counts),
+    ), None
+
+  none = Counts(loss=jnp.zeros(()), correct=0, seen=0)
+  start = Gradient(
+    grads=jax.tree.map(jnp.zeros_like, trained),
+    counts=jax.tree.map(jnp.asarray, none),
+    stats=state.stats,
+    memory=state.memory,
+  )
+  return jax.lax.scan(add, start, attacked)[0]
+
+
+def _update(state, trained, frozen, grads, gradient, tx):
+  """The state after the optimizer's step, and the batch's counts."""
+  updates, opt_state = tx.update(grads, state.opt_state, trained)
+  trained = optax.apply_updates(trained, updates)
+  return TrainState(
+    step=state.step + 1,
+    params=trees.merge(trained, frozen),
+    stats=gradient.stats,
+    opt_state=opt_state,
+    memory=gradient.memory,
+  ), gradient.counts

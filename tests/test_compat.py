@@ -384,7 +384,7 @@ def images(n=4):
 
 
 def swin_with_prompts(order, deep):
-  model = peft.vpt(tokens=3, deep=deep, order=order).enter(net("glyph_swin"))
+  model = peft.vpt(tokens=3, deep=deep, order=order).apply_to(net("glyph_swin"))
   params, stats = filled(model)
   params = dataclasses.replace(params, peft=noisy(params.peft))
   return jax.jit(lambda x: model.features(params, stats, x))

@@ -127,4 +127,4 @@ def test_shipped_weights_are_small_and_as_good_as_the_readme_says(name, root):
   assert result.robust.mean() == pytest.approx(robust, abs=0.04)
   said = f"| {name} | {100 * clean:.1f} | {100 * robust:.1f} |"
   assert said in re.sub(r" +", " ", (root / "README.md").read_text())
-  assert json.dumps(models.describe(bundle.model))
+  assert json.dumps(models.to_spec(bundle.model))

@@ -157,7 +157,7 @@ def test_vit_s_costs_what_was_measured_before():
 @pytest.mark.parametrize("name", sorted(peft.METHODS))
 def test_an_update_is_one_to_three_forward_passes(name):
   method = peft.METHODS[name]()
-  one = cost.of(method.enter(_small()), method)
+  one = cost.of(method.apply_to(_small()), method)
   passes = {"linear": 1, "full": 3, "autolora": 3}.get(name, 2)
   assert one.update.flops / one.forward == pytest.approx(passes, rel=0.15)
   assert one.attack.flops / one.forward == pytest.approx(2, rel=0.15)
@@ -229,7 +229,7 @@ def test_who_needs_activations():
   linear = cost.of(model, peft.linear())
   bias = cost.of(model, peft.bias())
   lora = peft.lora()
-  lora = cost.of(lora.enter(model), lora)
+  lora = cost.of(lora.apply_to(model), lora)
   assert remat.activations < full.activations / 2
   assert linear.update.kept == 4 * 64  # the features
   assert linear.activations == linear.attack.kept

@@ -28,7 +28,7 @@ OPTIONS = {
 def bundle_of(family, name):
   """A net with what a method adds, all of it far from its start."""
   method = peft.METHODS[name.split()[0]](**OPTIONS[name])
-  model = method.enter(net(family))
+  model = method.apply_to(net(family))
   params, stats = filled(model)
   params = dataclasses.replace(params, peft=noisy(params.peft))
   return convert.Bundle(model, params, stats), method

@@ -155,7 +155,7 @@ def test_equal_models_share_their_programs(model):
 
 
 def test_a_description_makes_the_model_again(model):
-  assert models.described(models.describe(model)) == model
+  assert models.from_spec(models.to_spec(model)) == model
 
 
 @pytest.mark.parametrize(

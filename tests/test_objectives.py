@@ -64,7 +64,7 @@ def logits(model, params, stats, images):
 @functools.cache
 def variables(name, method=peft.full):
   """The model with the method in it, and arrays far from their starts."""
-  model = method().enter(MODELS[name])
+  model = method().apply_to(MODELS[name])
   params, stats = jax.eval_shape(model.init, keys.root(0))
   rng = np.random.default_rng(0)
 
@@ -91,20 +91,21 @@ def views(size=8):
   given = batch(size)
   clean = given["image"] / np.float32(255)
   stripes = np.float32(0.1) * (-1) ** np.arange(8).reshape(1, 8, 1, 1)
-  return objectives.Views(
+  return objectives.Batch(
     clean=clean,
     adv=np.clip(clean + stripes.astype(np.float32), 0, 1),
     labels=given["label"],
     indices=given["index"],
     key=keys.root(1),
+    dropout=keys.root(2),
   )
 
 
 def outcome(criterion, name, size=8):
-  """`(params, stats) -> Outcome`, and what it starts from."""
+  """`(params, stats) -> LossOutput`, and what it starts from."""
   model, params, stats = variables(name)
   forward = objectives.Forward(model, True, keys.root(2))
-  memory = criterion.start(params, stats)
+  memory = criterion.init_memory(params, stats)
 
   def of(params, stats=stats):
     return criterion(forward, params, stats, memory, views(size))
@@ -144,7 +145,7 @@ def autolora(beta):
   forward = objectives.Forward(model, True, keys.root(2))
 
   def of(params, accuracy):
-    memory = criterion.start(params, stats)
+    memory = criterion.init_memory(params, stats)
     memory |= {"steps": memory["steps"] + 150, "accuracy": accuracy}
     out = criterion(forward, params, stats, memory, views())
     return out.values.mean(), out
@@ -187,7 +188,7 @@ def test_autolora_is_its_three_terms_by_the_accuracy():
 def test_the_accuracy_is_that_of_the_epoch_before_and_so_far_in_the_first():
   criterion = objectives.AutoLora(epoch_steps=2)
   _, params, stats = variables("vit", peft.autolora)
-  memory, seen = criterion.start(params, stats), []
+  memory, seen = criterion.init_memory(params, stats), []
   labels = np.arange(4, dtype=np.int32)
   for correct in (1, 3, 4, 2, 0):
     logits = 1.0 * jax.nn.one_hot((labels + (labels >= correct)) % 4, 4)
@@ -308,7 +309,7 @@ def penalty_of(penalty, name="vit"):
   """`(params, stats) -> its values`, as if the stage began at `params`."""
   model, params, stats = variables(name)
   forward = objectives.Forward(model, True, keys.root(2))
-  memory = penalty.start(params, stats)
+  memory = penalty.init_memory(params, stats)
 
   def of(params, stats=stats):
     return penalty(forward, params, stats, memory, views())
@@ -362,7 +363,7 @@ def test_consistency_moves_what_is_said_of_the_shifted_images_alone():
 
   got = jax.jit(jax.grad(lambda p: of(p)[0].sum()))(params)
   check_equal(got, jax.jit(jax.grad(loss))(params), atol=1e-5)
-  assert penalty.start(params, stats) == {}
+  assert penalty.init_memory(params, stats) == {}
 
 
 def test_noise_is_an_images_own_and_stays_in_the_range_of_pixels():
@@ -413,7 +414,7 @@ def test_m2_mix_pairs_images_with_their_classes_of_the_start():
   penalty = objectives.M2Mix(0.5, images="adv", epoch_steps=2)
   _, params, stats = variables("clip")
   forward = objectives.Forward(CLIP, True, keys.root(2))
-  memory = penalty.start(params, stats)
+  memory = penalty.init_memory(params, stats)
   later, labels = shaken(params), views().labels
 
   def total(params, memory):
@@ -463,7 +464,7 @@ def test_each_trains_in_one_program(name):
     attacks.Pgd(ThreatModel("linf", 0.05), num_steps=1), schedules.ramp(10), tx,
   )  # fmt: skip
   now = state.create(
-    params, stats, method().trains(params), tx, criterion.start
+    params, stats, method().trains(params), tx, criterion.init_memory
   )
   jitted, began = jax.jit(train_step), now.memory
 
@@ -484,7 +485,9 @@ def test_what_they_remember_comes_back_from_a_checkpoint(tmp_path):
   memories = {}
   for name, (criterion, net, method) in EACH.items():
     _, params, stats = variables(net, method)
-    memories[name] = jax.tree.map(jnp.asarray, criterion.start(params, stats))
+    memories[name] = jax.tree.map(
+      jnp.asarray, criterion.init_memory(params, stats)
+    )
   with checkpoint.manager(tmp_path) as checkpoints:
     checkpoint.save(
       checkpoints, 1, model=memories, rest=memories, meta={}, score=0.0
@@ -586,4 +589,4 @@ def test_twins_wants_pairs_and_autolora_a_branch():
   with pytest.raises(ValueError, match="even number of images, got 7"):
     of(params)
   with pytest.raises(ValueError, match="method=autolora"):
-    objectives.AutoLora().start(params, {})
+    objectives.AutoLora().init_memory(params, {})

@@ -107,7 +107,7 @@ def test_it_comes_back_from_bundles_and_state_dicts(cls, norm, pool, tmp_path):
   convert.save(bundle, tmp_path / "ours")
   again = convert.load(tmp_path / "ours")
   assert again.model == bundle.model
-  assert models.described(models.describe(bundle.model)) == bundle.model
+  assert models.from_spec(models.to_spec(bundle.model)) == bundle.model
   for back in (bundle, again):
     np.testing.assert_array_equal(logits(back), logits(bundle))
     theirs = convert.to_state_dict(back, "timm")

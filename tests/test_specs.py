@@ -68,4 +68,7 @@ def test_an_unknown_name_or_field_gets_the_nearest():
 
 def test_fields_of_other_names_wait():
   spec = {"name": "thing", "size": 3, "momentum": 0.9}
-  assert specs.taken(THINGS, spec, "toy") == {"name": "thing", "size": 3}
+  assert specs.accepted_fields(THINGS, spec, "toy") == {
+    "name": "thing",
+    "size": 3,
+  }

@@ -284,11 +284,11 @@ def test_a_zero_shot_bundle_comes_back(made, tmp_path):
 def test_descriptions_from_before_cosine_heads_are_read():
   for head in (heads.linear(3), heads.projection(3), heads.cosine(3, 8)):
     model = dataclasses.replace(models.create("glyph_clip", 3), head=head)
-    about = json.loads(json.dumps(models.describe(model)))
-    assert models.described(about) == model
-  about = models.describe(models.create("glyph_clip", 3))
+    about = json.loads(json.dumps(models.to_spec(model)))
+    assert models.from_spec(about) == model
+  about = models.to_spec(models.create("glyph_clip", 3))
   assert about.pop("head_bias")
-  assert models.described(about) == models.create("glyph_clip", 3)
+  assert models.from_spec(about) == models.create("glyph_clip", 3)
 
 
 def test_a_cosine_head_has_finite_gradients_at_zero_features():

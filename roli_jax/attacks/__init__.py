@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from roli_jax import specs
-from roli_jax.attacks.apgd import Apgd, Highest
+from roli_jax.attacks.apgd import Apgd, ApgdMaxLoss
 from roli_jax.attacks.autoattack import AutoAttack
 from roli_jax.attacks.base import Attack, TrainingAttack
 from roli_jax.attacks.curve import Curve
@@ -58,12 +58,12 @@ def build(name: str, threat: ThreatModel, **fields: Any) -> Attack:
 __all__ = [
   "ATTACKS",
   "Apgd",
+  "ApgdMaxLoss",
   "Attack",
   "AutoAttack",
   "Curve",
   "Fab",
   "Fgsm",
-  "Highest",
   "Pgd",
   "Search",
   "Square",

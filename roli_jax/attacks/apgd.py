@@ -112,10 +112,10 @@ class Apgd(search.Search):
   def step_passes(self) -> tuple[int, int]:
     return self.eot, self.eot
 
-  def for_training(self, surrogate: str) -> "Highest":
+  def for_training(self, surrogate: str) -> "ApgdMaxLoss":
     """Each image's point of highest loss, of the loss that it has."""
     del surrogate  # it starts at a random image and can't raise KL
-    return Highest(self)
+    return ApgdMaxLoss(self)
 
   def notes(self, num_classes: int) -> list[str]:
     needed = 4 if self.num_targets else 3
@@ -273,7 +273,7 @@ class Apgd(search.Search):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Highest:
+class ApgdMaxLoss:
   """APGD as training wants it: each image's point of highest loss.
 
   Also of images that are misclassified as they are, and after all steps. In L1
@@ -315,11 +315,11 @@ class Highest:
   def passes(self) -> tuple[int, int]:
     return self.apgd.passes
 
-  def scaled(self, ratio: float | Float[Array, ""]) -> "Highest":
+  def scaled(self, ratio: float | Float[Array, ""]) -> "ApgdMaxLoss":
     """The same attack at `ratio` times the radius."""
-    return Highest(self.apgd.scaled(ratio))
+    return ApgdMaxLoss(self.apgd.scaled(ratio))
 
-  def for_training(self, surrogate: str) -> "Highest":
+  def for_training(self, surrogate: str) -> "ApgdMaxLoss":
     """Itself."""
     del surrogate
     return self

@@ -38,7 +38,7 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> None:
     ValueError: an unknown suite.
   """
   chosen = {
-    name: specs.choose(suites.SUITES, name, "suite")
+    name: specs.lookup(suites.SUITES, name, "suite")
     for name in config["suites"]
   }
   path.mkdir(parents=True, exist_ok=True)

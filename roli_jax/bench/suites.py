@@ -58,7 +58,7 @@ def _training(
   model, method, *, loss="at", anchor="none", gamma=0.0, num_parts=1
 ):
   """A PGD step, and the state before it; nothing is donated."""
-  model = method.enter(model)
+  model = method.apply_to(model)
   params, stats = model.init(keys.root(0))
   shape = schedules.warmup(100, 0.1, "cosine")
   near = {"anchor": {"name": anchor}, "head": "anchor_at_probe"}
@@ -80,7 +80,7 @@ def _counted(model, method, now, batch):
   XLA counts a loop's body once, so each pass is counted by itself.
   """
   images = batch["image"] / np.float32(255)
-  predict = step.make_predict(method.enter(model))
+  predict = step.make_predict(method.apply_to(model))
 
   def loss(variables, x):
     return losses.cross_entropy(predict(variables, x), batch["label"]).sum()
@@ -427,7 +427,9 @@ def _passes(predict, variables, images, labels):
 
   calls = {}
   for fn in (forward, gradient):
-    jitted = jax.jit(lambda v, x, fn=fn: classifier.by_eights(fn, mesh, v, x))
+    jitted = jax.jit(
+      lambda v, x, fn=fn: classifier.map_in_eights(fn, mesh, v, x)
+    )
     calls[fn.__name__] = functools.partial(jitted, variables, placed)
   seconds = timing.medians(calls, 5)
   return tuple(seconds[name] / len(rows) for name in calls)

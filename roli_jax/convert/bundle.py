@@ -93,7 +93,7 @@ def write(bundle: Bundle, path: pathlib.Path) -> None:
     "stats": bundle.stats,
     "extras": bundle.extras,
   }
-  about = {**models.describe(bundle.model), "layout": bundle.layout}
+  about = {**models.to_spec(bundle.model), "layout": bundle.layout}
   metadata = {"format": FORMAT, "model": json.dumps(about)}
   write_tensors(trees.paths(tree), path, metadata)
 
@@ -129,7 +129,7 @@ def from_tensors(
     head=tree.get("head", {}),
   )
   bundle = Bundle(
-    models.described(about),
+    models.from_spec(about),
     params,
     tree.get("stats", {}),
     about.get("layout", ""),

@@ -275,7 +275,7 @@ def from_stage(
     step = checkpoint.step_of(path)
     step = checkpoints.best_step() if step is None else step
     meta = checkpoint.restore_meta(checkpoints, step)
-    model = enter(models.described(meta["model"]), meta)
+    model = enter(models.from_spec(meta["model"]), meta)
     like = jax.eval_shape(model.init, jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(

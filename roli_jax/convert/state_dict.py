@@ -101,7 +101,7 @@ def _check_words(model, format, pool):
     (dict.fromkeys(models.POOLS), pool, "pool"),
   ):
     if word is not None:
-      specs.choose(registry, word, what)
+      specs.lookup(registry, word, what)
 
 
 def _keys(
@@ -207,7 +207,7 @@ def to_state_dict(bundle: Bundle, format: str) -> dict[str, np.ndarray]:
     ValueError: the format has no names for this model, or for what a method
       has added to it.
   """
-  specs.choose(FORMATS, format, "format")
+  specs.lookup(FORMATS, format, "format")
   known = [
     layout for layout in LAYOUTS
     if format in layout.formats and layout.holds(bundle.model.backbone)

@@ -27,7 +27,7 @@ def to_text(
       shape, of a dtype that no weights have or not finite; a width that says
       nothing of the heads.
   """
-  specs.choose(models.text.ACTS, act, "act")
+  specs.lookup(models.text.ACTS, act, "act")
   found = networks.find(source, what)
   file = next((x for x in found if TEXT in x.layouts), found[0])
   sized = ("token_embedding.weight", "positional_embedding", "text_projection")

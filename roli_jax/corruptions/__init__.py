@@ -91,7 +91,7 @@ def apply(
     ValueError: an unknown name, another image or severity, a negative index
       or seed, or a grey image for `saturate`.
   """
-  corrupt = specs.choose(CORRUPTIONS, name, "corruption")
+  corrupt = specs.lookup(CORRUPTIONS, name, "corruption")
   if image.dtype != np.uint8:
     raise ValueError(
       f"corruptions take bytes of 0 to 255 (uint8), got {image.dtype}"

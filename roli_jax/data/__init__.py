@@ -73,14 +73,14 @@ def _checked(spec):
   """All fields; a ValueError for one that is unknown, or can't be."""
   for field in spec:
     if field != "name":
-      specs.choose(_FIELDS, field, "field of data")
+      specs.lookup(_FIELDS, field, "field of data")
   fields = {**_FIELDS, **spec}
   known = dict.fromkeys((*IN_MEMORY, *IN_FILES))
-  specs.choose(known, fields["name"], "data set")
+  specs.lookup(known, fields["name"], "data set")
   policies = dict.fromkeys(folder.POLICIES)
-  specs.choose(policies, fields["policy"], "data.policy")
+  specs.lookup(policies, fields["policy"], "data.policy")
   if fields["layout"]:
-    specs.choose(dict.fromkeys(listing.WAYS), fields["layout"], "data.layout")
+    specs.lookup(dict.fromkeys(listing.WAYS), fields["layout"], "data.layout")
     if fields["name"] != "folder":
       raise ValueError(
         f"data.layout is of data.name=folder; {fields['name']} lies as"

@@ -339,7 +339,7 @@ def build(texts: Iterable[str]) -> Chain:
 
 def _parse(text):
   name, colon, rest = text.partition(":")
-  make = specs.choose(TRANSFORMS, name, "transform")
+  make = specs.lookup(TRANSFORMS, name, "transform")
   fields = dataclasses.fields(make)
   words = rest.split(",") if colon else []
   try:

@@ -320,7 +320,7 @@ def _advance(fn, mesh, dtype, attack, params, most, job, state, fresh):
     return state, count[None]
 
   parts = (job, state, fresh)
-  state, counts = classifier.by_eights(
+  state, counts = classifier.map_in_eights(
     go_on, mesh, (attack, params, most), parts
   )
   return (job, state), counts

@@ -197,7 +197,7 @@ def _attack(fn, mesh, dtype, attack, params, key, images, labels, indices, eps):
     )
 
   parts = (images, labels, indices, eps)
-  return by_eights(adversarial, mesh, (attack, params, key), parts)
+  return map_in_eights(adversarial, mesh, (attack, params, key), parts)
 
 
 def _slopes(fn, mesh, dtype, params, key, images, labels, indices):
@@ -216,7 +216,9 @@ def _slopes(fn, mesh, dtype, params, key, images, labels, indices):
     length = jnp.abs(jnp.where(known, grads, 0)).sum(1)
     return ~known.all(1), (grads == 0).all(1), length
 
-  return by_eights(looked_at, mesh, (params, key), (images, labels, indices))
+  return map_in_eights(
+    looked_at, mesh, (params, key), (images, labels, indices)
+  )
 
 
 def _judge(fn, mesh, draws, params, key, images, labels, indices):
@@ -240,10 +242,10 @@ def _judge(fn, mesh, draws, params, key, images, labels, indices):
     right, *rest = (x.mean(0) for x in drawn)
     return right > 0.5, *rest
 
-  return by_eights(judged, mesh, (params, key), (images, labels, indices))
+  return map_in_eights(judged, mesh, (params, key), (images, labels, indices))
 
 
-def by_eights(fn, mesh: Mesh, whole, parts):
+def map_in_eights(fn, mesh: Mesh, whole, parts):
   """`fn(whole, *parts)` on each device's share of the rows of `parts`.
 
   On a CPU for eight rows at a time: XLA's kernels for a CPU round differently

@@ -126,7 +126,7 @@ def build_training_attack(
 
 
 def _attack(run, section, threat):
-  fields = specs.taken(attacks.ATTACKS, section, "attack")
+  fields = specs.accepted_fields(attacks.ATTACKS, section, "attack")
   given = {k: v for k, v in fields.items() if v is not None}
   keep = run.switches["pgd_best"]
   if given["name"] == "pgd" and keep != compat.SWITCHES["pgd_best"][0]:
@@ -155,7 +155,7 @@ def build_model(run: Run, stage: Stage) -> models.Model:
   rate = run.switches["droppath_rate"]
   if method.train_mode and rate:
     model = models.with_options(model, drop_path=rate)
-  return method.enter(model)
+  return method.apply_to(model)
 
 
 def build_predict(run: Run, stage: Stage) -> Callable[..., Any]:
@@ -375,7 +375,7 @@ def _compile(run, stage):
 
   def fresh(params, stats):
     trains = method.trains(params)
-    return state.create(params, stats, trains, tx, criterion.start)
+    return state.create(params, stats, trains, tx, criterion.init_memory)
 
   shapes = jax.eval_shape(fresh, params, stats)
   abstract_state = sharding.ruled(shapes, run.mesh, run.rules)

@@ -107,7 +107,7 @@ def _find(name: str) -> pathlib.Path:
   from roli_jax import specs
 
   if "/" not in name and os.sep not in name and not name.endswith(".py"):
-    return specs.choose(shipped(), name, "config")
+    return specs.lookup(shipped(), name, "config")
   file = pathlib.Path(name)
   if not file.is_file():
     ours = file.stem in shipped()

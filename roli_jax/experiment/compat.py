@@ -51,7 +51,7 @@ def switches(config: Mapping[str, Any]) -> dict[str, Any]:
   """
   given = config.get("compat", {})
   for name, value in given.items():
-    known = specs.choose(SWITCHES, name, "compat switch")
+    known = specs.lookup(SWITCHES, name, "compat switch")
     if name == "droppath_rate":
       if not 0 <= value < 1:
         raise ValueError(

@@ -56,7 +56,7 @@ def check(run: Run, stages: Iterable[Stage]) -> None:
   """Raises the ValueError that the config's ensembles would end in."""
   names = run.config.get("ensembles", ())
   for name in names:
-    specs.choose(FAMILIES, name, "ensemble")
+    specs.lookup(FAMILIES, name, "ensemble")
   for stage in stages:
     adds = stage.start and jax.tree.leaves(
       build_program(run, stage).abstract_state.params.peft

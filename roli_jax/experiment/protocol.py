@@ -55,7 +55,7 @@ def check(run: Run, stages: Iterable[Stage]) -> None:
 def _corruptions(name, severities, count):
   """Those of a set, at severities such as `1 3 5`, or at all."""
   chosen = name.partition(":")[2] or "standard"
-  for each in specs.choose(CORRUPTIONS, chosen, "set of corruptions"):
+  for each in specs.lookup(CORRUPTIONS, chosen, "set of corruptions"):
     for severity in severities.split() or range(1, 6):
       yield Corruption(each, int(severity), count)
 

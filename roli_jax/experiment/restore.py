@@ -40,7 +40,7 @@ def restore(
     meta = checkpoint.restore_meta(checkpoints, best_step)
     stage = Stage(**{**meta["stage"], "start": None, "tests": ()})
     method = specs.build(peft.METHODS, meta["method"], "method")
-    model = method.enter(models.described(meta["model"]))
+    model = method.apply_to(models.from_spec(meta["model"]))
     classes = run.data["test"].num_classes
     if model.num_classes != classes:
       raise ValueError(

@@ -60,7 +60,7 @@ class Run:
     """The precision of training and of attacks; None: the arrays' own."""
     known = {"float32": None, "bfloat16": "bfloat16"}
     dtype = self.config["backbone"].get("dtype", "float32")
-    return specs.choose(known, dtype, "backbone.dtype")
+    return specs.lookup(known, dtype, "backbone.dtype")
 
 
 class _Splits(dict[str, data.Source]):

@@ -176,7 +176,9 @@ def _restore_or_start(
     return now, key, checkpoint.restore_meta(checkpoints, last)
   params, stats = start()
   trains = program.method.trains(params)
-  now = state.create(params, stats, trains, program.tx, program.criterion.start)
+  now = state.create(
+    params, stats, trains, program.tx, program.criterion.init_memory
+  )
   now = dataclasses.replace(
     now, opt_state=optim.at_rate(now.opt_state, stage.lr)
   )
@@ -217,7 +219,7 @@ def _about(run, stage, program):
   return {
     "stage": dataclasses.asdict(stage),
     "config": run.config,
-    "model": models.describe(build_model(run, stage)),
+    "model": models.to_spec(build_model(run, stage)),
     "method": method_fields(run, stage),
     "made_of": fingerprint(run, stage) if stage.name == "probe" else "",
     "adds": bool(jax.tree.leaves(program.abstract_state.params.peft)),

@@ -39,7 +39,7 @@ def create(
     head_init: the head's random start, see `heads.linear`.
     **options: see `with_options`.
   """
-  entry = specs.choose(MODELS, name, "model")
+  entry = specs.lookup(MODELS, name, "model")
   mean, std = entry.normalisation
   model = Model(
     name=name,
@@ -91,7 +91,7 @@ def with_options(
     (pool, POOLS, "pool"),
   ):
     if word is not None:
-      specs.choose({key: key for key in known}, word, what)
+      specs.lookup({key: key for key in known}, word, what)
   if drop_path is not None and not 0 <= drop_path < 1:
     raise ValueError(f"drop_path is a share in [0, 1), got {drop_path}")
   of_model: dict[str, Any] = {
@@ -123,8 +123,8 @@ _DESCRIBED = ("name", "num_classes", "image_size", "mean", "std")
 _OF_A_VIT = ("pool", "cls", "fc_norm")
 
 
-def describe(model: Model) -> dict[str, Any]:
-  """What `described` makes the model from again; plain JSON."""
+def to_spec(model: Model) -> dict[str, Any]:
+  """What `from_spec` makes the model from again; plain JSON."""
   about = {field: getattr(model, field) for field in _DESCRIBED}
   about["interpolation"] = model.interpolation
   if isinstance(model.backbone, Vit):
@@ -139,8 +139,8 @@ def describe(model: Model) -> dict[str, Any]:
   return {**about, "head_bias": model.head.use_bias}
 
 
-def described(about: Mapping[str, Any]) -> Model:
-  """The model that `describe` described, computed as by default."""
+def from_spec(about: Mapping[str, Any]) -> Model:
+  """The model that `to_spec` described, computed as by default."""
   num_classes = about["num_classes"]
   model = create(about["name"], num_classes, about["image_size"])
   if "head_embed" in about:
@@ -172,8 +172,8 @@ __all__ = [
   "Vit",
   "WideResNet",
   "create",
-  "describe",
-  "described",
+  "from_spec",
   "heads",
+  "to_spec",
   "with_options",
 ]

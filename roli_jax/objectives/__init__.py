@@ -11,11 +11,11 @@ from typing import Any
 from roli_jax import losses, specs
 from roli_jax.objectives.autolora import AutoLora
 from roli_jax.objectives.base import (
+  Batch,
   Criterion,
   Forward,
+  LossOutput,
   OnLogits,
-  Outcome,
-  Views,
   of,
 )
 from roli_jax.objectives.function_space import FunctionSpace
@@ -46,7 +46,9 @@ def build(
   """
 
   def made(registry, spec, what):
-    own = specs.taken(registry, {**spec, "epoch_steps": epoch_steps}, what)
+    own = specs.accepted_fields(
+      registry, {**spec, "epoch_steps": epoch_steps}, what
+    )
     return specs.build(registry, own, what)
 
   base = of(made(LOSSES, spec, "loss"))
@@ -65,16 +67,16 @@ __all__ = [
   "LOSSES",
   "PENALTIES",
   "AutoLora",
+  "Batch",
   "Criterion",
   "Forward",
   "FunctionSpace",
+  "LossOutput",
   "M2Mix",
   "OnLogits",
-  "Outcome",
   "Penalised",
   "Penalty",
   "Twins",
-  "Views",
   "build",
   "needs_start",
   "of",

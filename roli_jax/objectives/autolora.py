@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from roli_jax import losses
-from roli_jax.objectives.base import Forward, Outcome, Views
+from roli_jax.objectives.base import Batch, Forward, LossOutput
 from roli_jax.types import Labels, Logits, Params, PyTree
 
 
@@ -50,7 +50,7 @@ class AutoLora:
     if self.epoch_steps < 1:
       raise ValueError(f"an epoch has at least 1 step, got {self.epoch_steps}")
 
-  def start(self, params: Params, stats: PyTree) -> PyTree:
+  def init_memory(self, params: Params, stats: PyTree) -> PyTree:
     del stats
     if not params.peft:
       raise ValueError(
@@ -66,22 +66,22 @@ class AutoLora:
     params: Params,
     stats: PyTree,
     memory: PyTree,
-    views: Views,
-  ) -> Outcome:
+    batch: Batch,
+  ) -> LossOutput:
     held = jax.lax.stop_gradient(params.backbone)
     absent = jax.tree.map(jnp.zeros_like, params.peft)
     with_branch = dataclasses.replace(params, backbone=held)
     without = dataclasses.replace(params, peft=absent)
-    clean, moved = forward(with_branch, stats, views.clean)
-    adv, moved = forward(without, moved, views.adv)
-    memory = self.counted(memory, clean, views.labels)
+    clean, moved = forward(with_branch, stats, batch.clean)
+    adv, moved = forward(without, moved, batch.adv)
+    memory = self.counted(memory, clean, batch.labels)
     a = memory["accuracy"]
     values = (
-      (1 - a) * losses.cross_entropy(clean, views.labels)
-      + a * losses.cross_entropy(adv, views.labels)
+      (1 - a) * losses.cross_entropy(clean, batch.labels)
+      + a * losses.cross_entropy(adv, batch.labels)
       + self.beta * a * losses.kl(adv, clean)
     )
-    return Outcome(values=values, logits=adv, stats=moved, memory=memory)
+    return LossOutput(values=values, logits=adv, stats=moved, memory=memory)
 
   def counted(self, memory: PyTree, clean: Logits, labels: Labels) -> PyTree:
     """The memory after a step, with the accuracy A that its weights are of.

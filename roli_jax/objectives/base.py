@@ -18,7 +18,7 @@ from roli_jax.types import (
 
 
 @trees.tree_class
-class Views:
+class Batch:
   """A batch as a step sees it.
 
   Attributes:
@@ -26,7 +26,8 @@ class Views:
     adv: what the attack made of them; the clean ones where nothing is attacked.
     labels: their classes.
     indices: who each image is.
-    key: of this step's draws.
+    key: what the criterion draws from in this step.
+    dropout: what dropout draws from in this step.
   """
 
   clean: Images
@@ -34,10 +35,11 @@ class Views:
   labels: Labels
   indices: Any
   key: Key[Array, ""]
+  dropout: Key[Array, ""]
 
 
 @trees.tree_class
-class Outcome:
+class LossOutput:
   """What a criterion says of a batch.
 
   Attributes:
@@ -92,7 +94,7 @@ class Criterion(Protocol):
   @property
   def needs_clean(self) -> bool: ...
 
-  def start(self, params: Params, stats: PyTree) -> PyTree:
+  def init_memory(self, params: Params, stats: PyTree) -> PyTree:
     """What it keeps from step to step, from the model before the first.
 
     Raises:
@@ -106,8 +108,8 @@ class Criterion(Protocol):
     params: Params,
     stats: PyTree,
     memory: PyTree,
-    views: Views,
-  ) -> Outcome: ...
+    batch: Batch,
+  ) -> LossOutput: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,7 @@ class OnLogits:
   def needs_clean(self) -> bool:
     return self.objective.needs_clean
 
-  def start(self, params: Params, stats: PyTree) -> PyTree:
+  def init_memory(self, params: Params, stats: PyTree) -> PyTree:
     del params, stats
     return {}
 
@@ -142,14 +144,14 @@ class OnLogits:
     params: Params,
     stats: PyTree,
     memory: PyTree,
-    views: Views,
-  ) -> Outcome:
-    adv, moved = forward(params, stats, views.adv)
+    batch: Batch,
+  ) -> LossOutput:
+    adv, moved = forward(params, stats, batch.adv)
     clean = None
     if self.needs_clean:
-      clean, moved = forward(params, moved, views.clean)
-    values = self.objective(clean=clean, adv=adv, labels=views.labels)
-    return Outcome(values=values, logits=adv, stats=moved, memory=memory)
+      clean, moved = forward(params, moved, batch.clean)
+    values = self.objective(clean=clean, adv=adv, labels=batch.labels)
+    return LossOutput(values=values, logits=adv, stats=moved, memory=memory)
 
 
 def of(objective: losses.Objective | Criterion) -> Criterion:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from roli_jax import keys, losses, specs
-from roli_jax.objectives.base import Forward, Views
+from roli_jax.objectives.base import Batch, Forward
 from roli_jax.types import Array, Float, Images, Keys, Logits, Params, PyTree
 
 
@@ -38,28 +38,28 @@ DISTANCES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _adversarial(views: Views, image_keys: Keys, std: float | int) -> Images:
+def _adversarial(batch: Batch, image_keys: Keys, std: float | int) -> Images:
   """The images that the step trains on."""
   del image_keys, std
-  return views.adv
+  return batch.adv
 
 
-def _noise(views: Views, image_keys: Keys, std: float | int) -> Images:
+def _noise(batch: Batch, image_keys: Keys, std: float | int) -> Images:
   """Clean images under Gaussian noise, within [0, 1] again."""
-  shape = views.clean.shape[1:]
+  shape = batch.clean.shape[1:]
   noise = jax.vmap(lambda key: jax.random.normal(key, shape))(image_keys)
-  return jnp.clip(views.clean + std * noise, 0, 1)
+  return jnp.clip(batch.clean + std * noise, 0, 1)
 
 
-def _mixup(views: Views, image_keys: Keys, std: float | int) -> Images:
+def _mixup(batch: Batch, image_keys: Keys, std: float | int) -> Images:
   """Clean images, each mixed with the reversed batch's in a uniform ratio."""
   del std
   ratios = jax.vmap(jax.random.uniform)(image_keys)
-  ratios = ratios.reshape(-1, *[1] * (views.clean.ndim - 1))
-  return ratios * views.clean + (1 - ratios) * views.clean[::-1]
+  ratios = ratios.reshape(-1, *[1] * (batch.clean.ndim - 1))
+  return ratios * batch.clean + (1 - ratios) * batch.clean[::-1]
 
 
-# `(views, a key for each image, std) -> images`.
+# `(batch, a key for each image, std) -> images`.
 SIMULATORS: dict[str, Callable[..., Any]] = {
   "adversarial": _adversarial,
   "noise": _noise,
@@ -98,8 +98,8 @@ class FunctionSpace:
   std: float | int = 0.1
 
   def __post_init__(self):
-    specs.choose(SIMULATORS, self.simulator, "simulator")
-    specs.choose(DISTANCES, self.distance, "distance")
+    specs.lookup(SIMULATORS, self.simulator, "simulator")
+    specs.lookup(DISTANCES, self.distance, "distance")
     for name in ("lam_fun", "lam_cons", "std"):
       if not getattr(self, name) >= 0:
         raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
@@ -118,7 +118,7 @@ class FunctionSpace:
   def needs_start(self) -> bool:
     return self.lam_fun > 0
 
-  def start(self, params: Params, stats: PyTree) -> PyTree:
+  def init_memory(self, params: Params, stats: PyTree) -> PyTree:
     return {"reference": (params, stats)} if self.lam_fun else {}
 
   def __call__(
@@ -127,10 +127,10 @@ class FunctionSpace:
     params: Params,
     stats: PyTree,
     memory: PyTree,
-    views: Views,
+    batch: Batch,
   ) -> tuple[Float[Array, "b"], PyTree]:
     see = forward.model.logits
-    shifted = self.shifted(views)
+    shifted = self.shifted(batch)
     logits = see(params, stats, shifted)
     values = jnp.zeros(len(shifted), logits.dtype)
     if self.lam_fun:
@@ -138,15 +138,15 @@ class FunctionSpace:
       before = see(began, began_stats, shifted)
       values += self.lam_fun * self.apart(logits, before)
     if self.lam_cons:
-      said = jax.lax.stop_gradient(see(params, stats, views.clean))
+      said = jax.lax.stop_gradient(see(params, stats, batch.clean))
       values += self.lam_cons * losses.kl(logits, said)
     return values, memory
 
-  def shifted(self, views: Views) -> Images:
+  def shifted(self, batch: Batch) -> Images:
     """x~: an image's draw is its own."""
-    key = keys.stream(views.key, "function_space")
-    image_keys = keys.per_image(key, views.indices)
-    return SIMULATORS[self.simulator](views, image_keys, self.std)
+    key = keys.stream(batch.key, "function_space")
+    image_keys = keys.per_image(key, batch.indices)
+    return SIMULATORS[self.simulator](batch, image_keys, self.std)
 
   def apart(self, logits: Logits, target: Logits) -> Float[Array, "b"]:
     """T^2 D, whose gradient keeps its size as T grows."""

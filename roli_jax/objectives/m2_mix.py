@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from roli_jax import keys, specs
 from roli_jax.clip import mixup
 from roli_jax.models import heads
-from roli_jax.objectives.base import Forward, Views
+from roli_jax.objectives.base import Batch, Forward
 from roli_jax.types import Array, Float, Params, PyTree
 
 IMAGES = {"clean": "clean", "adv": "adv"}
@@ -42,9 +42,9 @@ class M2Mix:
   needs_start: ClassVar[bool] = False  # from a random head there is no Cosine
 
   def __post_init__(self):
-    specs.choose(IMAGES, self.images, "images")
+    specs.lookup(IMAGES, self.images, "images")
     reductions = {name: name for name in mixup.REDUCTIONS}
-    specs.choose(reductions, self.reduction, "reduction")
+    specs.lookup(reductions, self.reduction, "reduction")
     if not self.weight >= 0:
       raise ValueError(f"weight must be >= 0, got {self.weight}")
     for name in ("beta", "tau"):
@@ -61,7 +61,7 @@ class M2Mix:
   def needs_clean(self) -> bool:
     return self.images == "clean"
 
-  def start(self, params: Params, stats: PyTree) -> PyTree:
+  def init_memory(self, params: Params, stats: PyTree) -> PyTree:
     del stats
     if "projection" not in params.head:
       raise ValueError(
@@ -77,18 +77,18 @@ class M2Mix:
     params: Params,
     stats: PyTree,
     memory: PyTree,
-    views: Views,
+    batch: Batch,
   ) -> tuple[Float[Array, "b"], PyTree]:
-    images = views.adv if self.images == "adv" else views.clean
+    images = batch.adv if self.images == "adv" else batch.clean
     features = forward.model.features(params, stats, images)
     loss = mixup.m2_mix_loss(
       heads.unit(features @ params.head["projection"]["kernel"]),
-      memory["texts"][views.labels],
-      keys.stream(views.key, "m2_mix"),
+      memory["texts"][batch.labels],
+      keys.stream(batch.key, "m2_mix"),
       beta=self.beta,
       tau=self.tau,
       reduction=self.reduction,
-      same=views.labels[:, None] == views.labels[None],
+      same=batch.labels[:, None] == batch.labels[None],
     )
     epoch = jnp.floor(memory["steps"] / self.epoch_steps)
     value = self.weight * mixup.weight_schedule(epoch) * loss

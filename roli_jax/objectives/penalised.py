@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Protocol, runtime_checkable
 
-from roli_jax.objectives.base import Criterion, Forward, Outcome, Views
+from roli_jax.objectives.base import Batch, Criterion, Forward, LossOutput
 from roli_jax.types import Array, Float, Params, PyTree
 
 
@@ -27,8 +27,8 @@ class Penalty(Protocol):
   @property
   def needs_start(self) -> bool: ...
 
-  def start(self, params: Params, stats: PyTree) -> PyTree:
-    """See `Criterion.start`."""
+  def init_memory(self, params: Params, stats: PyTree) -> PyTree:
+    """See `Criterion.init_memory`."""
     ...
 
   def __call__(
@@ -37,7 +37,7 @@ class Penalty(Protocol):
     params: Params,
     stats: PyTree,
     memory: PyTree,
-    views: Views,
+    batch: Batch,
   ) -> tuple[Float[Array, "b"], PyTree]:
     """Each image's penalty, and the memory after the batch."""
     ...
@@ -77,10 +77,10 @@ class Penalised:
   def needs_clean(self) -> bool:
     return self.base.needs_clean or self.penalty.needs_clean
 
-  def start(self, params: Params, stats: PyTree) -> PyTree:
+  def init_memory(self, params: Params, stats: PyTree) -> PyTree:
     return {
-      "base": self.base.start(params, stats),
-      "penalty": self.penalty.start(params, stats),
+      "base": self.base.init_memory(params, stats),
+      "penalty": self.penalty.init_memory(params, stats),
     }
 
   def __call__(
@@ -89,10 +89,10 @@ class Penalised:
     params: Params,
     stats: PyTree,
     memory: PyTree,
-    views: Views,
-  ) -> Outcome:
-    out = self.base(forward, params, stats, memory["base"], views)
-    added, kept = self.penalty(forward, params, stats, memory["penalty"], views)
+    batch: Batch,
+  ) -> LossOutput:
+    out = self.base(forward, params, stats, memory["base"], batch)
+    added, kept = self.penalty(forward, params, stats, memory["penalty"], batch)
     return dataclasses.replace(
       out,
       values=out.values + added,

@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from roli_jax import losses, models
-from roli_jax.objectives.base import Forward, Outcome, Views
+from roli_jax.objectives.base import Batch, Forward, LossOutput
 from roli_jax.types import Params, PyTree
 
 
@@ -41,7 +41,7 @@ class Twins:
     if not self.lam >= 0:
       raise ValueError(f"lam must be >= 0, got {self.lam}")
 
-  def start(self, params: Params, stats: PyTree) -> PyTree:
+  def init_memory(self, params: Params, stats: PyTree) -> PyTree:
     del params
     if not stats:
       raise ValueError(
@@ -56,13 +56,13 @@ class Twins:
     params: Params,
     stats: PyTree,
     memory: PyTree,
-    views: Views,
-  ) -> Outcome:
-    b = len(views.labels)
+    batch: Batch,
+  ) -> LossOutput:
+    b = len(batch.labels)
     if b % 2:
       raise ValueError(f"twins needs an even number of images, got {b}")
     # Every other image: no device's part has to move.
-    pairs = views.adv.reshape(-1, 2, *views.adv.shape[1:])
+    pairs = batch.adv.reshape(-1, 2, *batch.adv.shape[1:])
     as_pretrained, adapting = (
       dataclasses.replace(
         forward,
@@ -76,5 +76,5 @@ class Twins:
     logits = jnp.stack([frozen, adaptive], 1).reshape(b, -1)
     # Twice, so that the mean over the batch adds the means over the halves.
     weights = jnp.tile(jnp.array([2 * self.lam, 2.0]), b // 2)
-    values = weights * losses.cross_entropy(logits, views.labels)
-    return Outcome(values=values, logits=logits, stats=stats, memory=memory)
+    values = weights * losses.cross_entropy(logits, batch.labels)
+    return LossOutput(values=values, logits=logits, stats=stats, memory=memory)

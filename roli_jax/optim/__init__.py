@@ -28,7 +28,7 @@ def adamw(
 ):
   """AdamW (Loshchilov and Hutter 2019), or the RoLI reference's."""
   styles = {"standard": None, "reference": reference.adamw}
-  other = specs.choose(styles, eps_style, "eps_style")
+  other = specs.lookup(styles, eps_style, "eps_style")
   if other:
     return other(learning_rate, decay, weight_decay, b1, b2, eps)
   return optax.adamw(
@@ -81,13 +81,15 @@ def build(
     labels: the group of each trained leaf; None where a leaf is frozen.
     shape: the learning rate by step, as a share of its peak.
   """
-  own = specs.taken(OPTIMIZERS, {"weight_decay": 0.0, **spec}, "optimizer")
+  own = specs.accepted_fields(
+    OPTIMIZERS, {"weight_decay": 0.0, **spec}, "optimizer"
+  )
   patterns = tuple(spec.get("no_decay", NO_DECAY))
   clip_norm = spec.get("clip_norm", 0.0)
   multipliers = dict(spec.get("multipliers", ()))
   groups = sorted(set(trees.paths(labels).values()))
-  near = specs.taken(ANCHORS, _given(spec.get("anchor")), "anchor")
-  holds_head = specs.choose(
+  near = specs.accepted_fields(ANCHORS, _given(spec.get("anchor")), "anchor")
+  holds_head = specs.lookup(
     dict(zip(HEADS, (False, True), strict=True)),
     spec.get("head", HEADS[0]),
     "optim.head",
@@ -96,7 +98,7 @@ def build(
     if not spec.get(name, 0.0) >= 0:
       raise ValueError(f"{name} must be >= 0, got {spec[name]}")
   for group in multipliers:
-    specs.choose(dict.fromkeys(("backbone", "peft", "head")), group, "group")
+    specs.lookup(dict.fromkeys(("backbone", "peft", "head")), group, "group")
 
   def hold(tx, at=None):
     return specs.build(ANCHORS, near, "anchor", inner=tx, anchor=at)

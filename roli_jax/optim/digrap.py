@@ -79,8 +79,8 @@ def digrap(
   """
   anchors.check_range("mu", mu, 0.0, math.inf)
   anchors.check_range("omega_max", omega_max, 0.0, 1.0)
-  projects = specs.choose(WHEN, project_when, "project_when")
-  by_row = specs.choose({"tensor": False, "row": True}, normalize, "normalize")
+  projects = specs.lookup(WHEN, project_when, "project_when")
+  by_row = specs.lookup({"tensor": False, "row": True}, normalize, "normalize")
   adam = anchors.Adam(mu, hyper_b1, hyper_b2, 1e-8)
 
   def unit(x, total):

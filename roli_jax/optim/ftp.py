@@ -95,7 +95,7 @@ def ftp(
     ("gamma_init", gamma_init, math.inf),
   ):
     anchors.check_range(name, value, 0.0, most)
-  length = specs.choose(NORMS, norm, "norm")
+  length = specs.lookup(NORMS, norm, "norm")
   adam = anchors.Adam(mu, hyper_b1, hyper_b2, hyper_eps)
   inner = optax.with_extra_args_support(inner)
 

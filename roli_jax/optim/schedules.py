@@ -49,7 +49,7 @@ def _warmup(num_steps, warmup, decay, starts_at_zero):
     "linear": optax.linear_schedule(1.0, 0.0, after),
     "constant": optax.constant_schedule(1.0),
   }
-  fall = specs.choose(decays, decay, "decay")
+  fall = specs.lookup(decays, decay, "decay")
   rise = optax.linear_schedule(
     1 / max(warmup_steps, 1), 1.0, max(warmup_steps - 1, 1)
   )

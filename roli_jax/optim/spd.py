@@ -62,7 +62,7 @@ def spd(
       another structure; in `update`, no params.
   """
   _check_strengths("lam", lam)
-  length = specs.choose(NORMS, norm, "norm")
+  length = specs.lookup(NORMS, norm, "norm")
   inner = optax.with_extra_args_support(inner)
 
   def init(params):

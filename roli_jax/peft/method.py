@@ -50,7 +50,7 @@ class Method:
     """The trained leaves and the frozen ones; None for the absent."""
     return trees.split(params, self.trains(params))
 
-  def enter(self, model: models.Model) -> models.Model:
+  def apply_to(self, model: models.Model) -> models.Model:
     """The model with the method's modules in its backbone.
 
     Raises:
@@ -132,7 +132,7 @@ def lora(
     ValueError: a value out of its range.
   """
   starts = {"standard": modules.UNIFORM, "both_zero": modules.ZEROS}
-  start = specs.choose(starts, init, "lora init")
+  start = specs.lookup(starts, init, "lora init")
   scale = _lora_scale("lora", rank, alpha)
   _check_dropout("lora", dropout)
   seams = _lora_seams(dropout, rank=rank, scale=scale, init=start)
@@ -201,7 +201,7 @@ def adapter(reduction: int = 8, init: str = "near_identity") -> Method:
     ValueError: a value out of its range.
   """
   starts = {"near_identity": modules.UNIFORM, "all_zero": modules.ZEROS}
-  start = specs.choose(starts, init, "adapter init")
+  start = specs.lookup(starts, init, "adapter init")
   _check("adapter", reduction=reduction)
   branch = functools.partial(modules.Adapter, reduction, start)
   return Method("adapter", (_HEAD, _PEFT, _REST), Seams(branch=branch))
@@ -227,7 +227,7 @@ def vpt(
     ValueError: a value out of its range.
   """
   orders = {"fixed": False, "as_is": True}
-  mixed = specs.choose(orders, order, "prompt order")
+  mixed = specs.lookup(orders, order, "prompt order")
   _check("vpt", tokens=tokens)
   _check_dropout("vpt", dropout)
   make = functools.partial(modules.Prompts, tokens, dropout=dropout)

@@ -75,11 +75,11 @@ def load(
     "adapter": {"reduction": reduction},
     "vpt": {"tokens": tokens, "deep": deep},
   }
-  own = specs.choose(options, method, "method")
+  own = specs.lookup(options, method, "method")
   arrays = {key: np.asarray(value) for key, value in state_dict.items()}
   bundles.check_arrays(arrays, f"the {method} state dict")
   classifier = arrays.get("classifier.bias", np.zeros(2))
-  model = METHODS[method](**own).enter(
+  model = METHODS[method](**own).apply_to(
     with_classes(bundle.model, len(classifier))
   )
   like, _ = jax.eval_shape(model.init, jax.random.key(0))
@@ -121,7 +121,7 @@ def restore(path: pathlib.Path) -> tuple[Bundle, Method]:
 
   def enter(model, meta):
     found.append(specs.build(METHODS, meta["method"], "method"))
-    return found[0].enter(model)
+    return found[0].apply_to(model)
 
   return convert.from_stage(path, enter), found[0]
 
@@ -158,7 +158,7 @@ def merge(bundle: Bundle, method: Method) -> Bundle:
 
 def without(bundle: Bundle) -> Bundle:
   """The backbone and the head, without what a method has added."""
-  model = METHODS["linear"]().enter(bundle.model)
+  model = METHODS["linear"]().apply_to(bundle.model)
   params = dataclasses.replace(bundle.params, peft={})
   return dataclasses.replace(bundle, model=model, params=params)
 

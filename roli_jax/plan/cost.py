@@ -89,7 +89,7 @@ def of(model: Model, method: Method) -> Cost:
   bytes than it keeps.
 
   Args:
-    model: with the method's modules in it, `method.enter(model)`.
+    model: with the method's modules in it, `method.apply_to(model)`.
     method: which leaves train.
   """
   bare = _bare(model)

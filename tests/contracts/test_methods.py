@@ -104,7 +104,7 @@ def batch(size=8):
 
 
 def begin(model, method, objective=None, spec=None, lr=1e-2):
-  model = method.enter(model)
+  model = method.apply_to(model)
   params, stats = filled(model)
   tx = optim.build(
     spec or {"name": "adamw", "weight_decay": 0.1, "clip_norm": 1.0},
@@ -198,7 +198,7 @@ def test_what_feeds_a_zero_product_learns_from_the_second_step_on(family, name):
 )
 def test_at_init_it_changes_nothing(family, name):
   plain = net(family)
-  model = peft.METHODS[name]().enter(plain)
+  model = peft.METHODS[name]().apply_to(plain)
   params, stats = filled(model)
   without = dataclasses.replace(params, peft={})
   moved = dataclasses.replace(params, peft=noisy(params.peft))
@@ -218,7 +218,7 @@ def images(n=8):
 )
 def test_prompts_are_refused_where_there_are_no_tokens(family):
   with pytest.raises(ValueError, match="tokens into a ViT or a Swin"):
-    peft.vpt().enter(net(family))
+    peft.vpt().apply_to(net(family))
 
 
 # Of ten classes: trained, and all; as counted in RoLI's reference.
@@ -247,7 +247,7 @@ COUNTS = {
 )
 def test_as_many_numbers_train_as_in_the_reference(name, counted):
   method = peft.METHODS[counted]()
-  params = cost.shapes(method.enter(models.create(name, 10)))
+  params = cost.shapes(method.apply_to(models.create(name, 10)))
   trained, _ = trees.split(params, method.trains(params))
   assert (trees.size(trained), trees.size(params)) == COUNTS[name][counted]
 
@@ -266,7 +266,7 @@ def test_no_gradient_exists_for_frozen_leaves(model, method):
     seen.append(updates)
     return updates, opt_state
 
-  model = method.enter(model)
+  model = method.apply_to(model)
   params, stats = filled(model)
   trained, _ = trees.split(params, method.trains(params))
   tx = optax.GradientTransformation(lambda params: (), spy)
@@ -283,7 +283,7 @@ def test_no_gradient_exists_for_frozen_leaves(model, method):
 @pytest.mark.parametrize("family, name", PAIRS)
 def test_the_pretrained_tree_is_the_same_under_every_method(family, name):
   plain = net(family)
-  entered = peft.METHODS[name]().enter(plain)
+  entered = peft.METHODS[name]().apply_to(plain)
   (got, stats), (expected, plain_stats) = (
     jax.eval_shape(model.init, keys.root(0)) for model in (entered, plain)
   )
@@ -291,7 +291,7 @@ def test_the_pretrained_tree_is_the_same_under_every_method(family, name):
 
 
 def test_every_leaf_has_a_group(model, method):
-  params, _ = jax.eval_shape(method.enter(model).init, keys.root(0))
+  params, _ = jax.eval_shape(method.apply_to(model).init, keys.root(0))
   groups = set(trees.paths(method.labels(params)).values())
   assert "head" in groups and groups <= set(peft.GROUPS)
 
@@ -377,7 +377,7 @@ def test_the_radius_follows_its_schedule(model):
 @functools.cache
 def prompted(family, deep):
   """A net with prompts whose arrays are far from their starts."""
-  model = peft.vpt(tokens=3, deep=deep).enter(net(family))
+  model = peft.vpt(tokens=3, deep=deep).apply_to(net(family))
   params, stats = filled(model)
   return model, noisy(params), stats
 
