@@ -31,6 +31,7 @@ from roli_jax.experiment.build import (
   build_method,
   build_model,
   build_program,
+  build_schedule,
   initial_variables,
   optimizer_fields,
 )
@@ -327,7 +328,7 @@ def rates(config, num_steps=20, epoch_steps=1, epochs=20):
   stage = dataclasses.replace(
     stage, num_steps=num_steps, epoch_steps=epoch_steps
   )
-  schedule = parts.schedule(stage)
+  schedule = build_schedule(parts, stage)
   return np.array([float(schedule(jnp.asarray(k))) for k in range(num_steps)])
 
 
@@ -361,8 +362,8 @@ def test_a_first_epoch_at_zero_moves_moments_alone(setup, zero):
   )  # fmt: skip
   config["adapt"]["schedule"] = {"warmup": 0.5, "decay": "cosine"}
   parts, stage = parts_of(config)
-  shape = parts.schedule(
-    dataclasses.replace(stage, num_steps=60, epoch_steps=3)
+  shape = build_schedule(
+    parts, dataclasses.replace(stage, num_steps=60, epoch_steps=3)
   )
   tx = optim.build(optimizer_fields(parts, "adapt"), LABELS, shape)
   now = arrays(START, np.float32)

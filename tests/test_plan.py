@@ -37,6 +37,9 @@ def _each():
     yield pytest.param(recipe, id=name_of(recipe), marks=marks)
 
 
+EACH = list(_each())
+
+
 def planned(recipe, compat):
   method = METHODS.get(recipe["method"], recipe["method"])
   return cell(recipe["dataset"], method, recipe["init"], compat)
@@ -52,7 +55,7 @@ def test_there_are_fifty_published_recipes():
   assert len(RECIPES) == 50 and len({name_of(r) for r in RECIPES}) == 50
 
 
-@pytest.mark.parametrize("recipe", _each())
+@pytest.mark.parametrize("recipe", EACH)
 def test_a_recipe_under_compat_is_the_references(recipe):
   made = planned(recipe, "true")
   data = REFERENCE["datasets"][recipe["dataset"]]
@@ -70,7 +73,7 @@ def test_a_recipe_under_compat_is_the_references(recipe):
   assert stage["prompt_tokens"] == recipe.get("prompt_tokens")
 
 
-@pytest.mark.parametrize("recipe", _each())
+@pytest.mark.parametrize("recipe", EACH)
 def test_by_default_the_optimizer_is_the_one_its_authors_wrote(recipe):
   stage = planned(recipe, "false")["stages"][-1]
   assert stage["optimizer"] == recipe["optimizer_in_config"]
@@ -78,7 +81,7 @@ def test_by_default_the_optimizer_is_the_one_its_authors_wrote(recipe):
   assert stage["peak_lr"] == pytest.approx(recipe["peak_lr"], rel=1e-12)
 
 
-@pytest.mark.parametrize("recipe", _each())
+@pytest.mark.parametrize("recipe", EACH)
 def test_roli_is_the_probes_recipe_first(recipe):
   stages = planned(recipe, "true")["stages"]
   if recipe["init"] != "roli":

@@ -228,22 +228,13 @@ def _load_zeroshot(run, weights):
   return bundle
 
 
-def build_schedule(
-  run: Run, section: str, num_steps: int, epoch_steps: int
-) -> schedules.Schedule:
-  """The learning rate by step, as a share of its peak.
-
-  Args:
-    run: the run.
-    section: `pretrain`, `probe` or `adapt`.
-    num_steps: the number of steps of the stage.
-    epoch_steps: the number of steps of an epoch.
-  """
+def build_schedule(run: Run, stage: Stage) -> schedules.Schedule:
+  """The stage's learning rate by step, as a share of its peak."""
   by_epoch = run.switches["lr_granularity"] == "epoch"
   return schedules.warmup(
-    num_steps,
-    **run.config[section]["schedule"],
-    every=epoch_steps if by_epoch else 1,
+    stage.num_steps,
+    **run.config[stage.name]["schedule"],
+    every=stage.epoch_steps if by_epoch else 1,
     starts_at_zero=run.switches["warmup_starts_at_zero"],
   )
 
@@ -293,7 +284,7 @@ def build_optimizer(
   return optim.build(
     optimizer_fields(run, stage.name, head_anchor(run, stage)),
     labels,
-    build_schedule(run, stage.name, stage.num_steps, stage.epoch_steps),
+    build_schedule(run, stage),
   )
 
 

@@ -26,7 +26,8 @@ class Run:
     rules: where the leaves of a stage's state lie, for `sharding.ruled`.
     threat: the threat model of training and, unless a test names another
       radius, of tests.
-    data: the sources by split; a split is read when it is first asked for.
+    data: the `data.Source` of each split, read when it is first asked for; in a
+      plan, the number of images and classes and the shape of each.
     switches: the values of all of `compat.SWITCHES`.
     load: `(weights, keeps_head) -> Bundle`, which reads each file once.
     diagnoses: whether a test by an ensemble of attacks adds a diagnosis.
@@ -37,7 +38,7 @@ class Run:
   mesh: Mesh
   rules: tuple[Any, ...]
   threat: ThreatModel
-  data: Mapping[str, data.Source]
+  data: Mapping[str, Any]
   switches: Mapping[str, Any]
   load: Callable[..., convert.Bundle]
   diagnoses: bool = False

@@ -170,7 +170,7 @@ def _describe(run: Run, stage: Stage) -> dict[str, Any]:
   params = cost.shapes(build_model(run, stage))
   trained, _ = build_method(run, stage).split(params)
   first = (stage.num_steps - 1) // stage.epoch_steps * stage.epoch_steps
-  schedule = build_schedule(run, stage.name, stage.num_steps, stage.epoch_steps)
+  schedule = build_schedule(run, stage)
   with jax.enable_x64(True):  # 1 + cos x is all but 0 there
     share = float(schedule(jnp.asarray(first)))
   tokens = run.config.get("peft", {}).get("vpt", {}).get("tokens")
