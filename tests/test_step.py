@@ -94,7 +94,9 @@ def test_rules_split_parameters_and_what_the_optimizer_keeps(one):
   now, _ = one
   made = build_run(steps.config(FSDP))
   (stage,) = expand_stages(made)
-  for name, leaf in trees.paths(build_program(made, stage).like).items():
+  for name, leaf in trees.paths(
+    build_program(made, stage).abstract_state
+  ).items():
     spread = [n for n in leaf.shape if n % 8 == 0]
     own = leaf.sharding.shard_shape(leaf.shape)
     assert np.prod(own) * (8 if spread else 1) == np.prod(leaf.shape), name
