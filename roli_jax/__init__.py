@@ -12,12 +12,15 @@ __version__ = "0.1.0"
 # Of the configs a wheel has the files alone, which pkgutil takes for no module.
 _SUBMODULES = {m.name for m in pkgutil.iter_modules(__path__)} | {"configs"}
 
-# Names that documents printed before these modules had rooms.
+# Names that documents and notebooks printed before these modules had rooms.
 _MOVED = {
   "cost": "plan.cost",
   "diagnosis": "evaluate.diagnosis",
+  "exchange": "experiment.convert_command",
   "guide": "results.guide",
+  "plots": "results.figures",
   "report": "results.report",
+  "tabular": "results.tables",
   "tokenizer": "clip.tokenizer",
   "zeroshot": "clip.zeroshot",
 }

@@ -66,6 +66,7 @@ def test_fab_alone_breaks_what_the_official_one_does(norm, official):
   assert (result.min_distance[result.robust] > EPS[norm]).all()
 
 
+@pytest.mark.slow
 def test_fast_agrees_with_standard_at_a_third_of_the_passes(official):
   result = run("autoattack_fast", "linf")
   assert (result.robust != official["linf/square"]).sum() <= 1
@@ -101,7 +102,12 @@ def _inside(attack, images, labels, image_keys):
 
 
 @pytest.mark.parametrize(
-  "name, norm", [("apgd_ce", "l1"), ("apgd_t", "linf"), ("fab_t", "l2")]
+  "name, norm",
+  [
+    ("apgd_ce", "l1"),
+    ("apgd_t", "linf"),
+    pytest.param("fab_t", "l2", marks=pytest.mark.slow),
+  ],
 )
 def test_inside_anothers_jit_it_breaks_the_same_images(name, norm):
   rows = slice(0, 24)

@@ -209,10 +209,7 @@ def test_a_notebook_uses_public_names_that_say_what_they_are(name):
   nodes = [node for tree in trees.values() for node in ast.walk(tree)]
   modules = {}
   for node in nodes:
-    if isinstance(node, ast.ImportFrom) and node.module in (
-      "roli_jax",
-      "roli_jax.configs",
-    ):
+    if isinstance(node, ast.ImportFrom) and node.module.startswith("roli_jax"):
       for alias in node.names:
         module = importlib.import_module(f"{node.module}.{alias.name}")
         modules[alias.asname or alias.name] = module

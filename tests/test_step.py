@@ -58,7 +58,7 @@ def check_same(one, many):
 @pytest.mark.parametrize(
   ("rules", "model"),
   [
-    ((), 1),
+    pytest.param((), 1, marks=pytest.mark.slow),
     pytest.param((FSDP,), 1, marks=pytest.mark.slow),
     pytest.param((ZERO,), 1, marks=pytest.mark.slow),
     (MEGATRON, 2),
@@ -246,6 +246,7 @@ def start():
     process.kill()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(one, start, tmp_path, devices):
   file, address = tmp_path / "after.npz", f"127.0.0.1:{free_port()}"
   words = [sys.executable, "-m", "tests.steps", str(file), address, "2"]
@@ -264,6 +265,7 @@ def test_two_processes_are_one(one, start, tmp_path, devices):
     assert other < 1e-3
 
 
+@pytest.mark.slow
 def test_who_loses_a_process_ends_and_another_number_goes_on(start, tmp_path):
   run = tmp_path / "run"
   config = [f"{cli.GLYPHS}:method=full,init=ranli", *cli.TINY]
