@@ -204,6 +204,7 @@ def test_a_loss_that_is_not_finite_stops_with_all_that_is_known(run):
   assert pathlib.Path(text.splitlines()[-1].split(": ")[1]).is_dir()
 
 
+@pytest.mark.slow  # draws 74,000 letters
 def test_pretraining_writes_a_bundle(tmp_path):
   words = (
     "--config=configs/glyphs_pretrain.py", "--config.pretrain.num_steps=2",

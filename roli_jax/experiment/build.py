@@ -60,9 +60,8 @@ def check_run(run: Run, stages: Iterable[Stage]) -> None:
   for section in ("attack", "val_attack", "eval_attack"):
     if not run.config[section]["name"].startswith("corruptions"):
       build_attack(run, section)
-  have = run.shape[-1]
   for stage in stages:
-    want = build_model(run, stage).channels
+    have, want = run.shape[-1], build_model(run, stage).channels
     if have != want:
       raise ValueError(
         f"{run.config['backbone']['name']} wants images of {want} channels,"

@@ -122,7 +122,7 @@ def run(
   source: data.Source = run.data[split]
   rows = np.arange(len(source))[: test.num_images or None]
   batch = run.config["eval_batch_size"]
-  on = on_devices(run, predict, variables, seed, run.compute_dtype)
+  on = on_devices(run, source, predict, variables, seed, run.compute_dtype)
   batches = _PIECE // (4 * math.prod(source.shape) * batch)
   at_once = max(batches, 1) * batch
   pieces = range(0, len(rows), at_once)
@@ -144,16 +144,26 @@ def run(
 
 def on_devices(
   run: Run,
+  source: data.Source,
   predict: Callable[..., Any],
   variables: Any,
   seed: int,
   dtype: str | None = None,
 ) -> classifier.Classifier:
-  """A model of the run's own, which reads nothing but its arguments."""
+  """A model of the run's own, which reads nothing but its arguments.
+
+  Args:
+    run: the run.
+    source: the images that it will see.
+    predict: `(variables, images) -> logits`.
+    variables: what it takes first.
+    seed: of the attacks' noise.
+    dtype: the precision of attacks; None: the arrays' own.
+  """
   return classifier.make(
     predict,
     variables,
-    run.shape,
+    source.shape,
     run.config["eval_batch_size"],
     dtype=dtype,
     seed=seed,

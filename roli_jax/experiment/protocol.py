@@ -201,7 +201,7 @@ def _diagnosis(run, predict, variables, stage, test):
   source = run.data["test"]
   few = slice(0, checks.MOST)
   return diagnosis.run_on(
-    measure.on_devices(run, predict, variables, stage.seed),
+    measure.on_devices(run, source, predict, variables, stage.seed),
     source.pixels(few),
     source.labels[few],
     test.attack.threat,
