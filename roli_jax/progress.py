@@ -14,8 +14,8 @@ def bar(description: str, total: int, start: int = 0) -> Iterator[Update]:
   """A bar with what has been done, what was told, and the time left.
 
   Args:
-    description: of what is being done.
-    total: of the units that `update` advances by.
+    description: what is being done, a few words.
+    total: how many units `update` advances by in all.
     start: units done before, which don't count for the speed.
 
   Yields:

@@ -26,7 +26,7 @@ def onto_l1_ball(offset: Rows, room: Rows, radius: Column) -> Rows:
   Args:
     offset: v, any finite values.
     room: how far each value may move in its offset's direction.
-    radius: of the ball.
+    radius: the radius of the ball, >= 0.
   """
   lengths = jnp.abs(offset)
 
@@ -70,7 +70,7 @@ def onto_hyperplane(
     norm: by which a way is short.
     point: within the box.
     normal: w of the plane {u: <w, u> = level}.
-    level: of the plane.
+    level: the level of the plane.
     low: the box's lower end.
     high: its upper end.
 
@@ -99,7 +99,7 @@ def onto_hyperplane(
 
 
 def order_statistic(lengths: Rows, at: Integer[Array, "b 1"]) -> Column:
-  """Of each row's non-negative values the one at that place, from the least."""
+  """The value at that place of each row's, sorted from the least."""
   return _least(lengths, lambda v: _sum(lengths <= v) > at)
 
 

@@ -21,7 +21,7 @@ class TrainState:
     step: steps taken in this stage, int32.
     params: the three trees, trained or not.
     stats: running statistics; `{}` for models without.
-    opt_state: of the trained leaves only.
+    opt_state: the optimizer's state, of the trained leaves only.
     memory: what the criterion keeps from step to step; `{}` for most.
   """
 
@@ -48,8 +48,8 @@ def create(
     params: the three trees.
     stats: running statistics.
     trains: whether each leaf of params is trained.
-    tx: of the trained leaves.
-    start: of the criterion, whose memory it makes.
+    tx: the optimizer of the trained leaves.
+    start: makes the criterion's memory, `Criterion.init_memory`.
   """
   memory = jax.tree.map(jnp.copy, start(params, stats))
   params, stats = jax.tree.map(jnp.copy, (params, stats))

@@ -14,7 +14,7 @@ class Counts:
   """Sums over the images of a step; sums of sums are means of images.
 
   Attributes:
-    loss: of the objective, summed.
+    loss: the objective, summed over the images.
     correct: images classified as labelled, as they were trained on.
     seen: images.
   """

@@ -84,8 +84,8 @@ class WeightAttack:
 
     Args:
       trained: the leaves that train.
-      grads: of the loss, by them.
-      strength: of the perturbation, in [0, 1].
+      grads: the loss's gradients by them.
+      strength: the share of the perturbation that is made, in [0, 1].
     """
 
     def move(w, g):
@@ -102,8 +102,8 @@ class Gradient:
   """The gradient of a batch, and what its passes moved.
 
   Attributes:
-    grads: of the mean loss, by the trained leaves.
-    counts: of the batch.
+    grads: gradients of the mean loss by the trained leaves.
+    counts: loss, correct and seen, summed over the batch.
     stats: running statistics after the batch.
     memory: the criterion's, after the batch.
   """

@@ -79,7 +79,7 @@ def m2_mix_loss(
     img: the images' embeddings.
     txt: the texts'.
     key: draws the ratio, see `draw_ratio`.
-    beta: of that draw, > 0; to go without the term, leave it out.
+    beta: the parameter of that draw, > 0; to go without the term, leave it out.
     tau: temperature, > 0.
     reduction: `sum` of the two directions, as in the authors' main.py, or
       their `mean`, as in their code for OpenCLIP.

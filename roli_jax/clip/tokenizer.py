@@ -146,7 +146,7 @@ class Tokenizer:
 
     Args:
       texts: any number.
-      context_length: of a row, start and end included.
+      context_length: tokens of a row, start and end included.
       truncate: whether a text too long loses what is too much of its end; the
         last id is the end still.
 

@@ -33,7 +33,7 @@ def class_vectors(
   Args:
     text: the text tower, see `convert.text_tower`.
     params: its parameters.
-    tokenizer: of its vocabulary.
+    tokenizer: makes tokens of its vocabulary.
     classes: their names, in the order of labels.
     templates: prompts with `{}` in place of a name, each for every class.
 
@@ -73,11 +73,11 @@ def head(
   """The parameters of a `models.heads.Cosine` for these classes.
 
   Args:
-    text: see `class_vectors`, as what follows.
-    params: likewise.
-    tokenizer: likewise.
-    classes: likewise.
-    templates: likewise.
+    text: the text tower, see `convert.text_tower`.
+    params: its parameters.
+    tokenizer: makes tokens of its vocabulary.
+    classes: the names of the classes, in the order of labels.
+    templates: prompts with `{}` in place of a name, each for every class.
     projection: the image tower's, from features to embeddings.
     logit_scale: the logarithm of what cosines are multiplied with; None: the
       one that CLIP was trained to, among the tower's parameters.
@@ -115,13 +115,14 @@ def classifier(
   where training starts.
 
   Args:
-    bundle: of an open_clip file, loaded without `num_classes`.
-    text: see `head`, as what follows.
-    params: likewise.
-    tokenizer: likewise.
-    classes: likewise; at least 2.
-    templates: likewise.
-    logit_scale: likewise.
+    bundle: an open_clip file, loaded without `num_classes`.
+    text: the text tower, see `convert.text_tower`.
+    params: its parameters.
+    tokenizer: makes tokens of its vocabulary.
+    classes: the names of at least 2 classes, in the order of labels.
+    templates: prompts with `{}` in place of a name, each for every class.
+    logit_scale: the logarithm of what cosines are multiplied with; None: the
+      one that CLIP was trained to.
 
   Raises:
     ValueError: the bundle's head is no projection; its GELU is not the text

@@ -63,7 +63,7 @@ class Bundle:
     model: the static half.
     params: the three trees.
     stats: running statistics.
-    layout: of the foreign file that it came from, "" for none.
+    layout: the names of the foreign file that it came from; "": none.
     extras: tensors of that file that no pass needs, for the way back.
     coverage: what became of that file's tensors.
   """

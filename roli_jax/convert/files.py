@@ -84,7 +84,7 @@ def load(
     format: a name in `convert.FORMATS`; None: told from names. Of ours it says
       nothing.
     mean: per channel; None: the file's own, or else the format's.
-    std: likewise.
+    std: what the pixels are divided by; None: the format's own.
     num_classes: None keeps the file's classifier; a number drops it and puts a
       zero head of that width.
     image_size: the side that images are resized to inside the model; another
@@ -255,7 +255,7 @@ def from_stage(
   """The checkpoint that a directory means: of a step, or a stage's best.
 
   Args:
-    path: of a step or a stage of a run, or above a single stage.
+    path: the directory of a step or stage, or one above a single stage.
     enter: the model with what its method adds, from the plain one and what the
       checkpoint says.
     files: what is there instead, for the message.
@@ -295,7 +295,7 @@ def save(
 
   Args:
     bundle: what `load` gave, perhaps with other params.
-    path: of the file. With a format, `.safetensors`, or one of PyTorch's
+    path: the file to write. With a format, `.safetensors`, or one of PyTorch's
       (`.pth`, `.pt`, `.bin`), which `torch.load` reads.
     format: a name in `convert.FORMATS`; None: ours.
 

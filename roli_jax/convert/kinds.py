@@ -67,7 +67,7 @@ def of(path: pathlib.Path) -> str:
   """`torch`, `safetensors` or `npz`.
 
   Args:
-    path: of a file. Its beginning is read, and of a zip file the names in it.
+    path: a file. Its beginning is read, and of a zip file the names in it.
 
   Raises:
     ValueError: it is something else; the message says what, and what to do.
@@ -92,7 +92,7 @@ def of(path: pathlib.Path) -> str:
 
 
 def _zip(path: pathlib.Path) -> str:
-  """Of the kinds that are zip files; of a broken one torch's reader says so."""
+  """The kind of a zip file; torch's reader says which ones are broken."""
   try:
     with zipfile.ZipFile(path) as archive:
       names = archive.namelist()

@@ -32,7 +32,7 @@ class Layout:
   """How some formats name and shape the tensors of a family.
 
   Attributes:
-    name: of the layout.
+    name: the name of the layout.
     formats: that use it.
     family: the class of the backbones.
     mark: a pattern that a key of such a file matches. A file that bears the

@@ -55,7 +55,7 @@ def marked(
   Args:
     found: those in the file.
     model: whose layouts count; None: those of all.
-    format: likewise.
+    format: the name of the file's format; None: told from its names.
     what: whose networks these are, for messages.
 
   Raises:
@@ -170,9 +170,9 @@ def headed(
   """The model under the kind of head that files of the layout hold.
 
   Args:
-    layout: of the network.
-    name: of the model.
-    width: of the head.
+    layout: the network's layout of names.
+    name: the model's name.
+    width: the number of classes of the head.
     network: which tells of a ViT whether it has a class token, and whether its
       last normalisation is of the feature.
     pool: a name in `models.POOLS`; None: `token` where both are possible.

@@ -56,7 +56,7 @@ def find(source: Any, what: str, key: str | None = None) -> list[Network]:
   Args:
     source: dicts and lists of arrays, and of anything else.
     what: whose it is, for messages.
-    key: of one of them: its name, or a part of that, or "." for the checkpoint
+    key: which of them: its name, or a part of that, or "." for the checkpoint
       itself; None: all.
 
   Raises:

@@ -267,7 +267,7 @@ def _tensor(
 def _tensor_v3(
   storage, offset, size, strides, requires_grad, hooks, dtype, metadata=None
 ):
-  """Of the dtypes that have no class of storages."""
+  """The names of dtypes that have no class of storages."""
   if _of(_Name, dtype) not in _DTYPES:
     raise Refused(f"has a tensor of {dtype!r}; {AGAIN} as float32")
   storage = dataclasses.replace(_of(_Storage, storage), dtype=_DTYPES[dtype])

@@ -156,7 +156,7 @@ def _normalised(
     network: beside which the file's may stand, one for all channels perhaps.
     own: mean and deviation of the format, or None.
     mean: what is given, or None.
-    std: likewise.
+    std: what the pixels are divided by; None: the format's own.
 
   Raises:
     ValueError: not as many numbers as channels, or not finite.

@@ -37,9 +37,9 @@ def mean_corruption_error(
   sum of the baseline). With `ALEXNET`, 1 is as bad as AlexNet.
 
   Args:
-    errors: of each type, the error at each severity.
-    baseline: likewise, of another model; more types do no harm. None: the
-      plain mean of all errors, types weighing the same.
+    errors: the error at each severity by type, shares in [0, 1].
+    baseline: the errors of another model, as `errors`; more types do no harm.
+      None: the plain mean of all errors, types weighing the same.
 
   Raises:
     ValueError: no errors at all, or a type that the baseline lacks, has at

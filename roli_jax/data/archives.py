@@ -191,7 +191,7 @@ def _aircraft(root: pathlib.Path) -> Parts:
 
 
 def _flowers(root: pathlib.Path) -> Parts:
-  """`imagelabels.mat`: classes from 1 up; `setid.mat`: images, likewise."""
+  """`imagelabels.mat` has classes from 1 up, `setid.mat` images from 1 up."""
   file = root / "setid.mat"
   labels = np.atleast_1d(_mat(root / "imagelabels.mat", "labels"))
   parts: Parts = {}

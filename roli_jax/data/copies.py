@@ -18,7 +18,7 @@ def shared(entries: Iterable[Entry], digests: Mapping[str, str]) -> list[Group]:
   """Groups of equal bytes that lie in more than one split or class.
 
   Args:
-    entries: of a data set.
+    entries: the images of a data set.
     digests: by name, of what the files hold; those without one are no copies.
   """
   groups: dict[str, Group] = collections.defaultdict(list)
@@ -36,7 +36,7 @@ def one_file(groups: Iterable[Group], base: pathlib.Path) -> dict[str, str]:
   """Names that links make of one file, in two splits or classes; and how.
 
   Args:
-    groups: of equal bytes, as one file's are.
+    groups: groups of equal bytes, as one file's are.
     base: where names start.
   """
   wrong = {}
@@ -74,7 +74,7 @@ def check(groups: Sequence[Group], tested: int, base: pathlib.Path) -> None:
   A copy under another class makes no number better: it does not count.
 
   Args:
-    groups: of equal bytes, in more than one split.
+    groups: groups of equal bytes that stand in more than one split.
     tested: the number of test images.
     base: where names start.
 

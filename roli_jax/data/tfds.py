@@ -103,7 +103,7 @@ def _records(name, part, root):
 
 
 def _format(directory):
-  """Of the files that TFDS prepared, "" if it prepared none."""
+  """A digest of the files that TFDS prepared; "" if it prepared none."""
   for file in sorted(directory.glob("*/dataset_info.json")):
     return json.loads(file.read_text()).get("fileFormat", "tfrecord")
   return ""

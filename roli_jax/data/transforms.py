@@ -36,7 +36,7 @@ class Transform:
     raise NotImplementedError
 
   def size(self, size: Size | None) -> Size | None:
-    """Of the image after, from that before; None where it is not known."""
+    """The image's size after it, from that before; None: it is not known."""
     return size
 
 
@@ -273,7 +273,7 @@ def operate(name: str, image: Any, share: float, sign: int) -> Any:
   """One operation of RandAugment.
 
   Args:
-    name: of OPERATIONS.
+    name: a name in `OPERATIONS`.
     image: of PIL, RGB.
     share: of the largest magnitude, 0 to 1.
     sign: 1 or -1, of those operations that have two directions.
@@ -357,7 +357,7 @@ def _parse(text):
 
 
 def size(chain: Chain, before: Size | None) -> Size | None:
-  """Of what a chain makes of an image; None where that depends on the image."""
+  """The size that a chain ends at; None where it depends on the image."""
   for transform in chain:
     before = transform.size(before)
   return before

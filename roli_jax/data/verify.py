@@ -31,7 +31,7 @@ def look(
 
   Args:
     base: where names start.
-    names: of files.
+    names: paths of files, below the root.
 
   Returns:
     Reasons against those that can not be decoded, by name; and digests of the
@@ -87,7 +87,7 @@ def _look_at(path):
 
 
 def _digest(path):
-  """Of the bytes: a file that was just decoded is read again from memory."""
+  """A digest of the bytes; a file just decoded is read again from memory."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 

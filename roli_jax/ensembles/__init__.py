@@ -73,11 +73,11 @@ def ose(
   images.
 
   Args:
-    first_logits: of the zero-shot model.
-    second_logits: of the fine-tuned one.
+    first_logits: the zero-shot model's logits, [b, k].
+    second_logits: the fine-tuned model's logits, [b, k].
     alpha: in [0, 1]; 0 is the first, 1 the second. Data, like temperatures.
     t_first: the temperature of the first.
-    t_second: of the second.
+    t_second: the second model's temperature, > 0.
   """
   _check_share(alpha)
   return _mixed(
@@ -99,7 +99,7 @@ def temperature(logits: Logits, labels: Labels) -> float:
   Args:
     logits: of images that the model was not fitted to, and never of the test
       set.
-    labels: of these.
+    labels: their classes.
 
   Raises:
     ValueError: no images, or logits that are +inf or NaN.
@@ -141,7 +141,7 @@ class VrfState:
     bank: [m, d], unit features of training images that the fine-tuned model
       gets right and the zero-shot one wrong.
     t_zs: the temperature of the zero-shot model's logits.
-    t_ft: of the fine-tuned model's.
+    t_ft: the temperature of the fine-tuned model's logits.
     a: the distance at which both models weigh the same.
     b: how gently the weight falls around it, above 0.
     alpha: of the fine-tuned model, at any distance, where k is 0; else None.
@@ -196,24 +196,24 @@ def vrf_fit(
   other data sweep a and b on validation images, never on test images.
 
   Args:
-    zs_logits: of the zero-shot model, on all training images.
-    ft_logits: of the fine-tuned one.
-    labels: of these images.
+    zs_logits: the zero-shot model's logits of all training images, [n, k].
+    ft_logits: the fine-tuned model's logits.
+    labels: the classes of these images.
     ft_feats: the fine-tuned model's pooled features of them.
     k: which nearest member to measure to; None: by the rule.
     rule: `code`: round(1000 m / n) for m members among n images. It is 0.1% of
       the bank where n is about a million, as in ImageNet, and beyond most of
       the bank where n is a thousand. `paper`: floor(share m). Either is at
       least 1 and at most m.
-    share: of the rule `paper`.
+    share: what the rule `paper` takes of the bank, in (0, 1].
     a: see `VrfState`.
     b: see `VrfState`.
     squared: whether distances are squared.
     t_zs: the temperature of the zero-shot model; None: found on held images.
-    t_ft: of the fine-tuned one.
+    t_ft: the fine-tuned model's temperature.
     zs_held: logits of images that are neither trained on nor tested on.
     ft_held: the fine-tuned model's on these.
-    held_labels: of these.
+    held_labels: their classes.
     alpha: in [0, 1], the weight of the fine-tuned model on all images where
       the bank has no k members (our reading; the ensemble is then `ose`).
       None: such a bank is an error.
@@ -321,8 +321,8 @@ def vrf_predict(
 
   Args:
     state: from `vrf_fit`.
-    zs_logits: of the zero-shot model.
-    ft_logits: of the fine-tuned one.
+    zs_logits: the zero-shot model's logits, [b, k].
+    ft_logits: the fine-tuned model's logits.
     ft_feats: the fine-tuned model's pooled features.
     a: in place of the state's.
     b: in place of the state's.
@@ -367,7 +367,7 @@ def output_space(first: Predict, second: Predict) -> Predict:
 
   Args:
     first: `(variables, images) -> logits` of the zero-shot model.
-    second: of the fine-tuned one.
+    second: the fine-tuned model's forward pass.
 
   Returns:
     A function whose params are `(first's variables, second's, alpha)`, or with

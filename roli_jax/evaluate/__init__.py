@@ -48,8 +48,8 @@ def run(
       judged in float32.
     labels: [n], integers within the logits' width.
     attack: None measures clean accuracy alone.
-    params: of `logits_fn`, a tree of arrays.
-    seed: of the attacks' noise.
+    params: the first argument of `logits_fn`, a tree of arrays.
+    seed: decides the attacks' noise, an int >= 0.
     batch_size: images attacked at once.
     indices: who each image is, 0..n-1 by default; keys are folded from (seed,
       index, attack, job) and from nothing else.

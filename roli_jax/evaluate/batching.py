@@ -49,8 +49,8 @@ class Ended:
   """Jobs that have ended since the last time; NumPy arrays, one entry a job.
 
   Attributes:
-    rows: of the images.
-    jobs: of those images.
+    rows: which of the images, int [b].
+    jobs: which job of each of those images, int [b].
     found: whether the job claims to have found a misclassified image.
     adv: that image, or the clean one.
     can_go_on: whether a claim that proves false leaves steps to take.
@@ -68,11 +68,11 @@ class Work:
   """What was computed: forward and backward passes of single images.
 
   Attributes:
-    forward: of jobs.
-    backward: of jobs.
-    padding_forward: of rows without a job, or whose job had ended.
-    padding_backward: likewise.
-    seconds: of it all.
+    forward: forward passes of jobs.
+    backward: backward passes of jobs.
+    padding_forward: forward passes of rows without a job, or of an ended one.
+    padding_backward: backward passes of such rows.
+    seconds: how long all of it took.
   """
 
   forward: int = 0

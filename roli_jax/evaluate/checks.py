@@ -27,7 +27,7 @@ class Check:
   """One question about an evaluation, and its answer.
 
   Attributes:
-    name: of the check.
+    name: the name of the check.
     verdict: `pass`, `info`, `warn` (the number may flatter) or `fail` (it is
       not to be trusted).
     said: what was seen, in a line.
@@ -60,7 +60,7 @@ VERDICTS = ("pass", "info", "warn", "fail")  # each worse than the last
 
 
 def worst(each: Iterable[Iterable[Check]]) -> list[Check]:
-  """Of several evaluations' checks, by name the one of the worst verdict."""
+  """The check of the worst verdict by name, from several evaluations."""
   found: dict[str, Check] = {}
   for check in itertools.chain.from_iterable(each):
     known = found.setdefault(check.name, check)
@@ -85,7 +85,7 @@ def of_outputs(
     labels: their classes.
     indices: who they are.
     clean: whom the judge found right.
-    logits: of all of them.
+    logits: the logits of all of them, [n, k].
   """
   few = slice(0, MOST)
   images, labels, indices = images[few], labels[few], indices[few]
@@ -268,7 +268,7 @@ def of_result(
 
   Args:
     clean: who is right before any attack.
-    broken_by: of each image, the attack's name.
+    broken_by: the name of the attack that broke each image, [n].
     indices: who they are.
     invalid: for whom an attack left the ball or the box.
     strange: who was broken by logits that are NaN or infinite.

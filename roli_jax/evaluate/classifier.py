@@ -27,15 +27,15 @@ class Classifier:
 
   Attributes:
     programs: the function, and what is compiled for it.
-    params: of it, on every device.
-    mesh: of the devices.
+    params: its first argument, on every device.
+    mesh: the devices, along `data`.
     batch_size: images at once, rounded up to what the devices divide.
     stochastic: whether it draws from its keys; then it is judged by the mean
       margin and the majority of 20 draws.
     dtype: of the attacks' passes, `bfloat16` or None for what the function
       computes in. Judged is always as the function computes, its products in
       float32 at highest precision.
-    seed: of the judge's draws.
+    seed: decides the judge's draws, an int >= 0.
   """
 
   programs: tracing.Programs
@@ -53,7 +53,7 @@ class Classifier:
 
   @property
   def sizes(self) -> tuple[int, ...]:
-    """Of the batches that programs are compiled for, smallest first.
+    """The sizes of batches that programs are compiled for, smallest first.
 
     On a CPU idle eights cost nothing, so one size will do for searches.
     """
@@ -144,8 +144,8 @@ def make(
     shape: (h, w, c) of an image.
     batch_size: images at once.
     stochastic: whether it takes a key last.
-    dtype: of the attacks' passes.
-    seed: of the judge's draws.
+    dtype: the precision of the attacks' passes; None: the function's own.
+    seed: decides the judge's draws, an int >= 0.
     pure: whether it is known to read nothing but its arguments: then it isn't
       traced anew to see what it reads.
 

@@ -43,8 +43,8 @@ def run(
     images: [n, h, w, c], in the box; the first 64 are looked at.
     labels: [n], their classes.
     threat: the ball and the box, of one radius.
-    params: of the function.
-    seed: of the attacks' noise.
+    params: the function's first argument; None: it has none.
+    seed: decides the attacks' noise, an int >= 0.
     batch_size: images attacked at once.
     indices: who each image is.
     stochastic: whether the function takes a key.
@@ -155,7 +155,7 @@ class _Tried:
 
   @property
   def climb(self) -> evaluate.Result:
-    """Of the attack that the others are compared with: APGD on CE."""
+    """The settings of the attack that others are compared with: APGD on CE."""
     return self("apgd_ce", num_steps=STEPS)
 
   @property
@@ -192,7 +192,7 @@ def _gradients(model):
 
 
 def _finite_differences(model):
-  """Of 16 random directions: cosine of at least 0.9 with the differences."""
+  """Slopes along 16 random directions have a cosine of 0.9 with differences."""
   rng = np.random.default_rng(0)
   value, grads = model.climbs(model.images, "margin")
   d = int(np.prod(model.images.shape[1:]))
@@ -337,7 +337,7 @@ def _black_box(tried, indices):
 
 
 def _random_noise(tried, model):
-  """Of 100 random points of the ball one is misclassified, APGD finds none."""
+  """One of 100 random points of a ball is broken where APGD finds none."""
   fell = np.zeros(len(model.images), bool)
   for k in range(100):
     right, *_ = model.on.judge(model.somewhere(k), model.labels, model.indices)

@@ -171,8 +171,8 @@ class Evaluation:
     Args:
       attack: a search, or any attack of one call.
       name: what it is known by on disk.
-      rows: of the images that are attacked.
-      eps: of each image, other than the attack's.
+      rows: which of the images are attacked, int [m].
+      eps: a radius for each image in place of the attack's, [m].
       towards: [n, k], the targets, other than the clean logits' order.
       noise: [n, ...], what searches start from; None draws it.
     """

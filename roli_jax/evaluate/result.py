@@ -31,7 +31,7 @@ class Result:
       five passes of at most 64 images, are left out.
     notes: where an attack did other than its name says: for few classes.
     checks: what was found to be right or wrong with the function.
-    seconds: of it all, in this process and in those that were interrupted.
+    seconds: how long it took, in this process and in those before it.
   """
 
   clean: np.ndarray

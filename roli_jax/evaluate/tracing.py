@@ -59,7 +59,7 @@ class Programs:
 
     Args:
       program: a function of a module, `(fn, *args) -> result`.
-      **options: of `jax.jit`; argument 0 is the first after `fn`.
+      **options: keywords of `jax.jit`; argument 0 is the first after `fn`.
     """
     if program not in self._compiled:
       fn = self.fn
@@ -281,7 +281,7 @@ def _first_line(error):
 
 
 def _digest(closed: ClosedJaxpr) -> str:
-  """Of the operations as text, and of the constants' values.
+  """A digest of the operations as text and of the constants' values.
 
   The text leaves out addresses. Where there are any, as of a callback to the
   host, two that are equal may differ: "".

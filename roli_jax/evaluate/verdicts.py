@@ -21,7 +21,7 @@ class Ledger:
     broken: whether a job broke the image.
     adv: what that job found, or the nearest misclassified image.
     said: its class.
-    margin: of it, NaN where nothing was judged.
+    margin: its margin; NaN where nothing was judged.
     outside: whether a job left the ball or the box.
     strange: whether `adv` was judged by logits that are NaN or infinite, of
       classes that the clean image's don't mask.

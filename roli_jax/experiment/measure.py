@@ -113,8 +113,8 @@ def run(
   Args:
     run: the run.
     predict: `(variables, images) -> logits`.
-    variables: of a model, or of several.
-    seed: of the attack's noise.
+    variables: what `predict` takes first.
+    seed: decides the attack's noise.
     split: which.
     test: what is done to it.
     save: a directory; None keeps nothing.
@@ -157,7 +157,7 @@ def on_devices(
     source: the images that it will see.
     predict: `(variables, images) -> logits`.
     variables: what it takes first.
-    seed: of the attacks' noise.
+    seed: decides the attacks' noise.
     dtype: the precision of attacks; None: the arrays' own.
   """
   return classifier.make(

@@ -34,8 +34,8 @@ def adopt(
   Args:
     run: this run.
     stage: the probe.
-    path: of this run.
-    log: of its training, which gets the probe's rows.
+    path: this run's directory.
+    log: the log of its training, which gets the probe's rows.
   """
   directory = checkpoint.directory(path, stage)
   if distributed.leads() and not directory.exists():

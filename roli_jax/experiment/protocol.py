@@ -118,7 +118,7 @@ def add_validation(
     run: the run.
     stage: that was trained.
     results: where rows go.
-    meta: of the stage's last checkpoint.
+    meta: what the stage's last checkpoint says.
   """
   best = max(meta["history"], key=lambda entry: entry[stage.selected_by])
   about = rows(run, stage, "val", Test(build_attack(run, "val_attack")))

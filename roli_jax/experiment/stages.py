@@ -34,7 +34,7 @@ class Stage:
       `zeroshot.classifier` gave the weights.
     train_size: number of training images.
     seed: of the subset, the head, the order and the attacks' noise.
-    num_steps: of this stage.
+    num_steps: the number of steps of this stage, >= 1.
     epoch_steps: those that see every training image once.
     lr: peak learning rate.
     loss: the criterion, a name in `criteria.LOSSES`.

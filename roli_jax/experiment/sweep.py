@@ -26,8 +26,8 @@ class Cell:
   """One run of a sweep.
 
   Attributes:
-    name: of its workdir.
-    words: of its command line, without --workdir.
+    name: the name of its workdir.
+    words: its command line without --workdir.
     config: that they resolve to.
   """
 

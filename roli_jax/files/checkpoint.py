@@ -33,7 +33,7 @@ def manager(
   checkpoints before. Close it, or use it in `with`, to have all on disk.
 
   Args:
-    directory: of the stage.
+    directory: the stage's directory.
     reading: leave what another process may be writing.
   """
   policies = [
@@ -61,7 +61,7 @@ def save(
   """Writes a checkpoint of this step; a step already there stays as it is.
 
   Args:
-    checkpoints: of the stage.
+    checkpoints: the manager of the stage's checkpoints.
     step: steps taken.
     model: a tree of arrays.
     rest: a tree of arrays.
@@ -84,7 +84,7 @@ def restore(
   """The items asked for, on the shardings of their templates.
 
   Args:
-    checkpoints: of the stage.
+    checkpoints: the manager of the stage's checkpoints.
     step: one that is there.
     **templates: a tree of arrays like what was saved, for `model` and `rest`.
 

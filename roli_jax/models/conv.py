@@ -17,7 +17,7 @@ class Conv(nn.Module):
   Attributes:
     width: channels after it.
     size: side of the kernel, odd.
-    stride: of both sides.
+    stride: the stride along both sides.
     groups: 1, or as many as there are channels (depthwise, stride 1).
     use_bias: whether a bias is added.
     same: whether a stride's odd padding stands after, as in TensorFlow and

@@ -37,12 +37,12 @@ class Stage(nn.Module):
   """Patches of the stage's stride, normalised; then blocks.
 
   Attributes:
-    width: of the stage.
+    width: the number of channels of the stage.
     depth: number of blocks.
     patch: its stride.
     first: whether it is the stem, which normalises after the patches, where
       the others do before.
-    rates: of each block, see `layers.drop_path`.
+    rates: a rate for each block, see `layers.drop_path`.
     seams: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
@@ -75,7 +75,7 @@ class ConvNext(nn.Module):
   """A ConvNeXt whose feature is the normalised mean of its last map.
 
   Attributes:
-    widths: of each stage.
+    widths: the number of channels of each stage.
     depths: blocks of each stage.
     patch: side of the stem's patches in pixels.
     drop_path: the last block's rate of `layers.drop_path`, in training.

@@ -230,7 +230,7 @@ def drop_path(module: nn.Module, x: Any, rate: Any) -> Any:
 
   Args:
     module: whose `__call__` this stands in.
-    x: of a residual branch, [b, ...].
+    x: the output of a residual branch, [b, ...].
     rate: the share, in [0, 1).
   """
   never = isinstance(rate, float | int) and not rate
@@ -254,7 +254,7 @@ def prompts(
   """What a method puts before the first block, and into each of the blocks.
 
   Args:
-    seams: of the method.
+    seams: the method's hooks.
     x: the tokens, [b, n, d].
     num_own: how many blocks, from the first, have prompts of their own; if
       not all, the others keep what the one before has made of its own.
@@ -285,7 +285,7 @@ def repeat(
   Args:
     parent: whose `__call__` this stands in.
     make: makes a block, `make(name=...)`, which is called with x.
-    names: of the blocks.
+    names: the names of the blocks.
     x: any tree of arrays; a block keeps its shapes.
     *each: further arguments of the blocks, one for each name.
     scan: whether the blocks, which must be alike, are one loop: compiled once

@@ -28,8 +28,8 @@ class Model:
     mean: per channel, subtracted from images in [0, 1].
     std: per channel, divided by.
     interpolation: how they are resized, a name in `INTERPOLATIONS`.
-    dtype: of the backbone's computation. Parameters, running statistics, the
-      head and the pixels keep their own.
+    dtype: the precision of the backbone's computation. Parameters, running
+      statistics, the head and the pixels keep their own.
     updates_stats: whether training that reaches the whole backbone also moves
       its running statistics. Attacks and evaluation never do.
   """
@@ -47,7 +47,7 @@ class Model:
 
   @property
   def channels(self) -> int:
-    """Of an image."""
+    """The number of an image's channels."""
     return len(self.mean)
 
   def init(self, key: Key[Array, ""]) -> tuple[Params, PyTree]:
@@ -82,7 +82,7 @@ class Model:
     Args:
       params: the three trees.
       stats: running statistics, used as they are unless `train`.
-      images: of any size, in [0, 1].
+      images: [b, h, w, c] of any size, in [0, 1].
       train: whether, with `updates_stats`, running statistics move.
       key: what dropout draws from; None: there is none.
     """

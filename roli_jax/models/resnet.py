@@ -94,7 +94,7 @@ class Stage(nn.Module):
   Attributes:
     block: makes a block.
     depth: number of blocks.
-    stride: of the first one.
+    stride: the stride of the first one.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
   """
@@ -124,7 +124,7 @@ class ResNet(nn.Module):
     bottleneck: which kind of block.
     inner: the first stage's inner width; each next one's is twice as large.
     small: for images of 32 or less: a 3 x 3 stem without stride or pooling.
-    width: of the stem.
+    width: the number of channels of the stem.
     act: the activation. Two robust models of ARES have GELU in ReLU's place.
     seams: where a method may enter.
     scan: see `layers.repeat`.
@@ -193,9 +193,9 @@ class WideResNet(nn.Module):
 
   Attributes:
     depth: 6 n + 4.
-    factor: of the widths 16, 32 and 64.
+    factor: what the widths 16, 32 and 64 are multiplied by.
     act: the activation; SiLU in those of Gowal et al. 2020.
-    same: how strides are padded, see `Conv`; likewise.
+    same: how strides are padded, see `Conv`.
     seams: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.

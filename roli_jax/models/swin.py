@@ -96,9 +96,9 @@ class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)); prompts first.
 
   Attributes:
-    num_heads: of the attention.
+    num_heads: the number of heads of the attention.
     window: its side.
-    side: of the map.
+    side: the side of the map, in tokens.
     seams: where a method may enter.
   """
 
@@ -119,9 +119,9 @@ class Block(nn.Module):
 
     Args:
       x: prompts, if any, and the map's tokens before it.
-      shift: of the windows, in tokens.
+      shift: how far the windows are shifted, in tokens.
       prompts: what a method puts in place of those in x.
-      rate: of `layers.drop_path`.
+      rate: the rate of `layers.drop_path`, in [0, 1).
     """
     before = x.shape[1] - self.side**2
     if prompts is not None:
@@ -191,11 +191,11 @@ class Stage(nn.Module):
 
   Attributes:
     depth: number of blocks.
-    num_heads: of them.
+    num_heads: their number of heads.
     window: its side.
-    side: of the map.
+    side: the side of the map, in tokens.
     merge: whether tokens are merged first.
-    rates: of each block, see `layers.drop_path`.
+    rates: a rate for each block, see `layers.drop_path`.
     num_prompts: how many blocks have prompts of their own, of a method that
       has any.
     fan: see `Seams.tokens`.
@@ -248,9 +248,9 @@ class Swin(nn.Module):
   by all strides: 7 at 224.
 
   Attributes:
-    width: of the first stage; each next one's is twice as large.
+    width: channels of the first stage; each next one's is twice as large.
     depths: blocks of each stage.
-    num_heads: of each stage.
+    num_heads: the number of heads of each stage.
     patch: side of a patch in pixels.
     drop_path: the last block's rate of `layers.drop_path`, in training.
     seams: where a method may enter.

@@ -69,7 +69,7 @@ class Text(nn.Module):
 
   Attributes:
     vocab: number of ids.
-    width: of a token.
+    width: the width of a token.
     depth: number of blocks.
     num_heads: divides the width.
     context: most tokens of a text, start and end included.

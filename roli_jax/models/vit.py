@@ -42,7 +42,7 @@ class Block(nn.Module):
     Args:
       x: the tokens before it.
       prompts: what a method puts in place of those after the first `start`.
-      rate: of `layers.drop_path`.
+      rate: the rate of `layers.drop_path`, in [0, 1).
     """
     if prompts is not None:
       end = self.start + prompts.shape[1]
@@ -65,7 +65,7 @@ class Vit(nn.Module):
 
   Attributes:
     patch: side of a patch in pixels; divides the image's sides.
-    width: of a token.
+    width: the width of a token.
     depth: number of blocks.
     num_heads: divides the width.
     hidden: width inside the MLPs.
@@ -75,7 +75,7 @@ class Vit(nn.Module):
     fc_norm: whether the feature is normalised, and not the tokens before it.
     clip: as CLIP has it: patches without bias, a normalisation before the
       blocks.
-    eps: of the normalisations.
+    eps: what the normalisations add to variances, > 0.
     act: the GELU.
     seams: where a method may enter.
     attention: which of `layers.ATTENTIONS`.

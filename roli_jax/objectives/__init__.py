@@ -40,8 +40,8 @@ def build(
 
   Args:
     spec: `{"name": one of LOSSES, ...}`, with the options of all of them.
-    penalty: `{"name": one of PENALTIES, ...}`, likewise; None, or `none`:
-      nothing is added.
+    penalty: `{"name": one of PENALTIES, ...}` with the options of all of them;
+      None, or `none`: nothing is added.
     epoch_steps: the steps that see every training image once.
   """
 

@@ -44,7 +44,7 @@ class LossOutput:
 
   Attributes:
     values: each image's loss, lowered in the mean.
-    logits: of the images that were trained on, for counts.
+    logits: the logits of the images that were trained on, for counts.
     stats: running statistics after the batch.
     memory: the criterion's, after the batch.
   """

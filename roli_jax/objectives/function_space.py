@@ -87,7 +87,7 @@ class FunctionSpace:
     lam_fun: >= 0. 0: no reference is kept.
     lam_cons: >= 0.
     temperature: T > 0.
-    std: of noise, >= 0; a white pixel is 1.
+    std: the standard deviation of noise, >= 0; a white pixel is 1.
   """
 
   simulator: str = "adversarial"

@@ -26,7 +26,7 @@ class M2Mix:
 
   Attributes:
     weight: >= 0; the authors use 0.001 to 0.05.
-    beta: of the ratio's draw, > 0.
+    beta: the parameter of the Beta draw of the ratio, > 0.
     tau: temperature, > 0.
     reduction: see `mixup.m2_mix_loss`.
     images: `clean` or `adv`, those that are trained on.

@@ -85,7 +85,7 @@ def default_axes(path: str, leaf: Any) -> tuple[int, ...]:
   (biases, scales, tokens, positions) is one row.
 
   Args:
-    path: of the leaf, `backbone/block3/attn/q/kernel`.
+    path: the path of the leaf, `backbone/block3/attn/q/kernel`.
     leaf: an array, or its shape and dtype.
   """
   *parents, name = path.split("/")
@@ -136,6 +136,6 @@ def _seen(b, t, like):
 
 
 def transposed(results: Any, like: Any, width: int) -> Any:
-  """Of a tree of tuples, as many trees."""
+  """As many trees as each tuple of a tree of tuples has members."""
   outer, inner = map(jax.tree.structure, (like, (0,) * width))
   return jax.tree.transpose(outer, inner, results)

@@ -30,7 +30,7 @@ class FtpState(NamedTuple):
     v: second moment.
     displaced: the last displacement before it was projected.
     shrink: one over the lengths of its rows.
-    inner: of the wrapped optimizer.
+    inner: the state of the wrapped optimizer.
   """
 
   count: Any
@@ -79,7 +79,7 @@ def ftp(
     mu: the radius' learning rate, >= 0.
     hyper_b1: of its first moment.
     hyper_b2: of its second.
-    hyper_eps: of its Adam.
+    hyper_eps: the epsilon of the radii's Adam, > 0.
     gamma_init: the first radius, > 0; inf: there is no ball, and it is `inner`.
     norm: of a row: `mars`, the sum of absolute values, or `l2`.
     row_axes: `(path, leaf) -> axes` that a row extends over, or a tree of axes

@@ -32,7 +32,7 @@ def adamw(
   eps acts as eps / sqrt(1 - b2^t) does in Adam, 30 times as large at t = 1.
 
   Args:
-    learning_rate: of the number of steps before.
+    learning_rate: a function of the number of steps before, int32.
     decay: which of these parameters decay: a tree of bools.
     weight_decay: >= 0.
     b1: of the first moment.

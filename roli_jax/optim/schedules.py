@@ -1,4 +1,4 @@
-"""Learning rates by step, as fractions of their peak, and radii likewise."""
+"""Learning rates and radii by step, as shares of their largest values."""
 
 from collections.abc import Callable
 
@@ -25,12 +25,12 @@ def warmup(
   the first at the peak: a step at rate 0 would be wasted.
 
   Args:
-    num_steps: of the whole stage.
+    num_steps: the number of steps of the whole stage, >= 1.
     warmup: the share of them that rises, in [0, 1]; 0 starts at the peak.
     decay: `cosine`, `linear` or `constant`.
     every: so many steps have the rate of the first of them, as if they were
       one: those of an epoch, in the RoLI reference. The last may be cut short.
-    starts_at_zero: the first step has rate 0 and step w the peak, likewise.
+    starts_at_zero: the first step has rate 0 and step w the peak.
   """
   if every > 1:
     epochs = -(-num_steps // every)
@@ -64,9 +64,10 @@ def ramp(num_steps: int, begin: float = 0.0, end: float = 0.0) -> Schedule:
   Scales the radius of the training attack (Epsilon-Scheduling, 2509.23325).
 
   Args:
-    num_steps: of the whole stage.
-    begin: as a share of the stage, in [0, 1].
-    end: likewise, at least `begin`; 0 is the constant schedule.
+    num_steps: the number of steps of the whole stage, >= 1.
+    begin: the share of the stage where the ramp begins, in [0, 1].
+    end: the share of the stage where the ramp ends, at least `begin`; 0 is the
+      constant schedule.
   """
   if not 0 <= begin <= end <= 1:
     raise ValueError(

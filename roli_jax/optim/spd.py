@@ -21,7 +21,7 @@ class AnchoredState(NamedTuple):
   """Attributes:
 
   anchor: the pretrained weights.
-  inner: of the wrapped optimizer.
+  inner: the state of the wrapped optimizer.
   """
 
   anchor: Any
@@ -55,7 +55,7 @@ def spd(
     lam: >= 0, a number, or a tree of them like the parameters; 0 is `inner`.
     norm: `fro`, one length a tensor; `mars`, that of each row, by sums of
       absolute values, as the authors' later code offers.
-    row_axes: of `mars`, as in `ftp`.
+    row_axes: the axes that a row of the norm `mars` sums, as in `ftp`.
 
   Raises:
     ValueError: a negative lam, an unknown norm; in `init`, an anchor of
@@ -102,7 +102,7 @@ def l2sp(
   adaptive optimizer rescales it with the rest.
 
   Args:
-    inner: of the sum.
+    inner: the state of the optimizer that gets the sum.
     anchor: as in `ftp`.
     lam: >= 0, a number, or a tree of them like the parameters; 0 is `inner`.
 

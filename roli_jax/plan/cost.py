@@ -24,7 +24,7 @@ class Chip:
   """An accelerator.
 
   Attributes:
-    peak: of dense products in bfloat16, FLOP/s.
+    peak: its peak in dense products of bfloat16, FLOP/s.
     memory: bytes.
   """
 
@@ -51,7 +51,7 @@ class Gradient(NamedTuple):
   """What a gradient costs.
 
   Attributes:
-    flops: of the forward and the backward pass.
+    flops: FLOPs of the forward and the backward pass.
     kept: bytes that depend on the images and wait between the two.
   """
 
@@ -175,7 +175,7 @@ def attack_flops(one: Cost, passes: tuple[int, int]) -> int:
 def hours(
   total: float | int, chip: Chip, efficiency: float | int = EFFICIENCY
 ) -> float:
-  """Of that many FLOPs on one chip that reaches this share of its peak."""
+  """The hours of so many FLOPs on one chip at this share of its peak."""
   return total / (chip.peak * efficiency) / 3600
 
 
@@ -190,7 +190,7 @@ def flops(fn: Callable[..., Any], *shapes: Any) -> int:
   strided one's gradient don't.
 
   Args:
-    fn: of trees of arrays.
+    fn: a function of trees of arrays.
     *shapes: trees of `jax.ShapeDtypeStruct`, or of arrays.
 
   Raises:
@@ -216,7 +216,7 @@ def gradient(
 
   Args:
     fn: returns an array.
-    shapes: of its arguments, trees of `jax.ShapeDtypeStruct`.
+    shapes: its arguments as trees of `jax.ShapeDtypeStruct`.
     by: which argument the gradient is taken by.
     images: which argument holds the images.
   """
@@ -247,7 +247,7 @@ _BATCH = 64
 
 @functools.cache
 def _shapes(model: Model) -> tuple[Params, PyTree, jax.ShapeDtypeStruct]:
-  """Of the parameters, the running statistics, and the images."""
+  """The shapes of parameters, running statistics and images."""
   params, stats = jax.eval_shape(lambda: model.init(jax.random.key(0)))
   shape = (_BATCH, model.image_size, model.image_size, model.channels)
   return params, stats, jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -255,13 +255,13 @@ def _shapes(model: Model) -> tuple[Params, PyTree, jax.ShapeDtypeStruct]:
 
 @functools.cache
 def _of_pixels(model: Model) -> tuple[int, Gradient]:
-  """Of the backbone's features, and their gradient by the pixels."""
+  """The cost of the backbone's features and their gradient by the pixels."""
   return _shared(*gradient(model.features, _shapes(model), by=2, images=2))
 
 
 @functools.cache
 def _of_leaves(model: Model, method: Method) -> Gradient:
-  """Of the features' gradient by the backbone's trained leaves."""
+  """The cost of the features' gradient by the backbone's trained leaves."""
   params, stats, images = _shapes(model)
   halves = method.split(params)
 

@@ -149,8 +149,8 @@ def paired(
   sides was not measured at all.
 
   Args:
-    title: of the table.
-    names: of the columns that say what is compared.
+    title: the title of the table.
+    names: the names of the columns that say what is compared.
     pairs: for each line the cells of those columns, then the accuracies by
       seed, in [0, 1], of what is compared and of what is subtracted.
     note: what else the reader has to know.

@@ -42,8 +42,8 @@ def write(
   """Draws what the rows allow, each figure as a PNG.
 
   Args:
-    rows: of results.
-    log: of training curves.
+    rows: the rows of results.
+    log: the rows of `training.jsonl`.
     folder: where figures go, and where `examples.npz` lies if there is one.
     evaluated: summaries of ensembles and searches.
   """
@@ -66,7 +66,7 @@ def write_sweep(
   """Draws a sweep's runs side by side, and ensembles' frontiers, as PNG.
 
   Args:
-    rows: of all runs.
+    rows: the rows of all runs.
     folder: where figures go.
   """
   folder.mkdir(exist_ok=True)
@@ -88,7 +88,7 @@ def examples(
 
   Args:
     images: [n, h, w, c] in [0, 1], n at least 1.
-    adv: the adversarial ones, likewise.
+    adv: the adversarial images, of the same shape.
     labels: [n], classes or their names.
     clean_said: [n], what the model says of the clean images.
     adv_said: [n], and of the adversarial ones.
@@ -124,8 +124,8 @@ def broken(summaries: Sequence[Row], names: Sequence[str]) -> Any:
   """What became of each evaluation's images: a bar, its parts the attacks.
 
   Args:
-    summaries: of results, as `evaluate.Result.summary` makes them.
-    names: of the bars.
+    summaries: what `evaluate.Result.summary` returns, one for each bar.
+    names: the names of the bars.
 
   Returns:
     A figure of matplotlib's.
@@ -165,7 +165,7 @@ def by_radius(
 
   Args:
     lines: by name, the accuracy at each radius, in [0, 1].
-    norm: of the radii.
+    norm: the norm of the radii.
     eps: the one that is marked.
 
   Returns:

@@ -12,8 +12,8 @@ class Table:
 
   Attributes:
     title: what it shows.
-    header: of the columns.
-    rows: of cells.
+    header: the names of the columns.
+    rows: lines of as many cells.
     note: what the reader has to know.
   """
 
