@@ -147,9 +147,10 @@ def test_devices_batches_and_order_change_no_bit(spreads, root):
   assert done.returncode == 0, done.stderr
 
 
-def test_three_images_are_padded_not_changed(shipped):
-  whole = attack_shipped(shipped, batch_size=64)
-  few = attack_shipped(shipped, slice(0, 3), batch_size=64)
+def test_three_images_are_padded_not_changed(toy):
+  logits_fn, images, labels = toy
+  whole = evaluate.run(*toy, PGD)
+  few = evaluate.run(logits_fn, images[:3], labels[:3], PGD)
   np.testing.assert_array_equal(whole.adv[:3], few.adv)
 
 

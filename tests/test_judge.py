@@ -76,7 +76,9 @@ READS = {
 }
 
 
-@pytest.mark.parametrize("kind", READS)
+@pytest.mark.parametrize(
+  "kind", mostly_slow(READS, "a closure", "an inner jit", "a bound method")
+)
 def test_a_function_is_seen_as_it_is_now(kind):
   holder = Held(W)
   logits_fn = READS[kind](holder)
@@ -107,7 +109,9 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.parametrize("kind", OUTSIDE)
+@pytest.mark.parametrize(
+  "kind", mostly_slow(OUTSIDE, "an array", "within jit", "a derivative")
+)
 def test_with_params_what_is_read_outside_is_seen_too(kind):
   scale = {"now": jnp.float32(1)}
 

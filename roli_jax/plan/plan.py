@@ -9,15 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from roli_jax import convert, data, keys, models, trees
+from roli_jax import convert, data, keys, models, peft, specs, trees
 from roli_jax.experiment.build import (
   build_attack,
   build_criterion,
-  build_method,
   build_model,
   build_optimizer,
   build_schedule,
   build_training_attack,
+  method_fields,
   optimizer_fields,
 )
 from roli_jax.experiment.run import Run, build_run, expand_stages
@@ -68,6 +68,19 @@ def _planned(config: Mapping[str, Any]) -> Run:
   return dataclasses.replace(run, data=splits, load=load)
 
 
+def _model_and_method(run: Run, stage: Stage) -> tuple[Any, Any]:
+  """The stage's model and method, equal for all that cost the same.
+
+  How arrays start costs nothing, and methods that differ in nothing else are
+  counted once.
+  """
+  fields = method_fields(run, stage)
+  fields = {k: v for k, v in fields.items() if k not in ("init", "order")}
+  method = specs.build(peft.METHODS, fields, "method")
+  plain = build_model(run, dataclasses.replace(stage, method="linear"))
+  return method.apply_to(plain), method
+
+
 def make(config: Mapping[str, Any]) -> dict[str, Any]:
   """The plan, as plain JSON.
 
@@ -86,7 +99,7 @@ def make(config: Mapping[str, Any]) -> dict[str, Any]:
     if stage.train_size > have:
       raise ValueError(f"train_size={stage.train_size}, of {have} images")
   last = stages[-1]
-  model, method = build_model(run, last), build_method(run, last)
+  model, method = _model_and_method(run, last)
   params = cost.shapes(model)
   trained, _ = method.split(params)
   one = cost.of(model, method)
@@ -167,8 +180,8 @@ def _plain(value: Any) -> str:
 def _describe(run: Run, stage: Stage) -> dict[str, Any]:
   """What a stage will do."""
   spec = optimizer_fields(run, stage.name)
-  params = cost.shapes(build_model(run, stage))
-  trained, _ = build_method(run, stage).split(params)
+  model, method = _model_and_method(run, stage)
+  trained, _ = method.split(cost.shapes(model))
   first = (stage.num_steps - 1) // stage.epoch_steps * stage.epoch_steps
   schedule = build_schedule(run, stage)
   with jax.enable_x64(True):  # 1 + cos x is all but 0 there
@@ -192,7 +205,7 @@ def _describe(run: Run, stage: Stage) -> dict[str, Any]:
 def _flops(run: Run, stage: Stage) -> int:
   """The FLOPs of a stage: its steps, its validations and its test."""
   section = run.config[stage.name]
-  one = cost.of(build_model(run, stage), build_method(run, stage))
+  one = cost.of(*_model_and_method(run, stage))
   criterion = build_criterion(run, stage.name, stage.loss)
   a_step = cost.step_flops(
     one,

@@ -89,7 +89,9 @@ def model():
   return net("vit")
 
 
-@pytest.fixture(params=peft.METHODS)
+@pytest.fixture(
+  params=mostly_slow(peft.METHODS, "full", "lora", "vpt", "autolora")
+)
 def method(request):
   return peft.METHODS[request.param]()
 
