@@ -164,8 +164,17 @@ def make_train_step(
       gradient_at = functools.partial(gradient_of, state, frozen, attacked)
     else:
       parts = jax.tree.map(functools.partial(_dealt, num_parts), parts)
-      one = functools.partial(attack_batch, state, key)
-      attacked = _with_keys_of_parts(jax.lax.map(one, parts), num_parts)
+
+      def attack_part(given):
+        part, turn = given
+        one = attack_batch(state, key, part)
+        draws = {
+          name: jax.random.fold_in(one[name], turn)
+          for name in ("key", "dropout")
+        }
+        return one | draws
+
+      attacked = jax.lax.map(attack_part, (parts, jnp.arange(num_parts)))
       gradient_at = functools.partial(
         _accumulate, gradient_of, state, frozen, attacked
       )
@@ -180,20 +189,20 @@ def make_train_step(
 
 
 def _make_attack(model, attack, radius, criterion, white):
-  """`(state, key, batch) -> objectives.Batch`: what the loss is taken of."""
+  """`(state, key, batch) -> {...}`: the fields of an `objectives.Batch`."""
 
   def attack_batch(state, key, batch):
     images = batch["image"].astype(jnp.float32) / white
     labels, indices = batch["label"], batch["index"]
     image_keys = keys.per_image(keys.stream(key, "attack", state.step), indices)
-    return objectives.Batch(
-      clean=images,
-      adv=attacked(state, images, labels, image_keys),
-      labels=labels,
-      indices=indices,
-      key=keys.stream(key, "criterion", state.step),
-      dropout=keys.stream(key, "dropout", state.step),
-    )
+    return {
+      "clean": images,
+      "adv": attacked(state, images, labels, image_keys),
+      "labels": labels,
+      "indices": indices,
+      "key": keys.stream(key, "criterion", state.step),
+      "dropout": keys.stream(key, "dropout", state.step),
+    }
 
   def attacked(state, images, labels, image_keys):
     scaled = attack.scaled(radius(state.step))
@@ -216,9 +225,10 @@ def _make_attack(model, attack, radius, criterion, white):
 
 
 def _make_gradient(model, method, criterion):
-  """`(state, frozen, batch, trained) -> Gradient` of the batch's mean loss."""
+  """`(state, frozen, fields, trained) -> Gradient` of a batch's mean loss."""
 
-  def gradient_of(state, frozen, batch, trained):
+  def gradient_of(state, frozen, fields, trained):
+    batch = objectives.Batch(**fields)
     forward = objectives.Forward(model, method.train_mode, batch.dropout)
 
     def loss(trained):
@@ -245,20 +255,9 @@ def _dealt(num_parts: int, rows: Array) -> Array:
   return rows.reshape(-1, num_parts, *rows.shape[1:]).swapaxes(0, 1)
 
 
-def _with_keys_of_parts(attacked, num_parts):
-  """The parts of a batch, each with draws of its own."""
-  fold = jax.vmap(jax.random.fold_in)
-  turns = jnp.arange(num_parts)
-  return dataclasses.replace(
-    attacked,
-    key=fold(attacked.key, turns),
-    dropout=fold(attacked.dropout, turns),
-  )
-
-
 def _accumulate(gradient_of, state, frozen, attacked, trained):
   """The gradient of a batch in parts, one after another."""
-  num_parts = len(attacked.labels)
+  num_parts = len(attacked["labels"])
 
   def add(total, part):
     moved = dataclasses.replace(state, stats=total.stats, memory=total.memory)
