@@ -63,6 +63,7 @@ def robust(rows, stage, split="test", attack="pgd"):
 
 
 @pytest.mark.parametrize("family", ["wise_ft", "output"])
+@pytest.mark.slow
 def test_the_ends_of_a_frontier_are_the_two_models(whole, family):
   _, _, rows = whole
   for split in ("val", "test"):
@@ -76,6 +77,7 @@ def test_the_ends_of_a_frontier_are_the_two_models(whole, family):
 
 
 @pytest.mark.parametrize("family", ["wise_ft", "output"])
+@pytest.mark.slow
 def test_what_is_chosen_is_the_best_on_validation(whole, family):
   _, _, rows = whole
   held = {a: robust(rows, f"{family}-{a}", "val") for a in ("0", "0.5", "1")}
@@ -83,6 +85,7 @@ def test_what_is_chosen_is_the_best_on_validation(whole, family):
   assert robust(rows, family) == robust(rows, f"{family}-{best}")
 
 
+@pytest.mark.slow
 def test_every_ensemble_has_all_tests(whole):
   _, _, rows = whole
   for stage in ("adapt", "wise_ft", "vrf"):
@@ -91,6 +94,7 @@ def test_every_ensemble_has_all_tests(whole):
   assert len(record.where(rows, stage="output", split="test")) == 2
 
 
+@pytest.mark.slow
 def test_no_frontier_is_drawn_of_what_has_no_alpha(whole):
   path, _, rows = whole
   tests = record.where(rows, split="test")
@@ -98,6 +102,7 @@ def test_no_frontier_is_drawn_of_what_has_no_alpha(whole):
   assert (path / "finished.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_corruption_is_of_the_image_and_not_of_its_place(whole):
   _, made, _ = whole
   source = made.data["test"]
@@ -109,6 +114,7 @@ def test_a_corruption_is_of_the_image_and_not_of_its_place(whole):
   assert np.abs(some - source.pixels(rows)).max() > 0.05
 
 
+@pytest.mark.slow
 def test_the_guide_corrupts_each_image_by_one_type(whole):
   _, made, _ = whole
   source = made.data["test"]
@@ -122,6 +128,7 @@ def test_the_guide_corrupts_each_image_by_one_type(whole):
     np.testing.assert_allclose(corrupted[k], expected / 255, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_both_are_features_and_the_logits_that_are_judged(whole):
   _, made, _ = whole
   stage = expand_stages(made)[-1]
@@ -173,6 +180,7 @@ def test_an_attack_on_one_model_overstates_what_both_withstand():
   assert whole.robust.mean() <= still
 
 
+@pytest.mark.slow
 def test_a_chosen_ensemble_goes_by_its_own_name(whole):
   _, made, _ = whole
   stage = expand_stages(made)[-1]

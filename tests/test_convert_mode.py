@@ -63,6 +63,7 @@ def test_the_same_again_is_left_and_another_refused(folder, converted):
   ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_it_and_goes_back_to_pytorch(folder, converted):
   done = cli.run(
     f"{cli.GLYPHS}:backbone=glyph_swin,method=full,init=roli", *cli.TINY,
@@ -98,14 +99,15 @@ def test_a_mistake_is_told_in_a_few_words(words, message):
   assert message in done.stderr and len(done.stderr.splitlines()) <= 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name, moves",
   [
-    pytest.param("glyph_vit_token", False, marks=pytest.mark.slow),
-    pytest.param("glyph_clip", False, marks=pytest.mark.slow),
-    pytest.param("glyph_convnext", False, marks=pytest.mark.slow),
+    ("glyph_vit_token", False),
+    ("glyph_clip", False),
+    ("glyph_convnext", False),
     ("glyph_resnet", True),
-    pytest.param("glyph_wrn", False, marks=pytest.mark.slow),
+    ("glyph_wrn", False),
   ],
 )
 def test_the_demo_starts_from_any_family(name, moves, tmp_path):

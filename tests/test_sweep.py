@@ -94,6 +94,7 @@ def swept(tmp_path_factory):
   return path, words, cli.run(*words)
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_stops_no_other(swept):
   path, _, done = swept
   assert done.returncode == 2
@@ -104,6 +105,7 @@ def test_a_cell_that_fails_stops_no_other(swept):
     assert (path / f"seed={seed}-train_size=20" / "finished.json").is_file()
 
 
+@pytest.mark.slow
 def test_rows_of_all_cells_are_merged(swept):
   path, _, _ = swept
   rows = record.read(path / "results.jsonl")
@@ -114,6 +116,7 @@ def test_rows_of_all_cells_are_merged(swept):
   assert "--config.seed=1" in about["seed=1-train_size=20"]
 
 
+@pytest.mark.slow
 def test_what_is_complete_is_skipped_and_a_report_written(swept):
   path, words, _ = swept
   words = [w.replace("7|20", "20") for w in words]
