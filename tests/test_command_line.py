@@ -188,6 +188,7 @@ def test_a_plan_is_made_in_a_process_that_has_computed(tmp_path, capsys):
     assert (tmp_path / str(i) / "plan.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_whole_run_and_what_follows_it(tmp_path, capsys):
   where = f"--workdir={tmp_path / 'run'}"
   train = ("--config=glyphs_roli:method=linear", *cli.TINY, where)

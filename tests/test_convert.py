@@ -106,6 +106,7 @@ def test_weights_are_found_by_name_or_path(bundle, tmp_path):
 SHIPPED = {"robust": (0.989, 0.779), "standard": (0.995, 0.125)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_weights_are_small_and_as_good_as_the_readme_says(name, root):
   path = convert.find("glyph_vit", name)

@@ -58,6 +58,7 @@ def test_an_attack_named_has_its_own_steps(run):
   assert not (folder / "progress").exists()
 
 
+@pytest.mark.slow
 def test_a_curve_has_a_row_at_each_radius(run):
   done = evaluate(
     run, "--config.attack=curve", "--config.eval_attack.num_steps=8",

@@ -1,11 +1,14 @@
 """Linear functions, whose distances have a closed form, the box included."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from roli_jax import attacks, evaluate, projections
 from roli_jax.threat import ThreatModel
+from tests.covering import covering
 
 ORDER = {"linf": np.inf, "l2": 2, "l1": 1}
 NUM = 12
@@ -64,8 +67,10 @@ def ensemble(norm, eps):
   return attacks.AutoAttack(ThreatModel(norm, eps), num_queries=20)
 
 
-@pytest.mark.parametrize("num_classes", [2, 3, 4, 10])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(
+  "num_classes, norm",
+  covering(itertools.product((2, 3, 4, 10), ("linf", "l2"))),
+)
 def test_what_is_near_enough_breaks_and_nothing_else(num_classes, norm):
   """Grey images: the box is far away."""
   given = problem(num_classes, 0.05)

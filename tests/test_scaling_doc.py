@@ -7,6 +7,7 @@ import pytest
 from configs import convert, glyphs_roli
 
 
+@pytest.mark.slow
 def test_its_program_prints_its_tables(root, capsys):
   text = (root / "docs" / "scaling.md").read_text()
   (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
