@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from configs import cifar_roli, common, glyphs_roli, roli
+from roli_jax.experiment.run import expand_stages
 from roli_jax.plan import plan
 from tests import cli
 from tests.covering import mostly_slow
@@ -75,7 +76,10 @@ def test_a_recipe_under_compat_is_the_references(recipe):
 
 @pytest.mark.parametrize("recipe", EACH)
 def test_by_default_the_optimizer_is_the_one_its_authors_wrote(recipe):
-  stage = planned(recipe, "false")["stages"][-1]
+  method = METHODS.get(recipe["method"], recipe["method"])
+  text = f"dataset={recipe['dataset']},method={method},init={recipe['init']}"
+  run = plan._planned(roli.get_config(text).to_dict())
+  stage = plan._describe(run, expand_stages(run)[-1])
   assert stage["optimizer"] == recipe["optimizer_in_config"]
   assert stage["weight_decay"] == recipe["weight_decay_in_config"]
   assert stage["peak_lr"] == pytest.approx(recipe["peak_lr"], rel=1e-12)
