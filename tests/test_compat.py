@@ -479,7 +479,12 @@ def probed(setup, tmp_path_factory):
 
 @pytest.mark.parametrize(
   "method, init",
-  [("lora", "standard"), ("adapter", "near_identity")],
+  [
+    ("lora", "standard"),
+    pytest.param("lora", "both_zero", marks=pytest.mark.slow),
+    ("adapter", "near_identity"),
+    pytest.param("adapter", "all_zero", marks=pytest.mark.slow),
+  ],
 )
 def test_the_second_stage_starts_at_the_firsts_function(
   setup, probed, method, init

@@ -132,7 +132,11 @@ def attack_shipped(shipped, rows=slice(None), **settings):
 @pytest.mark.parametrize(
   "spreads",
   mostly_slow(
-    ("small 2-16", "small 1-8 1-40 8-64", "shipped 2-150 8-8"),
+    (
+      "small 2-16",
+      "small 1-8 1-40 8-64",
+      "shipped 1-8 1-150 2-8 2-64 2-150 8-8 8-64 8-150",
+    ),
     "small 2-16",
   ),
 )
