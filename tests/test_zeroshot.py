@@ -452,7 +452,7 @@ def state_of(made, stage, program):
   params, stats = initial_variables(made, stage)
   now = training.create(
     params, stats, program.method.trains(params), program.tx,
-    program.criterion.start,
+    program.criterion.init_memory,
   )  # fmt: skip
   return dataclasses.replace(now, opt_state=optim.at_rate(now.opt_state, 1e-3))
 
