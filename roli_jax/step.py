@@ -20,39 +20,42 @@ from roli_jax.types import Array, Float, Images, Logits, Params, PyTree
 
 def make_predict(model: Model) -> Callable[[Any, Images], Logits]:
   """`((params, stats), images) -> logits` in evaluation mode."""
-  return _make_predict(_still(model))
+  return _Predict(_without_drops(model))
 
 
 def make_both(
   model: Model,
 ) -> Callable[[Any, Images], tuple[Float[Array, "b d"], Logits]]:
   """`((params, stats), images) -> (features, logits)` in evaluation mode."""
-  return _make_both(_still(model))
+  return _Both(_without_drops(model))
 
 
-def _still(model):
+def _without_drops(model):
   """Without dropped paths, which evaluation never has."""
   if getattr(model.backbone, "drop_path", 0):
     model = models.with_options(model, drop_path=0.0)
   return model
 
 
-@functools.cache  # the same function for equal models, so that it compiles once
-def _make_predict(model):
-  def predict(variables: tuple[Params, PyTree], images: Images) -> Logits:
-    return model.logits(*variables, images)
+# Functions of equal models are equal, so that they share what is compiled.
+@dataclasses.dataclass(frozen=True)
+class _Predict:
+  model: Model
 
-  return predict
+  def __call__(
+    self, variables: tuple[Params, PyTree], images: Images
+  ) -> Logits:
+    return self.model.logits(*variables, images)
 
 
-@functools.cache
-def _make_both(model):
-  def both(variables, images):
-    features = model.features(*variables, images)
+@dataclasses.dataclass(frozen=True)
+class _Both:
+  model: Model
+
+  def __call__(self, variables, images):
+    features = self.model.features(*variables, images)
     head = {"params": variables[0].head}
-    return features, model.head.apply(head, features)
-
-  return both
+    return features, self.model.head.apply(head, features)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -488,10 +488,10 @@ def test_an_evaluation_takes_the_ensemble(random_models):
 
 
 def test_a_builder_gives_the_same_function_for_the_same_models():
-  assert ensembles.vrf(linear, with_features) is THROUGH
+  assert ensembles.vrf(linear, with_features) == THROUGH
   one = ensembles.output_space(linear, second_alone)
-  assert one is ensembles.output_space(linear, second_alone)
-  assert one is not ensembles.output_space(linear, linear)
+  assert one == ensembles.output_space(linear, second_alone)
+  assert one != ensembles.output_space(linear, linear)
 
 
 def test_other_weights_compile_nothing(random_models):

@@ -20,14 +20,12 @@ PGD = attacks.build("pgd", ThreatModel("linf", eps=0.1), num_steps=5)
 
 
 @dataclasses.dataclass(frozen=True)
-class Moved:
+class Moved(attacks.Attack):
   """An attack that adds a constant, whatever the threat model says."""
 
   threat: ThreatModel
   by: float
   name = "moved"
-  num_steps = 1
-  num_restarts = 1
   passes = (3, 2)
 
   def scaled(self, ratio):

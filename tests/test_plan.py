@@ -7,7 +7,6 @@ import pathlib
 import pytest
 
 from configs import cifar_roli, common, glyphs_roli, roli
-from roli_jax.experiment.run import expand_stages
 from roli_jax.plan import plan
 from tests import cli
 from tests.covering import mostly_slow
@@ -49,7 +48,7 @@ def planned(recipe, compat):
 @functools.cache
 def cell(dataset, method, init, compat="true"):
   text = f"dataset={dataset},method={method},init={init},compat={compat}"
-  return plan.make(roli.get_config(text).to_dict())
+  return plan.outline(roli.get_config(text).to_dict())
 
 
 def test_there_are_fifty_published_recipes():
@@ -78,8 +77,7 @@ def test_a_recipe_under_compat_is_the_references(recipe):
 def test_by_default_the_optimizer_is_the_one_its_authors_wrote(recipe):
   method = METHODS.get(recipe["method"], recipe["method"])
   text = f"dataset={recipe['dataset']},method={method},init={recipe['init']}"
-  run = plan._planned(roli.get_config(text).to_dict())
-  stage = plan._describe(run, expand_stages(run)[-1])
+  stage = plan.outline(roli.get_config(text).to_dict())["stages"][-1]
   assert stage["optimizer"] == recipe["optimizer_in_config"]
   assert stage["weight_decay"] == recipe["weight_decay_in_config"]
   assert stage["peak_lr"] == pytest.approx(recipe["peak_lr"], rel=1e-12)

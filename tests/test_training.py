@@ -52,7 +52,7 @@ def test_a_stage_trains_against_the_configs_attack_unless_it_has_its_own():
   assert quick.random_start and quick.name == "fgsm_rs"
   climbs = inner(name="apgd_ce", num_steps=10, random_start=False)
   assert isinstance(climbs, attacks.ApgdMaxLoss)
-  assert (climbs.num_steps, climbs.apgd.random_start) == (10, False)
+  assert (climbs.num_steps, climbs.random_start) == (10, False)
 
 
 def test_trades_is_attacked_by_kl_unless_the_stage_says_otherwise():
@@ -87,7 +87,7 @@ def test_apgd_in_training_finds_each_images_highest_loss(norm, toy):
   clean = np.asarray(losses.cross_entropy(logits_fn(images), labels))
   for start in (True, False):
     apgd = attacks.build("apgd_ce", ball, num_steps=10, random_start=start)
-    climbed = found(attacks.ApgdMaxLoss(apgd))
+    climbed = found(apgd.for_training(""))
     assert (climbed > clean).mean() > 0.95
     assert climbed.mean() >= found(apgd).mean()
     assert climbed[:8].mean() > clean[:8].mean() + 0.1

@@ -276,7 +276,7 @@ def test_a_zero_shot_bundle_comes_back(made, tmp_path):
   convert.save(made, tmp_path / "x.safetensors")
   again = convert.load(tmp_path / "x.safetensors")
   assert again.model == made.model and hash(again.model) == hash(made.model)
-  assert step.make_predict(again.model) is step.make_predict(made.model)
+  assert step.make_predict(again.model) == step.make_predict(made.model)
   for path, leaf in trees.paths(made.params).items():
     np.testing.assert_array_equal(trees.paths(again.params)[path], leaf)
 

@@ -6,7 +6,7 @@ from typing import Any
 from roli_jax import specs
 from roli_jax.attacks.apgd import Apgd, ApgdMaxLoss
 from roli_jax.attacks.autoattack import AutoAttack
-from roli_jax.attacks.base import Attack, TrainingAttack
+from roli_jax.attacks.base import Attack
 from roli_jax.attacks.curve import Curve
 from roli_jax.attacks.fab import Fab
 from roli_jax.attacks.gradient import Fgsm, Pgd
@@ -67,7 +67,6 @@ __all__ = [
   "Pgd",
   "Search",
   "Square",
-  "TrainingAttack",
   "build",
   "trajectory",
 ]

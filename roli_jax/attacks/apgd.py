@@ -6,7 +6,7 @@ ensemble of diverse parameter-free attacks", algorithm 1; for L1 Croce and Hein
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from roli_jax import losses, projections, trees
 from roli_jax.attacks import search
 from roli_jax.attacks.search import Classify, Job
 from roli_jax.keys import fold
-from roli_jax.threat import TINY, ThreatModel, per_image
+from roli_jax.threat import TINY, per_image
 from roli_jax.types import Array, Float, Images, Keys, Labels, Logits, LogitsFn
 
 RHO = 0.75  # the share of rising steps that keeps the step size
@@ -115,7 +115,8 @@ class Apgd(search.Search):
   def for_training(self, surrogate: str) -> "ApgdMaxLoss":
     """Each image's point of highest loss, of the loss that it has."""
     del surrogate  # it starts at a random image and can't raise KL
-    return ApgdMaxLoss(self)
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    return ApgdMaxLoss(**fields | {"stop": False})
 
   def notes(self, num_classes: int) -> list[str]:
     needed = 4 if self.num_targets else 3
@@ -273,51 +274,24 @@ class Apgd(search.Search):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ApgdMaxLoss:
+class ApgdMaxLoss(Apgd):
   """APGD as training wants it: each image's point of highest loss.
 
   Also of images that are misclassified as they are, and after all steps. In L1
-  the point is of the last stage, whose ball is the threat model's.
-
-  Attributes:
-    apgd: the search, of one job for each image.
+  the point is of the last stage, whose ball is the threat model's. One call
+  makes one job of each image.
   """
 
-  apgd: Apgd
+  stop: bool = search.static(False)
+  is_search: ClassVar[bool] = False
+  is_long: ClassVar[bool] = False
 
   def __post_init__(self):
-    if isinstance(self.apgd, Apgd) and self.apgd.jobs(1 << 30) > 1:
+    super().__post_init__()
+    if self.num_targets or self.num_restarts > 1:
       raise ValueError(
         "training climbs one loss from one start: no targets, num_restarts=1"
       )
-
-  @property
-  def threat(self) -> ThreatModel:
-    return self.apgd.threat
-
-  @property
-  def name(self) -> str:
-    return self.apgd.name
-
-  @property
-  def loss(self) -> str:
-    return self.apgd.loss
-
-  @property
-  def num_steps(self) -> int:
-    return self.apgd.num_steps
-
-  @property
-  def num_restarts(self) -> int:
-    return 1
-
-  @property
-  def passes(self) -> tuple[int, int]:
-    return self.apgd.passes
-
-  def scaled(self, ratio: float | Float[Array, ""]) -> "ApgdMaxLoss":
-    """The same attack at `ratio` times the radius."""
-    return ApgdMaxLoss(self.apgd.scaled(ratio))
 
   def for_training(self, surrogate: str) -> "ApgdMaxLoss":
     """Itself."""
@@ -330,8 +304,9 @@ class ApgdMaxLoss:
     images: Images,
     labels: Labels | Logits,
     keys: Keys,
+    *,
+    stochastic: bool = False,
   ) -> Images:
-    endless = dataclasses.replace(self.apgd, stop=False)
     eps = jnp.asarray(self.threat.eps, images.dtype)
     job = search.Job(
       images=images,
@@ -341,10 +316,8 @@ class ApgdMaxLoss:
       eps=jnp.broadcast_to(eps, (len(images),)),
       keys=keys,
     )
-    classify = search.keyed(logits_fn, False)
-    state, _ = search.proceed(
-      endless, classify, job, endless.begin(job), endless.length
-    )
+    classify = search.keyed(logits_fn, stochastic)
+    state, _ = search.proceed(self, classify, job, self.begin(job), self.length)
     return state.best
 
 

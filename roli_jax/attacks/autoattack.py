@@ -23,7 +23,7 @@ from roli_jax.types import Images, Keys, Labels, Logits
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AutoAttack(base.Scaled):
+class AutoAttack(base.Attack):
   """An ensemble of attacks; an image is robust if it is to each of them.
 
   Attributes:
@@ -43,7 +43,8 @@ class AutoAttack(base.Scaled):
   version: str = search.static("standard")
   num_steps: int = search.static(100)
   num_queries: int = search.static(5000)
-  num_restarts: ClassVar[int] = 1
+  is_ensemble: ClassVar[bool] = True
+  is_long: ClassVar[bool] = True
 
   def __post_init__(self):
     if self.version not in _PARTS:

@@ -1,7 +1,7 @@
 """What an attack is, to those who call one."""
 
 import dataclasses
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, cast
 
 import jax.numpy as jnp
 
@@ -17,46 +17,91 @@ def finite(grads: Float[Array, "*any"]) -> Float[Array, "*any"]:
   return jnp.where(jnp.isfinite(grads), grads, 0)
 
 
-class Scaled:
-  """A frozen dataclass whose only radius is its threat model's."""
+class Attack:
+  """The base of all attacks: frozen dataclasses and pytrees.
+
+  The `repr` of an attack says all of its settings. What follows the radius in
+  the attributes is how an evaluation runs it and judges what it finds.
+
+  Attributes:
+    threat: where the attack may go.
+    name: as it stands in rows.
+    num_steps: gradient steps of one restart, >= 0.
+    num_restarts: independent starts, >= 1, of which each image keeps the worst.
+    passes: forward and backward passes that one image costs at most.
+    loss: the surrogate that it raises, a name in `losses.SURROGATES`, or "";
+      `kl` takes the clean logits in place of labels.
+    parts: the attacks that are run in its place, each on what the ones before
+      it left standing.
+    stop: whether an image that is misclassified is attacked no further.
+    is_search: whether it is run step by step, as a `Search`, or by one call.
+    is_ensemble: whether it is several attacks.
+    is_long: whether its progress is kept, for a killed evaluation to go on.
+    finds_distance: whether it looks for each image's least distance: a point
+      beyond eps is then a distance, neither a break nor a mistake.
+  """
 
   threat: ThreatModel
+  stop: bool = True
+  is_search: ClassVar[bool] = False
+  is_ensemble: ClassVar[bool] = False
+  is_long: ClassVar[bool] = False
+  finds_distance: ClassVar[bool] = False
+
+  @property
+  def name(self) -> str:
+    raise NotImplementedError
+
+  @property
+  def num_steps(self) -> Any:
+    return 1
+
+  @property
+  def num_restarts(self) -> Any:
+    return 1
+
+  @property
+  def passes(self) -> tuple[int, int]:
+    raise NotImplementedError
+
+  @property
+  def loss(self) -> str:
+    return ""
+
+  @property
+  def parts(self) -> tuple["Attack", ...]:
+    return (self,)
 
   def scaled(self, ratio: float | Float[Array, ""]) -> Any:
     """The same attack at `ratio` times the radius."""
     threat = dataclasses.replace(self.threat, eps=self.threat.eps * ratio)
     return dataclasses.replace(cast(Any, self), threat=threat)
 
+  def for_training(self, surrogate: str) -> "Attack":
+    """The attack as a training step makes it.
 
-@runtime_checkable
-class Attack(Protocol):
-  """A frozen dataclass and a pytree; its `repr` says all of its settings.
+    Args:
+      surrogate: the loss that the training's objective would have raised;
+        attacks that can raise it do.
 
-  Attributes:
-    threat: where the attack may go.
-    name: as it stands in rows.
-    num_steps: gradient steps of one restart.
-    num_restarts: independent starts, of which each image keeps the worst.
-    passes: forward and backward passes that one image costs.
-  """
+    Returns:
+      An attack that returns each image's point of highest loss. (Others look
+      for misclassified images, and stop where there is one.)
 
-  threat: ThreatModel
+    Raises:
+      ValueError: the attack, or one of such settings, finds no such point.
+    """
+    del surrogate
+    raise ValueError(
+      f"{self.name} can't train: it looks for misclassified images, and"
+      " training wants each image's point of highest loss; take pgd, fgsm,"
+      " apgd_ce or apgd_dlr"
+    )
 
-  @property
-  def name(self) -> str: ...
-
-  @property
-  def num_steps(self) -> int: ...
-
-  @property
-  def num_restarts(self) -> int: ...
-
-  @property
-  def passes(self) -> tuple[int, int]: ...
-
-  def scaled(self, ratio: float | Float[Array, ""]) -> "Attack":
-    """The same attack at `ratio` times the radius and the step size."""
-    ...
+  def run_in(self, evaluation: Any) -> None:
+    """Has an `evaluate` evaluation run the attack on what still stands."""
+    for part in self.parts:
+      evaluation.attack(part)
 
   def __call__(
     self,
@@ -71,31 +116,4 @@ class Attack(Protocol):
     its own. Each image's result depends on that image, its label and its key,
     not on the rest of the batch.
     """
-    ...
-
-
-@runtime_checkable
-class TrainingAttack(Attack, Protocol):
-  """An attack that can return each image's point of highest loss.
-
-  Others look for misclassified images, and stop where there is one.
-
-  Attributes:
-    loss: the surrogate that it raises, a name in `losses.SURROGATES`; `kl`
-      takes the clean logits in place of labels.
-  """
-
-  @property
-  def loss(self) -> str: ...
-
-  def for_training(self, surrogate: str) -> "TrainingAttack":
-    """The attack as a training step makes it.
-
-    Args:
-      surrogate: the loss that the training's objective would have raised;
-        attacks that can raise it do.
-
-    Raises:
-      ValueError: with such settings it finds no point of highest loss.
-    """
-    ...
+    raise NotImplementedError

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 
@@ -15,7 +15,7 @@ from roli_jax.types import Images, Keys, Labels, Logits
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Curve(base.Scaled):
+class Curve(base.Attack):
   """FAB's distances, and then APGD at radii below them, each image its own.
 
   `evaluate.run` gives the distances, `Result.robust_at` the accuracy at any
@@ -35,7 +35,9 @@ class Curve(base.Scaled):
   num_rounds: int = search.static(7)
   first_step: float = search.static(0.02)
   name: ClassVar[str] = "curve"
-  num_restarts: ClassVar[int] = 1
+  is_ensemble: ClassVar[bool] = True
+  is_long: ClassVar[bool] = True
+  finds_distance: ClassVar[bool] = True
 
   @property
   def fab(self) -> Fab:
@@ -56,6 +58,9 @@ class Curve(base.Scaled):
     parts = (self.fab, *self.climbs * self.num_rounds)
     forward, backward = zip(*(part.passes for part in parts), strict=True)
     return sum(forward), sum(backward)
+
+  def run_in(self, evaluation: Any) -> None:
+    evaluation.curve(self)
 
   def __call__(
     self,

@@ -5,7 +5,7 @@ adaptive boundary attack", algorithm 1.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,7 @@ class Fab(search.Search):
   stop: bool = search.static(False)
   num_steps: int = search.static(100)
   reach: float = search.static(float("inf"))
+  finds_distance: ClassVar[bool] = True
 
   def __post_init__(self):
     super().__post_init__()

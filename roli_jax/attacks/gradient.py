@@ -29,7 +29,7 @@ TRADES_START = 1e-3  # standard deviation of TRADES' start, in pixel values
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Pgd:
+class Pgd(base.Attack):
   """Projected gradient ascent (Madry et al. 2018, section 2.1).
 
   The gradient is taken with respect to the pixels only, in one loop whose
@@ -172,7 +172,7 @@ class Pgd:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Fgsm(base.Scaled):
+class Fgsm(base.Attack):
   """One step to the edge of the ball (Goodfellow et al. 2015).
 
   Attributes:
@@ -185,8 +185,6 @@ class Fgsm(base.Scaled):
   threat: ThreatModel
   loss: str = dataclasses.field(default="ce", metadata=trees.STATIC)
   random_start: bool = dataclasses.field(default=False, metadata=trees.STATIC)
-  num_steps: ClassVar[int] = 1
-  num_restarts: ClassVar[int] = 1
   passes: ClassVar[tuple[int, int]] = (1, 1)
 
   @property

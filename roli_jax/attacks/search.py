@@ -8,7 +8,7 @@ likes: an image's result is its own.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def static(default: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Search(base.Scaled):
+class Search(base.Attack):
   """An attack that searches; subclasses are frozen dataclasses and pytrees.
 
   Attributes:
@@ -105,6 +105,8 @@ class Search(base.Scaled):
   num_targets: int = static(0)
   stop: bool = static(True)
   eot: int = static(1)
+  is_search: ClassVar[bool] = True
+  is_long: ClassVar[bool] = True
 
   def __post_init__(self):
     for field in ("num_restarts", "eot"):
@@ -112,11 +114,6 @@ class Search(base.Scaled):
         raise ValueError(f"{field} must be >= 1, got {getattr(self, field)}")
     if self.num_targets < 0:
       raise ValueError(f"num_targets must be >= 0, got {self.num_targets}")
-
-  @property
-  def name(self) -> str:
-    """As it stands in rows."""
-    raise NotImplementedError
 
   @property
   def length(self) -> int:

@@ -11,10 +11,9 @@ now and then an attack on one model finds what that on the whole misses. Judge
 the ensemble on both, and on a black-box attack.
 """
 
-import functools
 import math
 from collections.abc import Callable
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -343,25 +342,30 @@ def vrf_predict(
   )
 
 
-def _shared(make):
-  """The same function for the same two, so that it compiles once.
+# Of equal functions they are equal, and share what is compiled.
+@dataclass(frozen=True)
+class _OutputSpace:
+  first: Predict
+  second: Predict
 
-  Two of which one can't be hashed get a new function each time.
-  """
-  known = functools.cache(make)
-
-  @functools.wraps(make)
-  def build(first, second):
-    try:
-      hash((first, second))
-    except TypeError:
-      return make(first, second)
-    return known(first, second)
-
-  return build
+  def __call__(self, params: Any, images: Images) -> Logits:
+    of_first, of_second, *weights = params
+    return ose(
+      self.first(of_first, images), self.second(of_second, images), *weights
+    )
 
 
-@_shared
+@dataclass(frozen=True)
+class _Vrf:
+  first: Predict
+  second: Both
+
+  def __call__(self, params: Any, images: Images) -> Logits:
+    of_first, of_second, state = params
+    feats, logits = self.second(of_second, images)
+    return vrf_predict(state, self.first(of_first, images), logits, feats)
+
+
 def output_space(first: Predict, second: Predict) -> Predict:
   """`(params, images) -> log probabilities` of `ose`.
 
@@ -373,15 +377,9 @@ def output_space(first: Predict, second: Predict) -> Predict:
     A function whose params are `(first's variables, second's, alpha)`, or with
     both temperatures, `(first's, second's, alpha, t_first, t_second)`.
   """
-
-  def predict(params: Any, images: Images) -> Logits:
-    of_first, of_second, *weights = params
-    return ose(first(of_first, images), second(of_second, images), *weights)
-
-  return predict
+  return _OutputSpace(first, second)
 
 
-@_shared
 def vrf(first: Predict, second: Both) -> Predict:
   """`(params, images) -> log probabilities` of `vrf_predict`.
 
@@ -393,13 +391,7 @@ def vrf(first: Predict, second: Both) -> Predict:
   Returns:
     A function whose params are `(first's variables, second's, VrfState)`.
   """
-
-  def predict(params: Any, images: Images) -> Logits:
-    of_first, of_second, state = params
-    feats, logits = second(of_second, images)
-    return vrf_predict(state, first(of_first, images), logits, feats)
-
-  return predict
+  return _Vrf(first, second)
 
 
 def _mixed(first, second, log_first, log_second):

@@ -98,11 +98,8 @@ def run_on(
     attack,
     save,
   )
-  if isinstance(attack, attacks.Curve):
-    now.curve(attack)
-  elif attack is not None:
-    for part in getattr(attack, "parts", (attack,)):
-      now.attack(part)
+  if attack is not None:
+    attack.run_in(now)
   return now.result(time.perf_counter() - started)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from roli_jax import losses
+from roli_jax.attacks import Attack
 from roli_jax.evaluate.classifier import Classifier
 
 MOST = 64  # images that are looked at
@@ -342,9 +343,10 @@ def check_inputs(
       f"expected floating-point images in [0, 1], got {images.dtype};"
       " divide by 255?"
     )
-  if attack is not None and not hasattr(attack, "threat"):
+  if attack is not None and not isinstance(attack, Attack):
     raise ValueError(
-      "expected an attack, from attacks.build(name, threat), got"
+      "expected an attack, from attacks.build(name, threat) or of a class of"
+      " your own under attacks.Attack, got"
       f" {attack!r:.80}"
     )
   low, high = (attack.threat.low, attack.threat.high) if attack else (0, 1)
@@ -382,7 +384,7 @@ def check_function(on: Classifier, labels: np.ndarray, attack: Any) -> None:
       f"expected labels in [0, {num_classes}), the width of the logits, got"
       f" {labels.min()} to {labels.max()}"
     )
-  if getattr(attack, "loss", None) == "kl":
+  if attack is not None and attack.loss == "kl":
     raise ValueError(
       "the loss kl climbs from clean logits, in training; here take ce, margin"
       " or dlr"

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from roli_jax import attacks, keys, progress
-from roli_jax.attacks import search
 from roli_jax.evaluate import batching, checks
 from roli_jax.evaluate.result import Result
 from roli_jax.evaluate.verdicts import Ledger
@@ -176,11 +175,10 @@ class Evaluation:
       towards: [n, k], the targets, other than the clean logits' order.
       noise: [n, ...], what searches start from; None draws it.
     """
-    searches = isinstance(attack, search.Search)
     num_classes = self.logits.shape[1]
-    num_jobs = attack.jobs(num_classes) if searches else 1
+    num_jobs = attack.jobs(num_classes) if attack.is_search else 1
     eps = self._radii(attack.threat) if eps is None else eps
-    ledger = Ledger(self.images, num_jobs, getattr(attack, "stop", True))
+    ledger = Ledger(self.images, num_jobs, attack.stop)
     for entry in self.journal.entries(name):
       ledger.enter(self._judged_again(attack, eps, entry))
       *passes, seconds = entry["work"].tolist()
@@ -202,7 +200,7 @@ class Evaluation:
       ledger.enter(entry)
       return told["broke"], goes_on
 
-    if searches and towards is None:
+    if attack.is_search and towards is None:
       towards = self._targets(attack)
     waiting = [
       (int(row), job)
@@ -211,14 +209,14 @@ class Evaluation:
       if not ledger.ended[row, job] and ledger.first[row] >= job
     ]
     if waiting:
-      total = len(waiting) * (attack.length if searches else 1)
+      total = len(waiting) * (attack.length if attack.is_search else 1)
       with progress.bar(name, total) as update:
 
         def tell(advance):
           standing = int(self.robust.sum() - ledger.broken[rows].sum())
           update(advance, f"{standing} of {len(self.robust)} stand")
 
-        if searches:
+        if attack.is_search:
           self.notes += [
             note for note in attack.notes(num_classes) if note not in self.notes
           ]
@@ -295,20 +293,19 @@ class Evaluation:
         ended.adv[claims], self.images[own]
       )
       # Beyond eps is no mistake of FAB's, and no break.
-      looks = np.full(len(own), isinstance(attack, attacks.Fab))
-      allowed = in_box & (inside | looks)
+      allowed = in_box & (inside | attack.finds_distance)
       outside[claims] = ~allowed
       said[claims] = logits.argmax(1)
       masked = np.isneginf(self.logits[own])
       strange[claims] = ~(np.isfinite(logits) | masked).all(1)
       wrong = ~right & allowed
       far[claims] = np.where(wrong, lengths, np.inf)
-      broke[claims] = wrong & (~looks | (lengths <= eps[own]))
+      broke[claims] = wrong
+      if attack.finds_distance:
+        broke[claims] &= lengths <= eps[own]
       # A search's point is a verdict where it broke the image, not beyond eps.
-      counts = broke[claims] | (
-        allowed & (not isinstance(attack, search.Search))
-      )
-      margin[claims] = np.where(counts, margins, np.nan)
+      known = broke[claims] if attack.is_search else allowed
+      margin[claims] = np.where(known, margins, np.nan)
     return {
       "rows": rows,
       "jobs": ended.jobs,

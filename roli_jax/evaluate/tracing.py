@@ -73,6 +73,9 @@ class Programs:
 # arguments a digest of all that was traced, with what is compiled.
 _KNOWN: dict[Any, tuple[Any, dict[Any, tuple[str, Programs]]]] = {}
 
+# Those that read nothing but their arguments, by their value.
+_PURE: dict[Any, dict[Any, tuple[str, Programs]]] = {}
+
 _contexts = itertools.count()
 
 
@@ -111,8 +114,8 @@ def programs(
     params: a tree of arrays, or None.
     shape: [b, h, w, c] of the images that it is tried on.
     stochastic: whether it takes a key last.
-    pure: whether it is known to read nothing but its arguments; then what was
-      traced once is right for good.
+    pure: whether it is known to read nothing but its arguments. Then what was
+      traced once is right for good, for all functions that are equal to it.
 
   Raises:
     ValueError: a function that can't be traced or gives no logits, or params
@@ -126,11 +129,12 @@ def programs(
   images = jax.ShapeDtypeStruct(shape, jnp.float32)
   image_keys = jax.eval_shape(keys.per_image, keys.root(0), np.arange(shape[0]))
   args = (avals, images, image_keys)
-  known = {} if params is None else _known(logits_fn)
+  known = {} if params is None else _known(logits_fn, pure)
   kind = (stochastic, str(jax.tree.flatten(args)))
   if pure and kind in known:
     return known[kind][1]
-  get = _weakly(logits_fn) if params is not None else lambda: logits_fn
+  keeps = pure or params is None
+  get = (lambda: logits_fn) if keeps else _weakly(logits_fn)
   fn = _normal(get, params is not None, stochastic)
   num_classes = _num_classes(logits_fn, fn, args)
 
@@ -170,8 +174,10 @@ def _shapes(params):
   return () if params is None else trees.map_named(shape, params)
 
 
-def _known(logits_fn):
+def _known(logits_fn, pure):
   """What is known of the function; nothing of one that can't be known."""
+  if pure:
+    return _PURE.setdefault(logits_fn, {})
   key: Any = id(logits_fn)
   if inspect.ismethod(logits_fn):  # another object each time it is named
     key = id(logits_fn.__self__), id(logits_fn.__func__)

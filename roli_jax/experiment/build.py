@@ -115,12 +115,6 @@ def build_training_attack(
   attack = _attack(run, {**base, **own}, run.threat)
   if not criterion.adversarial:
     return attack
-  if not isinstance(attack, attacks.TrainingAttack):
-    raise ValueError(
-      f"{attack.name} can't train: it looks for misclassified images, and"
-      " training wants each image's point of highest loss; take pgd, fgsm,"
-      " apgd_ce or apgd_dlr"
-    )
   return attack.for_training("" if "loss" in own else criterion.surrogate)
 
 

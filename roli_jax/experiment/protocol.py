@@ -8,7 +8,6 @@ import numpy as np
 from absl import logging
 
 from roli_jax import (
-  attacks,
   corruptions,
   distributed,
   specs,
@@ -69,7 +68,7 @@ def asked(run: Run) -> Iterator[Test | Corruption]:
     return
   radii = config["radii"] or (config["threat"]["eps"],)
   attack = build_attack(run, "eval_attack")
-  if isinstance(attack, attacks.Curve):
+  if attack.is_ensemble and attack.finds_distance:
     radii = config["radii"] or (*config["curve"], config["threat"]["eps"])
     each = sorted({specs.number(eps) for eps in radii})
     yield Test(attack, config["num_images"], tuple(each))
@@ -145,7 +144,7 @@ def add_tests(
     if all(row in results for row in about):
       continue
     folder = None
-    if not isinstance(test.attack, attacks.Pgd | attacks.Fgsm | None):
+    if test.attack is not None and test.attack.is_long:
       folder = _folder(results.path.parent, stage, test)
     result = measure.run(
       run, predict, variables, stage.seed, split, test,
@@ -195,8 +194,7 @@ def _keep_checks(root, stage, split, about, result):
 
 def _diagnosis(run, predict, variables, stage, test):
   """Checks that need attacks of their own, where they are asked for."""
-  ensemble = isinstance(test.attack, attacks.AutoAttack | attacks.Curve)
-  if not (ensemble and run.diagnoses):
+  if not (test.attack.is_ensemble and run.diagnoses):
     return []
   source = run.data["test"]
   few = slice(0, checks.MOST)

@@ -1,6 +1,5 @@
 """Classifiers on pooled features."""
 
-import functools
 import math
 
 import jax.numpy as jnp
@@ -10,6 +9,10 @@ from flax import linen as nn
 from roli_jax.types import Array, Float
 
 HEAD_INITS = ("kaiming_fan_out", "small")
+# Made once: heads of equal initialisers are equal, and share their programs.
+_SMALL = nn.initializers.normal(0.02)
+_FAN_OUT = nn.initializers.variance_scaling(2, "fan_out", "normal")
+_RARE = nn.initializers.constant(-math.log(99))
 LOGIT_SCALE = math.log(1 / 0.07)  # where CLIP's training starts
 
 
@@ -26,23 +29,11 @@ def linear(num_classes: int, init: str = "kaiming_fan_out") -> nn.Dense:
     raise ValueError(f"a head needs at least 2 classes, got {num_classes}")
   if init not in HEAD_INITS:
     raise ValueError(f"unknown head_init {init!r}; there are {HEAD_INITS}")
-  return _linear(num_classes, init)
-
-
-# Equal heads are equal, and share their compiled programs. (Not `linear`: its
-# calls with and without the default would be others.)
-@functools.cache
-def _linear(num_classes, init):
   if init == "small":
-    return nn.Dense(num_classes, kernel_init=nn.initializers.normal(0.02))
-  return nn.Dense(
-    num_classes,
-    kernel_init=nn.initializers.normal(math.sqrt(2 / num_classes)),
-    bias_init=nn.initializers.constant(-math.log(99)),
-  )
+    return nn.Dense(num_classes, kernel_init=_SMALL)
+  return nn.Dense(num_classes, kernel_init=_FAN_OUT, bias_init=_RARE)
 
 
-@functools.cache
 def projection(width: int) -> nn.Dense:
   """A linear map without bias, `[b, d] -> [b, width]`: CLIP's embedding."""
   return nn.Dense(width, use_bias=False)

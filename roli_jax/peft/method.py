@@ -1,8 +1,7 @@
 """What a fine-tuning method is: where it enters, and which leaves it trains."""
 
 import dataclasses
-import functools
-import inspect
+from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
@@ -70,37 +69,35 @@ _PEFT = ("peft/.*", "peft")
 _REST = (".*", FROZEN)
 
 
-def _once(make):
-  """The same method for the same options, however they are given.
+@dataclasses.dataclass(frozen=True)
+class _With:
+  """A function with options, equal to another where both are equal.
 
-  Equal models share their compiled programs, and the partial functions in seams
-  are equal only if they are the same.
+  A `functools.partial` is equal to itself alone: methods of equal options would
+  make other models of one, and compile its programs anew.
   """
-  signature = inspect.signature(make)
-  made = functools.cache(make)
 
-  @functools.wraps(make)
-  def call(*args, **kwargs):
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return made(*bound.args, **bound.kwargs)
+  make: Callable[..., Any]
+  options: tuple[tuple[str, Any], ...]
 
-  return call
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    return self.make(*args, **dict(self.options), **kwargs)
 
 
-@_once
+def _with(make, **options):
+  return _With(make, tuple(sorted(options.items())))
+
+
 def linear() -> Method:
   """The head alone."""
   return Method("linear", (_HEAD, _REST))
 
 
-@_once
 def full() -> Method:
   """All leaves."""
   return Method("full", (_HEAD, ("backbone/.*", "backbone")), train_mode=True)
 
 
-@_once
 def bias() -> Method:
   """The biases that there are, of convolutions, layers and normalisations.
 
@@ -109,7 +106,6 @@ def bias() -> Method:
   return Method("bias", (_HEAD, ("backbone/.*bias", "backbone"), _REST))
 
 
-@_once
 def lora(
   rank: int = 16,
   alpha: float | int = 16,
@@ -139,7 +135,6 @@ def lora(
   return Method("lora", (_HEAD, _PEFT, _REST), seams, scale)
 
 
-@_once
 def autolora(rank: int = 8, alpha: float | int = 8) -> Method:
   """All leaves, and a branch of LoRA that is there in training alone.
 
@@ -174,8 +169,8 @@ def _lora_scale(method, rank, alpha):
 
 def _lora_seams(dropout: float | int, **options: Any) -> Seams:
   return Seams(
-    dense=functools.partial(_lora_dense, dropout=dropout, **options),
-    kernel=functools.partial(modules.lora_kernel, **options),
+    dense=_with(_lora_dense, dropout=dropout, **options),
+    kernel=_with(modules.lora_kernel, **options),
   )
 
 
@@ -185,7 +180,6 @@ def _lora_dense(features: int, *, name: str, **options: Any) -> nn.Module:
   return modules.LoraDense(features, name=name, **options)
 
 
-@_once
 def adapter(reduction: int = 8, init: str = "near_identity") -> Method:
   """An adapter after the second branch of every block (Pfeiffer et al. 2021).
 
@@ -203,11 +197,10 @@ def adapter(reduction: int = 8, init: str = "near_identity") -> Method:
   starts = {"near_identity": modules.UNIFORM, "all_zero": modules.ZEROS}
   start = specs.lookup(starts, init, "adapter init")
   _check("adapter", reduction=reduction)
-  branch = functools.partial(modules.Adapter, reduction, start)
+  branch = _with(modules.Adapter, reduction=reduction, init=start)
   return Method("adapter", (_HEAD, _PEFT, _REST), Seams(branch=branch))
 
 
-@_once
 def vpt(
   tokens: int = 10,
   deep: bool = True,
@@ -230,7 +223,7 @@ def vpt(
   mixed = specs.lookup(orders, order, "prompt order")
   _check("vpt", tokens=tokens)
   _check_dropout("vpt", dropout)
-  make = functools.partial(modules.Prompts, tokens, dropout=dropout)
+  make = _with(modules.Prompts, tokens=tokens, dropout=dropout)
   seams = Seams(tokens=make, deep=deep, mixed=mixed)
   return Method("vpt", (_HEAD, _PEFT, _REST), seams)
 

@@ -1,6 +1,7 @@
 """`--mode=plan`: what a run will do and cost, without data or weights."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Mapping
@@ -55,6 +56,7 @@ def _planned(config: Mapping[str, Any]) -> Run:
       for split, size in sizes.items()
     }
 
+  @functools.cache
   def load(weights, keeps_head=False):
     if keeps_head:  # whatever head the file has
       return run.load(weights, keeps_head=True)
@@ -81,45 +83,67 @@ def _model_and_method(run: Run, stage: Stage) -> tuple[Any, Any]:
   return method.apply_to(plain), method
 
 
-def make(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The plan, as plain JSON.
+def outline(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The plan without what it costs: stages, rates and parameters, as JSON.
 
-  Rates are those of the config's one cell; of a table every stage stands. Bytes
-  are the last stage's: float32 arrays, and what a batch's gradients keep on one
-  device. Hours are those of all stages with their validations and main tests,
-  on one chip. `init` is the one asked for: the probe's rows say roli.
+  Rates are those of the config's one cell; of a table every stage stands.
+  `init` is the one asked for: the probe's rows say roli.
+
+  Raises:
+    ValueError: as a run of the config would.
+  """
+  run = _planned(config)
+  return _outline(run, expand_stages(run))
+
+
+def make(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The plan: `outline`, and what it costs.
+
+  Bytes are the last stage's: float32 arrays, and what a batch's gradients keep
+  on one device. Hours are those of all stages with their validations and main
+  tests, on one chip.
 
   Raises:
     ValueError: as a run of the config would.
   """
   run = _planned(config)
   stages = expand_stages(run)
+  return _outline(run, stages) | _costs(run, stages)
+
+
+def _outline(run, stages):
   have = len(run.data["train"])
   for stage in stages:
     if stage.train_size > have:
       raise ValueError(f"train_size={stage.train_size}, of {have} images")
-  last = stages[-1]
-  model, method = _model_and_method(run, last)
-  params = cost.shapes(model)
-  trained, _ = method.split(params)
-  one = cost.of(model, method)
-  tx = build_optimizer(run, last, method.labels(params))
-  optimizer = jax.eval_shape(tx.init, trained)
-  section = config[last.name]
-  batch = section["batch_size"] // section.get("accumulate", 1)
-  total = sum(_flops(run, stage) for stage in stages)
+  last, config = stages[-1], run.config
+  model, _ = _model_and_method(run, last)
   return {
     "dataset": config["data"]["name"],
     "backbone": config["backbone"]["name"],
     "method": last.method,
     "init": config["cells"][-1].get("init", last.init),
     "stages": [_describe(run, stage) for stage in stages],
-    "total_params": trees.size(params),
+    "total_params": trees.size(cost.shapes(model)),
+  }
+
+
+def _costs(run, stages):
+  last = stages[-1]
+  model, method = _model_and_method(run, last)
+  params = cost.shapes(model)
+  trained, _ = method.split(params)
+  one = cost.of(model, method)
+  tx = build_optimizer(run, last, method.labels(params))
+  section = run.config[last.name]
+  batch = section["batch_size"] // section.get("accumulate", 1)
+  total = sum(_flops(run, stage) for stage in stages)
+  return {
     "flops_per_image_forward": one.forward,
     "bytes": {
       "params": _bytes(params),
       "trainable": _bytes(trained),
-      "optimizer": _bytes(optimizer),
+      "optimizer": _bytes(jax.eval_shape(tx.init, trained)),
       "activations": one.activations * batch,
     },
     "hours": {
