@@ -47,10 +47,16 @@ def covering(
 
 
 def mostly_slow(words: Iterable[Any], *fast: Any) -> list[Any]:
-  """The words as parameters of a test, all but the fast ones marked slow."""
+  """The words as parameters of a test, all but the fast ones marked slow.
+
+  A word is a tuple where the test takes several parameters.
+  """
   words = list(words)
   assert {*fast} < {*words}
   return [
-    pytest.param(word, marks=() if word in fast else pytest.mark.slow)
+    pytest.param(
+      *(word if isinstance(word, tuple) else (word,)),
+      marks=() if word in fast else pytest.mark.slow,
+    )
     for word in words
   ]

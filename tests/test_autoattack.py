@@ -10,6 +10,7 @@ import pytest
 from roli_jax import attacks, evaluate, keys, losses
 from roli_jax.threat import ThreatModel
 from tests import tiny
+from tests.covering import mostly_slow
 
 EPS = {"linf": 0.01, "l2": 0.15, "l1": 1.0}
 PARTS = {
@@ -105,7 +106,7 @@ def _inside(attack, images, labels, image_keys):
   "name, norm",
   [
     ("apgd_ce", "l1"),
-    ("apgd_t", "linf"),
+    pytest.param("apgd_t", "linf", marks=pytest.mark.slow),
     pytest.param("fab_t", "l2", marks=pytest.mark.slow),
   ],
 )
@@ -212,7 +213,7 @@ def test_a_randomised_function_is_attacked_in_expectation():
   np.testing.assert_allclose(result.adv, again.adv[::-1], atol=1e-6)
 
 
-@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("num_classes", mostly_slow((2, 3), 2))
 def test_few_classes_have_substitutes_that_are_said(num_classes):
   rng = np.random.default_rng(0)
   images = rng.uniform(size=(16, 5)).astype(np.float32)
@@ -234,10 +235,13 @@ def test_few_classes_have_substitutes_that_are_said(num_classes):
 
 @pytest.mark.parametrize(
   "shape, norm",
-  [
-    ((3,), "linf"), ((4, 6), "l2"), ((5, 7, 3), "l1"), ((2, 2, 1), "l2"),
-    ((1, 9, 2), "l1"), ((2, 3, 1), "linf"),
-  ],
+  mostly_slow(
+    [
+      ((3,), "linf"), ((4, 6), "l2"), ((5, 7, 3), "l1"), ((2, 2, 1), "l2"),
+      ((1, 9, 2), "l1"), ((2, 3, 1), "linf"),
+    ],
+    ((3,), "linf"), ((4, 6), "l2"), ((1, 9, 2), "l1"),
+  ),
 )  # fmt: skip
 def test_images_of_any_shape_are_attacked(shape, norm):
   rng = np.random.default_rng(0)

@@ -125,6 +125,7 @@ def beside(monkeypatch):
   return rows
 
 
+@pytest.mark.slow
 def test_our_step_stands_beside_torchs_in_both_forms(beside):
   rows = beside((9, 8))
   names = [row["name"] for row in rows]
@@ -158,7 +159,11 @@ def test_an_unknown_suite_lists_the_known(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "set_before, count", [({}, 2), ({"JAX_NUM_CPU_DEVICES": "3"}, 3)]
+  "set_before, count",
+  [
+    pytest.param({}, 2, marks=pytest.mark.slow),
+    ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
+  ],
 )
 def test_a_cpu_is_split_as_the_config_says_unless_told(
   set_before, count, tmp_path, monkeypatch

@@ -124,6 +124,7 @@ def test_of_all_zero_adapters_one_bias_moves(setup):
   assert not live[1]
 
 
+@pytest.mark.slow
 def test_lora_of_two_zeros_never_moves(setup):
   dead, live = (
     moved(setup("lora", lora_init=init)) for init in ("both_zero", "standard")

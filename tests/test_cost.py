@@ -8,7 +8,6 @@ from jax.sharding import SingleDeviceSharding
 from roli_jax import attacks, models, peft, threat, trees
 from roli_jax.bench import timing
 from roli_jax.plan import cost
-from tests.covering import mostly_slow
 
 
 def _floats(*shape):
@@ -193,7 +192,8 @@ def test_the_head_counts_as_if_it_were_traced(name):
   assert 4 * one.update.kept == update.kept
 
 
-@pytest.mark.parametrize("remat", mostly_slow((False, True), True))
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", (False, True))
 def test_activations_are_what_xla_keeps(remat):
   """Eight further blocks, of a loop, take what they keep, within 2%.
 

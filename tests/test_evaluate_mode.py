@@ -44,6 +44,7 @@ def kept(run):
   return json.loads(file.read_text()), file.parent
 
 
+@pytest.mark.slow
 def test_an_attack_named_has_its_own_steps(run):
   """Not the 2 of the config's PGD; and its images are kept if asked for."""
   done = evaluate(run, *CE[:1], "--config.save_adv=True")
@@ -74,6 +75,7 @@ def test_a_curve_has_a_row_at_each_radius(run):
   assert (run / "figures" / "evaluations.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_fast_is_called_non_standard_everywhere(run):
   done = evaluate(
     run, "--config.attack=autoattack_fast", "--config.threat.norm=l2",
@@ -88,6 +90,7 @@ def test_fast_is_called_non_standard_everywhere(run):
   assert "non-standard" in (run / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_flags(run, tmp_path):
   words = (
     "--mode=evaluate", *SMALL, "--config.attack=autoattack",

@@ -576,7 +576,7 @@ def _steeper(x, by):
 _steeper.defvjp(lambda x, by: (x, by), lambda by, g: (g * by, None))
 
 
-@pytest.mark.parametrize("name", ["pgd", "apgd_ce"])
+@pytest.mark.parametrize("name", mostly_slow(("pgd", "apgd_ce"), "apgd_ce"))
 def test_gradients_of_any_size_are_climbed_in_l2(name):
   labels = labels_of(lambda x: net(W, x))
   attack = attacks.build(name, ThreatModel("l2", eps=0.15), num_steps=5)

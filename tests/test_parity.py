@@ -1,6 +1,7 @@
 """Trajectories of official AutoAttack, from its own noise, in float64."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from roli_jax import attacks
 from roli_jax.attacks import apgd, square
 from roli_jax.threat import ThreatModel
 from tests import tiny
+from tests.covering import covering, mostly_slow
 
 EPS = {"Linf": 0.01, "L2": 0.15, "L1": 1.0}
 
@@ -53,8 +55,10 @@ def run_of(trace, name):
   }
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
-@pytest.mark.parametrize("loss", ["ce", "dlr", "dlr_t"])
+@pytest.mark.parametrize(
+  "norm, loss",
+  covering(itertools.product(("Linf", "L2"), ("ce", "dlr", "dlr_t"))),
+)
 def test_apgd_takes_every_step_of_the_official_one(norm, loss, trace):
   attack_of = functools.partial(
     attacks.Apgd,
@@ -79,7 +83,7 @@ def test_a_stage_of_apgd_in_l1_takes_every_step_too(trace):
     same(state, run_of(trace, "apgd_L1_ce"), jax.nn.softplus(state.best_value))
 
 
-@pytest.mark.parametrize("norm", EPS)
+@pytest.mark.parametrize("norm", mostly_slow(EPS, "L1"))
 def test_fab_takes_every_step_of_the_official_one(norm, trace):
   attack_of = functools.partial(attacks.Fab, num_targets=1)
   with jax.enable_x64(True):

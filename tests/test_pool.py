@@ -12,6 +12,7 @@ from roli_jax.experiment import convert_command
 from roli_jax.experiment.build import build_model
 from roli_jax.experiment.run import build_run, expand_stages
 from tests import golden
+from tests.covering import covering
 
 # Logits of timm 1.0.31's VisionTransformer(img_size=8, patch_size=2,
 # in_chans=1, num_classes=3, embed_dim=32, depth=2, num_heads=2, ...) in
@@ -100,7 +101,7 @@ def test_without_a_word_it_is_what_names_tell(cls, norm, pool):
     assert not notes
 
 
-@pytest.mark.parametrize("cls, norm, pool", TIMM)
+@pytest.mark.parametrize("cls, norm, pool", covering(TIMM))
 def test_it_comes_back_from_bundles_and_state_dicts(cls, norm, pool, tmp_path):
   state = state_of(cls, norm)
   bundle = load(state, pool=pool)

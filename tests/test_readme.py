@@ -47,6 +47,7 @@ def test_the_attack_example_runs_and_goes_on(
   assert list((tmp_path / "runs" / "aa").glob("apgd_ce-*.npz"))
 
 
+@pytest.mark.slow
 def test_the_example_of_weights_runs(root, capsys, tmp_path, monkeypatch):
   text = (root / "docs" / "backbones.md").read_text()
   monkeypatch.chdir(tmp_path)

@@ -20,7 +20,6 @@ from roli_jax.experiment.train_stage import best_variables
 from roli_jax.files import checkpoint
 from roli_jax.results import record
 from tests import pictures, test_tfds
-from tests.covering import mostly_slow
 
 BACKBONES = {"cifar10": "glyph_vit_token", "cub": "glyph_swin"}
 LOSSES = {"autolora": {"loss": "autolora"}}
@@ -128,7 +127,8 @@ def _parameters(config, path):
   return trees.paths(best_variables(made, stage, path)[0])
 
 
-@pytest.mark.parametrize("num_workers", mostly_slow((0, 1, 2), 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", (0, 1, 2))
 def test_killed_in_an_epoch_it_ends_at_the_same_bits_with_any_workers(
   folder, tmp_path, monkeypatch, num_workers
 ):

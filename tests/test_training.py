@@ -157,6 +157,7 @@ def test_awp_is_the_gradient_at_the_moved_weights():
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_awp_waits_until_it_begins():
   steps = {
     begin: one_step(losses.At(), step.WeightAttack(0.05, begin))

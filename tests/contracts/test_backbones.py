@@ -84,7 +84,7 @@ def plainly_seen(name):
   "name, option",
   covering(
     itertools.product(TOYS, ("scan", "remat", "both")),
-    among=("glyph_swin", "glyph_vit", "glyph_resnet"),
+    among=("glyph_swin", "glyph_vit"),
   ),
 )
 def test_options_of_speed_change_no_number_and_no_name(name, option):
