@@ -1,7 +1,7 @@
 """Whether batches, order and devices change a bit, by programs as users have.
 
 In a process of its own, since the tests' programs are compiled otherwise:
-python -m tests.bits small|shipped COUNT-BATCH_SIZE ...
+python -m tests.bits few|small|shipped COUNT-BATCH_SIZE ...
 """
 
 import functools
@@ -46,6 +46,12 @@ def small():
   return logits_fn, weights, images, labels, AUTO
 
 
+def few():
+  """The same network, under APGD towards targets."""
+  *task, auto = small()
+  return *task, auto.parts[1]
+
+
 def run(task, rows, count, batch_size):
   """The result on the first `count` devices."""
   logits_fn, params, images, labels, attack = task
@@ -79,4 +85,5 @@ def check(task, spreads):
 
 if __name__ == "__main__":
   given = [tuple(map(int, word.split("-"))) for word in sys.argv[2:]]
-  check({"small": small, "shipped": shipped}[sys.argv[1]](), given)
+  tasks = {"few": few, "small": small, "shipped": shipped}
+  check(tasks[sys.argv[1]](), given)

@@ -157,6 +157,7 @@ def test_features_and_logits_are_the_originals(name):
       np.testing.assert_allclose(mean[:, :few], gold[tap], 0, 1e-9, err_msg=tap)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name",
   [e for e in EACH if "grad_sub_f64" in golden.arrays(e.values[0])],

@@ -10,7 +10,7 @@ import pytest
 
 from configs import bench as configured
 from roli_jax import bench, models, peft
-from roli_jax.bench import eager, suites, timing
+from roli_jax.bench import eager, suites, timing, training
 from tests import cli
 
 CONFIG = {
@@ -45,10 +45,10 @@ def test_flops_of_a_product_are_counted():
 def test_a_steps_count_is_of_its_passes():
   """About: 7 x (2 forwards) + 1 + the update, which a probe's is little of."""
   model = models.create("glyph_vit", 10)
-  batch = suites._batch(model, 8)
-  _, now = suites._training(model, peft.linear())
-  linear = suites._counted(model, peft.linear(), now, batch)
-  full = suites._counted(model, peft.full(), now, batch)
+  batch = training.batch_of(model, 8)
+  _, now = training._training(model, peft.linear())
+  linear = training._counted(model, peft.linear(), now, batch)
+  full = training._counted(model, peft.full(), now, batch)
   forward = 8 * 2 * 16 * 200_000  # images x 2 FLOPs x tokens x weights
   assert 15 * forward < linear < full < 22 * forward
 
@@ -111,7 +111,7 @@ def beside(monkeypatch):
     monkeypatch.setattr(eager, "like", lambda model, params: None)
     monkeypatch.setattr(eager, "passes", lambda net, step: passes)
     monkeypatch.setattr(eager, "make_step", lambda *_: lambda: 0.0)
-    for module, name in ((suites, "_product"), (eager, "product")):
+    for module, name in ((training, "product"), (eager, "product")):
       monkeypatch.setattr(module, name, lambda *_: lambda: 0.0)
     config = {
       **configured.get_config().to_dict(),
@@ -120,7 +120,7 @@ def beside(monkeypatch):
       "torch_pairs": 3,
       "runs": 1,
     }
-    return list(suites.against_torch(config))
+    return list(training.against_torch(config))
 
   return rows
 

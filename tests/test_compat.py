@@ -40,7 +40,7 @@ from roli_jax.experiment.train_stage import best_variables, start_variables
 from roli_jax.optim import reference, schedules
 from roli_jax.results import record
 from tests.contracts.test_methods import filled, net, noisy
-from tests.covering import covering, mostly_slow
+from tests.covering import covering
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,6 +113,7 @@ def moved(config):
   )
 
 
+@pytest.mark.slow
 def test_of_all_zero_adapters_one_bias_moves(setup):
   dead, live = (
     moved(setup("adapter", adapter_init=init))
@@ -170,7 +171,8 @@ def test_a_frozen_encoder_drops_paths_if_it_is_not_in_evaluation_mode(
   assert differ(setup(method, init, **switches)) != evaluates
 
 
-@pytest.mark.parametrize("evaluates", mostly_slow((True, False), False))
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluates", (True, False))
 def test_prompts_drop_out_over_an_encoder_that_drops_no_paths(setup, evaluates):
   switches = {"frozen_encoder_eval": evaluates, "droppath_rate": 0.9}
   config = setup("vpt", backbone="glyph_swin", **switches)
@@ -412,7 +414,7 @@ def test_deep_prompts_do_not_show_the_order():
 def test_the_switch_says_the_order(setup, order):
   config = setup("vpt", backbone="glyph_swin", swin_prompt_order=order)
   parts, stage = parts_of(config)
-  assert build_model(parts, stage).backbone.seams.mixed == (order == "as_is")
+  assert build_model(parts, stage).backbone.hooks.mixed == (order == "as_is")
 
 
 @pytest.mark.parametrize(

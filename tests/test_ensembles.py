@@ -49,15 +49,6 @@ def fit(zs, ft, **given):
 
 
 @pytest.mark.parametrize(
-  "distance, weight",
-  [(1.5, 0.5), (0.9, 0.7310585786), (2.1, 0.2689414214), (0.0, 0.92414182)],
-)
-def test_the_weight_is_a_sigmoid_of_the_distance(distance, weight):
-  got = ensembles.vrf_weight(jnp.array([distance]), 1.5, 0.6)
-  np.testing.assert_allclose(got, [weight], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
   "squared, expected",
   [(0.9, (0.43447, 0.56553)), (2.1, (0.66553, 0.33447))],
 )

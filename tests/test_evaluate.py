@@ -131,11 +131,11 @@ def attack_shipped(shipped, rows=slice(None), **settings):
   "spreads",
   mostly_slow(
     (
-      "small 2-16",
-      "small 1-8 1-40 8-64",
+      "few 2-16",
+      "small 1-8 1-40 2-16 8-64",
       "shipped 1-8 1-150 2-8 2-64 2-150 8-8 8-64 8-150",
     ),
-    "small 2-16",
+    "few 2-16",
   ),
 )
 def test_devices_batches_and_order_change_no_bit(spreads, root):
@@ -302,6 +302,7 @@ def test_stopping_early_changes_no_flag(toy):
   assert sum(stops.passes.values()) < sum(goes_on.passes.values())
 
 
+@pytest.mark.slow
 def test_other_params_radii_and_targets_compile_nothing(shipped):
   predict, (params, stats), letters = shipped
   few = (letters.pixels()[:16], letters.labels[:16])

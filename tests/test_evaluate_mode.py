@@ -13,6 +13,8 @@ import pytest
 from roli_jax.results import record
 from tests import cli
 
+pytestmark = pytest.mark.slow  # each needs a run
+
 SMALL = ("--config.num_images=24", "--config.checks=False")
 CE = ("--config.attack=apgd_ce", "--config.eval_attack.num_steps=8")
 
@@ -44,7 +46,6 @@ def kept(run):
   return json.loads(file.read_text()), file.parent
 
 
-@pytest.mark.slow
 def test_an_attack_named_has_its_own_steps(run):
   """Not the 2 of the config's PGD; and its images are kept if asked for."""
   done = evaluate(run, *CE[:1], "--config.save_adv=True")
@@ -59,7 +60,6 @@ def test_an_attack_named_has_its_own_steps(run):
   assert not (folder / "progress").exists()
 
 
-@pytest.mark.slow
 def test_a_curve_has_a_row_at_each_radius(run):
   done = evaluate(
     run, "--config.attack=curve", "--config.eval_attack.num_steps=8",
@@ -75,7 +75,6 @@ def test_a_curve_has_a_row_at_each_radius(run):
   assert (run / "figures" / "evaluations.png").stat().st_size > 5000
 
 
-@pytest.mark.slow
 def test_fast_is_called_non_standard_everywhere(run):
   done = evaluate(
     run, "--config.attack=autoattack_fast", "--config.threat.norm=l2",
@@ -90,7 +89,6 @@ def test_fast_is_called_non_standard_everywhere(run):
   assert "non-standard" in (run / "report.md").read_text()
 
 
-@pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_flags(run, tmp_path):
   words = (
     "--mode=evaluate", *SMALL, "--config.attack=autoattack",

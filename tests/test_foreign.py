@@ -140,7 +140,9 @@ def test_a_tensor_that_is_wrong_is_an_error_that_lists_it(kind, state):
   [
     ({"model": "vit_b17"}, "did you mean 'vit_b16'"),
     ({"format": "tim"}, "did you mean 'timm'"),
-    ({"model": "swin_b"}, "of no layout of swin_b"),
+    pytest.param(
+      {"model": "swin_b"}, "of no layout of swin_b", marks=pytest.mark.slow
+    ),
     ({"model": "swin_b", "format": "torchvision"}, "no names for a swin_b"),
     ({"model": "vit_ti16"}, "of another shape"),
   ],

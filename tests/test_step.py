@@ -187,6 +187,7 @@ def test_as_megatron_splits_blocks_the_attack_reduces_activations():
   assert set(kinds(inside)) == {"all-reduce"}
 
 
+@pytest.mark.slow
 def test_to_keep_the_best_of_a_batch_asks_all_devices():
   config = steps.config()
   config["compat"] = {**config["compat"], "pgd_best": "batch"}

@@ -191,6 +191,7 @@ def test_report_needs_the_rows_alone(finished, tmp_path):
   assert len(report.tables(record.read(tmp_path / "results.jsonl"))) == 3
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_with_all_that_is_known(run):
   (run / "results.jsonl").unlink()
   shutil.rmtree(run / "checkpoints" / "robust-full-roli-n200-seed0")

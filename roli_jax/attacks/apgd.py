@@ -230,11 +230,11 @@ class Apgd(search.Search):
       jnp.asarray(table)[state.i]
       for table in _stages(self.num_steps, self.radii)
     )
-    counts = radii == self.radii[-1]
+    is_final_stage = radii == self.radii[-1]
     state = dataclasses.replace(
       state, best_value=jnp.where(firsts, -jnp.inf, state.best_value)
     )
-    state = _seen(state, value, grads, wrong & counts)
+    state = _seen(state, value, grads, wrong & is_final_stage)
     radius = job.eps * radii.astype(value.dtype)
 
     changed = _changed(state.best, job.images)

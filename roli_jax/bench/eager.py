@@ -51,6 +51,43 @@ def vit(model: models.Model) -> Any:
     )
   import torch
   from torch import nn
+
+  make_block = _block(own)
+
+  class PatchEmbed(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.proj = nn.Conv2d(model.channels, own.width, own.patch, own.patch)
+
+    def forward(self, x):
+      return self.proj(x).flatten(2).transpose(1, 2)
+
+  class Vit(nn.Module):
+    def __init__(self):
+      super().__init__()
+      num_tokens = 1 + (model.image_size // own.patch) ** 2
+      self.patch_embed = PatchEmbed()
+      self.cls_token = nn.Parameter(torch.zeros(1, 1, own.width))
+      self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, own.width))
+      self.blocks = nn.Sequential(*(make_block() for _ in range(own.depth)))
+      self.norm = nn.LayerNorm(own.width, eps=own.eps)
+      self.head = nn.Linear(own.width, model.num_classes)
+      for name, values in (("mean", model.mean), ("std", model.std)):
+        each = torch.tensor(values).reshape(1, -1, 1, 1)
+        self.register_buffer(name, each, persistent=False)
+
+    def forward(self, x):
+      x = self.patch_embed((x - self.mean) / self.std)
+      x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+      x = self.norm(self.blocks(x + self.pos_embed))
+      return self.head(x[:, 0])
+
+  return Vit()
+
+
+def _block(own):
+  """The class of a ViT's blocks, of the widths of ours."""
+  from torch import nn
   from torch.nn import functional
 
   class Attention(nn.Module):
@@ -87,35 +124,7 @@ def vit(model: models.Model) -> Any:
       x = x + self.attn(self.norm1(x))
       return x + self.mlp(self.norm2(x))
 
-  class PatchEmbed(nn.Module):
-    def __init__(self):
-      super().__init__()
-      self.proj = nn.Conv2d(model.channels, own.width, own.patch, own.patch)
-
-    def forward(self, x):
-      return self.proj(x).flatten(2).transpose(1, 2)
-
-  class Vit(nn.Module):
-    def __init__(self):
-      super().__init__()
-      num_tokens = 1 + (model.image_size // own.patch) ** 2
-      self.patch_embed = PatchEmbed()
-      self.cls_token = nn.Parameter(torch.zeros(1, 1, own.width))
-      self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, own.width))
-      self.blocks = nn.Sequential(*(Block() for _ in range(own.depth)))
-      self.norm = nn.LayerNorm(own.width, eps=own.eps)
-      self.head = nn.Linear(own.width, model.num_classes)
-      for name, values in (("mean", model.mean), ("std", model.std)):
-        each = torch.tensor(values).reshape(1, -1, 1, 1)
-        self.register_buffer(name, each, persistent=False)
-
-    def forward(self, x):
-      x = self.patch_embed((x - self.mean) / self.std)
-      x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
-      x = self.norm(self.blocks(x + self.pos_embed))
-      return self.head(x[:, 0])
-
-  return Vit()
+  return Block
 
 
 def like(model: models.Model, params: Params) -> Any:

@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+Row = dict[str, Any]
+
+
+def row(suite: str, name: str, seconds: float, **more: Any) -> Row:
+  """A row of `bench.jsonl`."""
+  return {"suite": suite, "name": name, "seconds": seconds, **more}
 
 
 def turns(
@@ -53,3 +61,17 @@ def flops(fn: Callable[..., Any], *args: Any) -> float:
   """XLA's count for one call, without loops: their bodies count once only."""
   cost: Any = jax.jit(fn).lower(*args).cost_analysis()
   return float(cost["flops"])
+
+
+def matmul(runs: int, side: int = 2048) -> tuple[Row, float]:
+  """This machine's rate at a large square product, in FLOP/s."""
+  seconds = medians({"": product(side)}, runs)[""]
+  rate = 2 * side**3 / seconds
+  return row("step", f"matmul {side}", seconds, gflops=rate / 1e9), rate
+
+
+def product(side: int, dtype: str = "float32") -> Callable[[], Any]:
+  """A call that multiplies two square matrices."""
+  a = jnp.ones((side, side), dtype)
+  product = jax.jit(jnp.matmul)
+  return lambda: product(a, a)

@@ -1,13 +1,9 @@
-"""Geodesic Multi-Modal Mixup (Oh et al. 2023), and contrastive losses.
+"""Geodesic Multi-Modal Mixup (Oh et al. 2023): m2-Mix.
 
 Embeddings are rows of length 1, row i of the images paired with row i of the
 texts. A batch is mixed in one ratio. The formulas are those of the authors'
-main.py, where losses add up as
-
-  contrastive + weight_schedule(epoch) * (w * m2_mix_loss + ...)
-
-with w from 0.001 to 0.05, and for m3-Mix w = 0.01 and `v_mix`, `l_mix`,
-`vl_mix` weighted by 0.05, 0.05 and 0.05 to 0.2.
+main.py, where the term is weighted by weight_schedule(epoch) * w, with w from
+0.001 to 0.05.
 """
 
 import jax
@@ -41,26 +37,6 @@ def slerp(a: Embeddings, b: Embeddings, ratio: Number) -> Float[Array, "n d"]:
   arc = jnp.sin(ratio * angle) * a + jnp.sin((1 - ratio) * angle) * b
   line = ratio * a + (1 - ratio) * b
   return jnp.where(straight, _unit(line), arc / jnp.sin(angle))
-
-
-def contrastive(
-  img: Embeddings,
-  txt: Embeddings,
-  tau: float | int = 0.01,
-  same: Pairs | None = None,
-) -> Float[Array, ""]:
-  """The mean of the cross-entropies from images to texts and back.
-
-  Args:
-    img: the images' embeddings.
-    txt: the texts'.
-    tau: temperature, > 0; similarities are divided by it.
-    same: see `m2_mix_loss`.
-  """
-  _check_tau(tau)
-  logits = _masked(img @ txt.T / tau, same)
-  back = _masked(txt @ img.T / tau, same)
-  return (_matching(logits) + _matching(back)) / 2
 
 
 def m2_mix_loss(
@@ -117,36 +93,6 @@ def m2_mix(
   return both if reduction == "sum" else both / 2
 
 
-def v_mix(
-  img: Embeddings, txt: Embeddings, ratio: Number, *, tau: float | int = 0.01
-) -> Float[Array, ""]:
-  """Contrasts images mixed with the reversed batch's with the texts.
-
-  An image of i and j = n - 1 - i belongs to text i by `ratio`, and to text j
-  by the rest.
-  """
-  return _soft(slerp(img, img[::-1], ratio), txt, ratio, 1 - ratio, tau)
-
-
-def l_mix(
-  img: Embeddings, txt: Embeddings, ratio: Number, *, tau: float | int = 0.01
-) -> Float[Array, ""]:
-  """`v_mix` of texts: they are mixed, the images are not."""
-  return _soft(img, slerp(txt, txt[::-1], ratio), ratio, 1 - ratio, tau)
-
-
-def vl_mix(
-  img: Embeddings, txt: Embeddings, ratio: Number, *, tau: float | int = 0.01
-) -> Float[Array, ""]:
-  """Contrasts mixed images with mixed texts, both in the same ratio.
-
-  An image belongs to its own text and to the reversed batch's, to each by 1:
-  as the authors have it, targets add up to 2.
-  """
-  img, txt = (slerp(x, x[::-1], ratio) for x in (img, txt))
-  return _soft(img, txt, 1.0, 1.0, tau)
-
-
 def draw_ratio(key: Key[Array, ""], beta: float | int) -> Float[Array, ""]:
   """A batch's ratio: Beta(beta, beta), which is U-shaped below 1.
 
@@ -163,31 +109,6 @@ def weight_schedule(epoch: Number) -> Number:
   return 1 / (epoch + 1)
 
 
-def alignment(img: Embeddings, txt: Embeddings) -> Float[Array, ""]:
-  """The mean squared distance within pairs (Wang and Isola 2020, section 4.1).
-
-  0 where each pair is one point; at most 4. Lower is better aligned.
-  """
-  return jnp.mean(((img - txt) ** 2).sum(-1))
-
-
-def uniformity(x: Embeddings, t: float | int = 2) -> Float[Array, ""]:
-  """log mean exp(-t d^2) over pairs of rows (Wang and Isola 2020, 4.1).
-
-  d is the distance of two rows, each pair once and none with itself. 0 where
-  all rows are one point, and down to -4t. Lower is more uniform.
-
-  Raises:
-    ValueError: there are fewer than two rows.
-  """
-  if len(x) < 2:
-    raise ValueError(f"uniformity is of at least 2 rows, got {len(x)}")
-  first, second = np.triu_indices(len(x), 1)
-  lengths = (x * x).sum(-1)
-  squared = lengths[first] + lengths[second] - 2 * (x @ x.T)[first, second]
-  return jax.nn.logsumexp(-t * squared) - jnp.log(len(first))
-
-
 def _matching(logits):
   """The mean cross-entropy where row i belongs to column i."""
   return (jax.nn.logsumexp(logits, -1) - jnp.diagonal(logits)).mean()
@@ -198,18 +119,6 @@ def _masked(logits, same):
     return logits
   others = same & ~jnp.eye(len(logits), dtype=bool)
   return jnp.where(others, -jnp.inf, logits)
-
-
-def _soft(img, txt, own, other, tau):
-  """The mean of both directions; j = n - 1 - i belongs to i by `other`."""
-  _check_tau(tau)
-  eye = jnp.eye(len(img))
-  targets = own * eye + other * eye[::-1]  # symmetric
-  both = (
-    -(targets * jax.nn.log_softmax(logits / tau)).sum(-1).mean()
-    for logits in (img @ txt.T, txt @ img.T)
-  )
-  return sum(both) / 2
 
 
 def _check_tau(tau: float | int) -> None:

@@ -71,6 +71,7 @@ def check_size(key: str, size: int, expected: int) -> None:
 
 _LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_EMPTY = {"EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_DICT": dict}
 
 
 def run(instructions: Any, storage: Callable[..., np.ndarray]) -> Any:
@@ -101,36 +102,24 @@ def run(instructions: Any, storage: Callable[..., np.ndarray]) -> Any:
         stack.append(_LITERALS[name])
       case "MARK":
         marks.append(len(stack))
-      case "PUT" | "BINPUT" | "LONG_BINPUT":
-        memo[arg] = stack[-1]
-      case "MEMOIZE":
-        memo[len(memo)] = stack[-1]
+      case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE" as name:
+        memo[len(memo) if name == "MEMOIZE" else arg] = stack[-1]
       case "GET" | "BINGET" | "LONG_BINGET":
         stack.append(memo[arg])
       case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
         stack.append(tuple(take(len(stack) - _TUPLES[name])))
       case "TUPLE":
         stack.append(tuple(take(marks.pop())))
-      case "EMPTY_LIST":
-        stack.append([])
-      case "APPEND":
-        item = stack.pop()
-        _of(list, stack[-1]).append(item)
-      case "APPENDS":
-        items = take(marks.pop())
+      case "EMPTY_LIST" | "EMPTY_SET" | "EMPTY_DICT" as name:
+        stack.append(_EMPTY[name]())
+      case "APPEND" | "APPENDS" as name:
+        items = take(len(stack) - 1 if name == "APPEND" else marks.pop())
         _of(list, stack[-1]).extend(items)
-      case "EMPTY_SET":
-        stack.append(set())
       case "ADDITEMS":
         items = take(marks.pop())
         _of(set, stack[-1]).update(map(_key, items))
-      case "EMPTY_DICT":
-        stack.append({})
-      case "SETITEM":
-        item = take(len(stack) - 2)
-        _of(dict, stack[-1]).update(_dict([item]))
-      case "SETITEMS":
-        items = take(marks.pop())
+      case "SETITEM" | "SETITEMS" as name:
+        items = take(len(stack) - 2 if name == "SETITEM" else marks.pop())
         pairs = zip(items[::2], items[1::2], strict=True)
         _of(dict, stack[-1]).update(_dict(pairs))
       case "GLOBAL":

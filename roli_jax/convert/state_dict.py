@@ -147,26 +147,26 @@ def _of_head(paths: list[str]) -> bool:
 
 
 def _normalised(
-  model: models.Model, network: Network, own: Any, mean: Any, std: Any
+  model: models.Model, network: Network, usual: Any, mean: Any, std: Any
 ) -> models.Model:
   """The model with what is given, or is the file's, the format's, its own.
 
   Args:
     model: whose images are meant.
     network: beside which the file's may stand, one for all channels perhaps.
-    own: mean and deviation of the format, or None.
+    usual: mean and deviation of the format, or None.
     mean: what is given, or None.
     std: what the pixels are divided by; None: the format's own.
 
   Raises:
     ValueError: not as many numbers as channels, or not finite.
   """
-  if own is None or len(own[0]) != model.channels:
-    own = (model.mean, model.std)
+  if usual is None or len(usual[0]) != model.channels:
+    usual = (model.mean, model.std)
   both = []
   for given, theirs, default, what in (
-    (mean, network.mean, own[0], "mean"),
-    (std, network.std, own[1], "std"),
+    (mean, network.mean, usual[0], "mean"),
+    (std, network.std, usual[1], "std"),
   ):
     if given is None and theirs is not None and len(theirs) == 1:
       theirs = theirs * model.channels

@@ -17,7 +17,6 @@ import numpy as np
 from roli_jax import specs
 from roli_jax.corruptions import base, blur, digital, glyphs, noise, weather
 from roli_jax.corruptions.base import SEVERITIES
-from roli_jax.corruptions.error import ALEXNET, mean_corruption_error
 
 Corruption = Callable[[np.random.Generator, np.ndarray, int], np.ndarray]
 
@@ -140,7 +139,6 @@ def guide(index: int | np.integer, count: int | None = None) -> str:
 
 
 __all__ = [
-  "ALEXNET",
   "CORRUPTIONS",
   "EXTRA",
   "GLYPHS",
@@ -151,5 +149,4 @@ __all__ = [
   "Corruption",
   "apply",
   "guide",
-  "mean_corruption_error",
 ]

@@ -1,14 +1,16 @@
-"""Augmentations and crops: `(rng, image) -> image`, on PIL images.
+"""Augmentations and crops: `(rng, image, ...) -> image`, on PIL images.
 
 A chain is a tuple of strings, `("resize:256", "random_crop:224", "flip")`, in
 the order in which they are applied. All chance comes from the generator that
-is handed in. Rounding is torchvision's; what lies outside an image is black.
+is handed in; the size of what comes out depends on the size alone. Rounding is
+torchvision's; what lies outside an image is black.
 """
 
-import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from roli_jax import specs
 
 Size = tuple[int, int]  # height, width
 Rng = np.random.Generator
+Chain = tuple[functools.partial, ...]  # of `(rng, image) -> image`
 
 PHOTO_TRAIN = ("resize:256", "random_crop:224", "flip")
 PHOTO_EVAL = ("resize:256", "center_crop:224")
@@ -25,118 +28,52 @@ GUIDE_TRAIN = ("stretch:224", "flip", "color_jitter:0.25", "rotate:2")
 GUIDE_EVAL = ("stretch:224",)
 
 
-@dataclasses.dataclass(frozen=True)
-class Transform:
-  """What all have: an example of its name, and the size of what comes out."""
-
-  example: ClassVar[str]
-  needs_colour: ClassVar[bool] = False
-
-  def __call__(self, rng: Rng, image: Any) -> Any:
-    raise NotImplementedError
-
-  def size(self, size: Size | None) -> Size | None:
-    """The image's size after it, from that before; None: it is not known."""
-    return size
-
-
-@dataclasses.dataclass(frozen=True)
-class Resize(Transform):
+def resize(rng: Rng, image: Any, side: int) -> Any:
   """The shorter side becomes `side`; bilinear, antialiased by PIL."""
-
-  side: int
-  example: ClassVar[str] = "resize:256"
-
-  def __call__(self, rng: Rng, image: Any) -> Any:
-    from PIL import Image
-
-    width, height = image.size
-    height, width = self._sides(height, width)
-    if (width, height) == image.size:
-      return image
-    return image.resize((width, height), Image.Resampling.BILINEAR)
-
-  def size(self, size: Size | None) -> Size | None:
-    return size and self._sides(*size)
-
-  def _sides(self, height, width):
-    if width <= height:
-      return int(self.side * height / width), self.side
-    return self.side, int(self.side * width / height)
+  width, height = image.size
+  if width <= height:
+    return _resized(image, side, int(side * height / width))
+  return _resized(image, int(side * width / height), side)
 
 
-@dataclasses.dataclass(frozen=True)
-class Stretch(Transform):
+def stretch(rng: Rng, image: Any, side: int) -> Any:
   """Both sides become `side`, the shape lost; bilinear, antialiased by PIL."""
-
-  side: int
-  example: ClassVar[str] = "stretch:224"
-
-  def __call__(self, rng: Rng, image: Any) -> Any:
-    from PIL import Image
-
-    return image.resize((self.side, self.side), Image.Resampling.BILINEAR)
-
-  def size(self, size: Size | None) -> Size | None:
-    return self.side, self.side
+  return _resized(image, side, side)
 
 
-@dataclasses.dataclass(frozen=True)
-class Crop(Transform):
-  """A square; of an image that is smaller, the middle of a black one."""
+def _resized(image, width, height):
+  from PIL import Image
 
-  side: int
-
-  def size(self, size: Size | None) -> Size | None:
-    return self.side, self.side
-
-  def _cut(self, image, start: Callable[[int], int]):
-    """Starts where `start` says of the pixels left over in a direction."""
-    left, top = (
-      start(extent - self.side)
-      if extent >= self.side
-      else -((self.side - extent) // 2)
-      for extent in image.size
-    )
-    return image.crop((left, top, left + self.side, top + self.side))
+  if (width, height) == image.size:
+    return image
+  return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-@dataclasses.dataclass(frozen=True)
-class CenterCrop(Crop):
-  """The square in the middle."""
-
-  example: ClassVar[str] = "center_crop:224"
-
-  def __call__(self, rng: Rng, image: Any) -> Any:
-    return self._cut(image, lambda over: round(over / 2))
+def center_crop(rng: Rng, image: Any, side: int) -> Any:
+  """The square in the middle; what is smaller stands in a black one."""
+  return _cut(image, side, lambda over: round(over / 2))
 
 
-@dataclasses.dataclass(frozen=True)
-class RandomCrop(Crop):
-  """A square anywhere."""
-
-  example: ClassVar[str] = "random_crop:224"
-
-  def __call__(self, rng: Rng, image: Any) -> Any:
-    return self._cut(image, lambda over: int(rng.integers(over + 1)))
+def random_crop(rng: Rng, image: Any, side: int) -> Any:
+  """A square anywhere; what is smaller stands in the middle of a black one."""
+  return _cut(image, side, lambda over: int(rng.integers(over + 1)))
 
 
-@dataclasses.dataclass(frozen=True)
-class RandomResizedCrop(Transform):
+def _cut(image, side, start: Callable[[int], int]):
+  """Starts where `start` says of the pixels left over in a direction."""
+  left, top = (
+    start(extent - side) if extent >= side else -((side - extent) // 2)
+    for extent in image.size
+  )
+  return image.crop((left, top, left + side, top + side))
+
+
+def random_resized_crop(rng: Rng, image: Any, side: int) -> Any:
   """8 to 100% of the area, sides 3:4 to 4:3, resized to a square."""
+  from PIL import Image
 
-  side: int
-  example: ClassVar[str] = "random_resized_crop:224"
-
-  def __call__(self, rng: Rng, image: Any) -> Any:
-    from PIL import Image
-
-    box = _box(rng, *image.size)
-    size = (self.side, self.side)
-    return image.crop(box).resize(size, Image.Resampling.BILINEAR)
-
-  def size(self, size: Size | None) -> Size | None:
-    return self.side, self.side
+  image = image.crop(_box(rng, *image.size))
+  return image.resize((side, side), Image.Resampling.BILINEAR)
 
 
 def _box(rng, width, height):
@@ -156,110 +93,60 @@ def _box(rng, width, height):
   return left, top, left + w, top + h
 
 
-@dataclasses.dataclass(frozen=True)
-class Flip(Transform):
+def flip(rng: Rng, image: Any) -> Any:
   """Every other image, by chance, has left and right exchanged."""
+  from PIL import Image
 
-  example: ClassVar[str] = "flip"
-
-  def __call__(self, rng: Rng, image: Any) -> Any:
-    from PIL import Image
-
-    if rng.random() < 0.5:
-      return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image
+  if rng.random() < 0.5:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+  return image
 
 
-@dataclasses.dataclass(frozen=True)
-class Rotate(Transform):
+def rotate(rng: Rng, image: Any, degrees: float) -> Any:
   """Turned by up to `degrees` either way, nearest pixels, black coming in."""
-
-  degrees: float
-  example: ClassVar[str] = "rotate:2"
-
-  def __call__(self, rng: Rng, image: Any) -> Any:
-    return image.rotate(rng.uniform(-self.degrees, self.degrees))
+  return image.rotate(rng.uniform(-degrees, degrees))
 
 
-@dataclasses.dataclass(frozen=True)
-class PadCrop(Transform):
+def pad_crop(rng: Rng, image: Any, pad: int) -> Any:
   """Moved by up to `pad` pixels in each direction, black coming in."""
-
-  pad: int
-  example: ClassVar[str] = "pad_crop:4"
-
-  def __call__(self, rng: Rng, image: Any) -> Any:
-    left, top = rng.integers(-self.pad, self.pad + 1, 2).tolist()
-    width, height = image.size
-    return image.crop((left, top, left + width, top + height))
+  left, top = rng.integers(-pad, pad + 1, 2).tolist()
+  width, height = image.size
+  return image.crop((left, top, left + width, top + height))
 
 
-@dataclasses.dataclass(frozen=True)
-class Cutout(Transform):
+def cutout(rng: Rng, image: Any, side: int) -> Any:
   """A black square around a random pixel (DeVries and Taylor 2017)."""
-
-  side: int
-  example: ClassVar[str] = "cutout:8"
-
-  def __call__(self, rng: Rng, image: Any) -> Any:
-    width, height = image.size
-    x, y = int(rng.integers(width)), int(rng.integers(height))
-    left, top = x - self.side // 2, y - self.side // 2
-    box = (
-      max(left, 0),
-      max(top, 0),
-      min(left + self.side, width),
-      min(top + self.side, height),
-    )
-    image = image.copy()
-    image.paste(0 if image.mode == "L" else (0, 0, 0), box)
-    return image
+  width, height = image.size
+  x, y = int(rng.integers(width)), int(rng.integers(height))
+  left, top = x - side // 2, y - side // 2
+  right, bottom = min(left + side, width), min(top + side, height)
+  image = image.copy()
+  black = 0 if image.mode == "L" else (0, 0, 0)
+  image.paste(black, (max(left, 0), max(top, 0), right, bottom))
+  return image
 
 
-@dataclasses.dataclass(frozen=True)
-class ColorJitter(Transform):
+def color_jitter(rng: Rng, image: Any, strength: float) -> Any:
   """Brightness, contrast and saturation in random order.
 
-  Each by a factor between 1 - strength and 1 + strength.
+  Each by a factor between 1 - strength and 1 + strength; strength is at most 1.
   """
-
-  strength: float
-  example: ClassVar[str] = "color_jitter:0.4"
-  needs_colour: ClassVar[bool] = True
-
-  def __post_init__(self):
-    if self.strength > 1:
-      raise ValueError(f"strength must be <= 1, got {self.strength}")
-
-  def __call__(self, rng: Rng, image: Any) -> Any:
-    for i in rng.permutation(3):
-      factor = rng.uniform(1 - self.strength, 1 + self.strength)
-      image = _enhance(("Brightness", "Contrast", "Color")[i], image, factor)
-    return image
+  for i in rng.permutation(3):
+    factor = rng.uniform(1 - strength, 1 + strength)
+    image = _enhance(("Brightness", "Contrast", "Color")[i], image, factor)
+  return image
 
 
-@dataclasses.dataclass(frozen=True)
-class RandAugment(Transform):
+def rand_augment(rng: Rng, image: Any, num_ops: int, magnitude: int) -> Any:
   """So many of 14 operations, by chance, at one magnitude of 0 to 30.
 
   Cubuk et al. 2020; operations and ranges are torchvision's, nearest pixels.
   """
-
-  num_ops: int
-  magnitude: int
-  example: ClassVar[str] = "rand_augment:2,9"
-  needs_colour: ClassVar[bool] = True
-
-  def __post_init__(self):
-    if self.magnitude > 30:
-      raise ValueError(f"magnitude must be <= 30, got {self.magnitude}")
-
-  def __call__(self, rng: Rng, image: Any) -> Any:
-    for _ in range(self.num_ops):
-      operation = OPERATIONS[rng.integers(len(OPERATIONS))]
-      sign = 1 if rng.random() < 0.5 else -1
-      image = operate(operation, image, self.magnitude / 30, sign)
-    return image
+  for _ in range(num_ops):
+    operation = OPERATIONS[rng.integers(len(OPERATIONS))]
+    sign = 1 if rng.random() < 0.5 else -1
+    image = operate(operation, image, magnitude / 30, sign)
+  return image
 
 
 OPERATIONS = (
@@ -309,21 +196,22 @@ def _enhance(name, image, factor):
   return getattr(ImageEnhance, name)(image).enhance(factor)
 
 
-TRANSFORMS: dict[str, type[Transform]] = {
-  "center_crop": CenterCrop,
-  "color_jitter": ColorJitter,
-  "cutout": Cutout,
-  "flip": Flip,
-  "pad_crop": PadCrop,
-  "rand_augment": RandAugment,
-  "random_crop": RandomCrop,
-  "random_resized_crop": RandomResizedCrop,
-  "resize": Resize,
-  "rotate": Rotate,
-  "stretch": Stretch,
+# How each is written.
+TRANSFORMS: dict[Callable[..., Any], str] = {
+  center_crop: "center_crop:224",
+  color_jitter: "color_jitter:0.4",
+  cutout: "cutout:8",
+  flip: "flip",
+  pad_crop: "pad_crop:4",
+  rand_augment: "rand_augment:2,9",
+  random_crop: "random_crop:224",
+  random_resized_crop: "random_resized_crop:224",
+  resize: "resize:256",
+  rotate: "rotate:2",
+  stretch: "stretch:224",
 }
-
-Chain = tuple[Transform, ...]
+_COLOUR = (color_jitter, rand_augment)  # of these, images have to have some
+_MOST = {"strength": 1, "magnitude": 30}
 
 
 def build(texts: Iterable[str]) -> Chain:
@@ -339,28 +227,43 @@ def build(texts: Iterable[str]) -> Chain:
 
 def _parse(text):
   name, colon, rest = text.partition(":")
-  make = specs.lookup(TRANSFORMS, name, "transform")
-  fields = dataclasses.fields(make)
+  by_name = {make.__name__: make for make in TRANSFORMS}
+  make = specs.lookup(by_name, name, "transform")
+  _, _, *fields = inspect.signature(make).parameters.values()
   words = rest.split(",") if colon else []
   try:
-    values = [
-      field.type(word) for field, word in zip(fields, words, strict=True)
-    ]
-    if any(not 0 <= v < math.inf or (v == 0 and i == 0)
-           for i, v in enumerate(values)):  # fmt: skip
-      raise ValueError("the first number must be positive, none negative")
-    return make(*values)
+    values = {
+      field.name: field.annotation(word)
+      for field, word in zip(fields, words, strict=True)
+    }
+    for i, (field, value) in enumerate(values.items()):
+      if not 0 <= value < math.inf or (value == 0 and i == 0):
+        raise ValueError("the first number must be positive, none negative")
+      if value > _MOST.get(field, math.inf):
+        raise ValueError(f"{field} must be <= {_MOST[field]}, got {value}")
   except ValueError as error:
     raise ValueError(
-      f"{name} is written like {make.example!r}, got {text!r} ({error})"
+      f"{name} is written like {TRANSFORMS[make]!r}, got {text!r} ({error})"
     ) from error
+  return functools.partial(make, **values)
 
 
 def size(chain: Chain, before: Size | None) -> Size | None:
-  """The size that a chain ends at; None where it depends on the image."""
-  for transform in chain:
-    before = transform.size(before)
-  return before
+  """The size that a chain ends at; None where it depends on the image.
+
+  Args:
+    chain: the transforms, in their order.
+    before: height and width before them; None: images have many.
+  """
+  if not chain:
+    return before
+  from PIL import Image
+
+  found = set()
+  for height, width in [before] if before else [(40, 90), (97, 31)]:
+    image = Image.new("RGB", (width, height))
+    found.add(apply(chain, np.random.default_rng(0), image).shape[:2])
+  return found.pop() if len(found) == 1 else None
 
 
 def check(
@@ -375,10 +278,10 @@ def check(
     channels: 1 for grey, 3 for colour.
   """
   for transform in (*train, *held):
-    if transform.needs_colour and channels != 3:
+    if transform.func in _COLOUR and channels != 3:
       raise ValueError(
-        f"{transform.example.partition(':')[0]} wants colour images of 0 to"
-        " 255, these are grey"
+        f"{transform.func.__name__} wants colour images of 0 to 255, these are"
+        " grey"
       )
   sizes = {"train": size(train, before), "eval": size(held, before)}
   for name, found in sizes.items():

@@ -296,13 +296,6 @@ def vrf_distance(state: VrfState, ft_feats: Features) -> Float[Array, "b"]:
   return jnp.where(apart, jnp.sqrt(jnp.where(apart, squares, 1)), 0)
 
 
-def vrf_weight(
-  distance: Float[Array | np.ndarray, "b"], a: Number, b: Number
-) -> Float[Array, "b"]:
-  """sigmoid((a - d) / b), the fine-tuned model's: falls with the distance."""
-  return jax.nn.sigmoid((a - distance) / b)
-
-
 def vrf_predict(
   state: VrfState,
   zs_logits: Logits,

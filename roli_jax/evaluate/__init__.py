@@ -68,15 +68,15 @@ def run(
   """
   images = np.asarray(images)
   checks.check_shape(images)
-  on = classifier.make(
+  function = classifier.make(
     logits_fn, params, images.shape[1:], batch_size,
     stochastic=stochastic, dtype=dtype, seed=seed,
   )  # fmt: skip
-  return run_on(on, images, labels, attack, indices=indices, save=save)
+  return run_on(function, images, labels, attack, indices=indices, save=save)
 
 
 def run_on(
-  on: classifier.Classifier,
+  function: classifier.Classifier,
   images: np.ndarray,
   labels: np.ndarray,
   attack: attacks.Attack | None,
@@ -89,9 +89,9 @@ def run_on(
   images, labels = np.asarray(images), np.asarray(labels)
   indices = np.arange(len(images)) if indices is None else np.asarray(indices)
   checks.check_inputs(images, labels, indices, attack)
-  checks.check_function(on, labels, attack)
+  checks.check_function(function, labels, attack)
   now = Evaluation(
-    on,
+    function,
     images.astype(np.float32),
     labels.astype(np.int32),  # 8 bits don't count 300 classes
     indices.astype(np.int64),

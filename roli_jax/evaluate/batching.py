@@ -99,9 +99,9 @@ Settle = Callable[[Ended], tuple[np.ndarray, np.ndarray]]
 
 
 def run(
-  on: Classifier,
+  function: Classifier,
   attack: search.Search,
-  of: Subjects,
+  subjects: Subjects,
   waiting: Iterable[tuple[int, int]],
   settle: Settle,
   work: Work,
@@ -110,90 +110,130 @@ def run(
   """Runs jobs until all have ended.
 
   Args:
-    on: the function.
+    function: the function.
     attack: the search.
-    of: the images.
+    subjects: the images.
     waiting: (row, job) of each job, in the order in which they start.
     settle: told of jobs that have ended, says which have broken their image,
       whose later jobs are called off; and which go on, since they have not.
     work: what was computed is added to it.
     update: told of steps that are no longer to be taken.
   """
-  key = keys.stream(keys.root(on.seed), attack.name)
-  sizes = on.sizes
+  key = keys.stream(keys.root(function.seed), attack.name)
+  sizes = function.sizes
   if jax.default_backend() == "cpu":
     sizes = sizes[-1:]  # eight rows without a job cost nothing there
   queue = collections.deque(waiting)
   fallen: dict[int, int] = {}  # row -> the first job that broke the image
-  nobody = np.zeros(0, np.int64)
-  rows, jobs, slots, steps = nobody, nobody, nobody, nobody
-  again = np.zeros(0, bool)
-  pool = None
+  running, pool = _NOBODY, None
+  advance = function.programs.compiled(
+    _advance, static_argnums=(0, 1), donate_argnums=(5, 6)
+  )
   while True:
-    called_off = _called_off(attack, fallen, rows, jobs)
-    update(int((attack.length - steps[called_off]).sum()))
-    rows, jobs, slots, steps, again = (
-      x[~called_off] for x in (rows, jobs, slots, steps, again)
-    )
-    fresh: list[tuple[int, int]] = []
-    while queue and len(rows) + len(fresh) < sizes[-1]:
-      row, job = queue.popleft()
-      if attack.stop and fallen.get(row, job) < job:
-        update(attack.length)
-      else:
-        fresh.append((row, job))
-    total = len(rows) + len(fresh)
+    called_off = _called_off(attack, fallen, running)
+    update(int((attack.length - running.steps[called_off]).sum()))
+    running = running.at(~called_off)
+    fresh = _next(queue, attack, fallen, sizes[-1] - len(running), update)
+    running = running.and_new(fresh)
+    total = len(running)
     if not total:
       return
     size = min(s for s in sizes if s >= total)
-    rows, jobs, steps, slots, again = (
-      np.concatenate([x, np.array(more, x.dtype)])
-      for x, more in (
-        (rows, [row for row, _ in fresh]),
-        (jobs, [job for _, job in fresh]),
-        (steps, [0] * len(fresh)),
-        (slots, [0] * len(fresh)),
-        (again, [False] * len(fresh)),
-      )
-    )
-    places = _places(size, on.mesh.size)[:total]
-    pool = _filled(on, attack, of, key, pool, size, places, rows, jobs, slots,
-                   again, len(fresh))  # fmt: skip
-    slots = places
-    every = math.ceil(math.sqrt(attack.length))
-    advance = on.programs.compiled(
-      _advance, static_argnums=(0, 1), donate_argnums=(5, 6)
+    places = _places(size, function.mesh.size)[:total]
+    pool = _filled(
+      function, attack, subjects, key, pool, size, places, running, len(fresh)
     )
     pool, counts = advance(
-      on.mesh, on.dtype, _of_a_job(attack), on.params, every, *pool
+      function.mesh,
+      function.dtype,
+      _of_a_job(attack),
+      function.params,
+      math.ceil(math.sqrt(attack.length)),  # steps at most
+      *pool,
     )
-    state = pool[1]
-    taken, found, done = (
-      x[slots] for x in sharding.fetch((state.i, state.found, state.done))
+    state, counts = pool[1], sharding.fetch(counts)
+    steps, done = (x[places] for x in sharding.fetch((state.i, state.done)))
+    new = int((steps - running.steps).sum())
+    idle = int(counts.sum()) * (size // len(counts)) - new
+    work.add(new, idle, attack.step_passes)
+    running = dataclasses.replace(
+      running, slots=places, steps=steps, again=np.zeros(total, bool)
     )
-    new = int((taken - steps).sum())
-    counts = sharding.fetch(counts)
-    work.add(new, int(counts.sum()) * (size // len(counts)) - new,
-             attack.step_passes)  # fmt: skip
-    steps = taken
-    again = np.zeros(total, bool)
-    if done.any():
-      ended = np.flatnonzero(done)
-      claims = ended[found[ended]]
-      adv = of.images[rows[ended]].copy()
-      if len(claims):
-        adv[found[ended]] = sharding.fetch(state.adv)[slots[claims]]
-      told = Ended(rows[ended], jobs[ended], found[ended], adv,
-                   (taken < attack.length)[ended])  # fmt: skip
+    ended = np.flatnonzero(done)
+    if len(ended):
+      told = _ended(running.at(ended), state, subjects, attack)
       broke, goes_on = settle(told)
       for row, job in zip(told.rows[broke], told.jobs[broke], strict=True):
         fallen[row] = min(job, fallen.get(row, job))
-      again[ended] = goes_on
-    update(new + int((attack.length - steps)[done & ~again].sum()))
-    stays = ~done | again
-    rows, jobs, slots, steps, again = (
-      x[stays] for x in (rows, jobs, slots, steps, again)
+      running.again[ended] = goes_on
+    over = done & ~running.again
+    update(new + int((attack.length - steps)[over].sum()))
+    running = running.at(~over)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Running:
+  """Jobs that have a place in the pool; NumPy arrays, one entry a job.
+
+  Attributes:
+    rows: which of the images, int [b].
+    jobs: which job of each of those images, int [b].
+    slots: their places in the pool, int [b].
+    steps: steps taken, int [b].
+    again: whether a claim of theirs proved false, so that they go on, bool [b].
+  """
+
+  rows: np.ndarray
+  jobs: np.ndarray
+  slots: np.ndarray
+  steps: np.ndarray
+  again: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def at(self, which: np.ndarray) -> "_Running":
+    """Those at these positions, or where the mask says so."""
+    return _Running(
+      *(getattr(self, f.name)[which] for f in dataclasses.fields(self))
     )
+
+  def and_new(self, fresh: list[tuple[int, int]]) -> "_Running":
+    """These, and (row, job) of others behind them that have no place yet."""
+    rows, jobs = np.array(fresh, np.int64).reshape(-1, 2).T
+    none = np.zeros(len(fresh), np.int64)
+    new = _Running(rows, jobs, none, none, none.astype(bool))
+    return _Running(
+      *(
+        np.concatenate([getattr(self, f.name), getattr(new, f.name)])
+        for f in dataclasses.fields(self)
+      )
+    )
+
+
+_NOBODY = _Running(*[np.zeros(0, np.int64)] * 4, np.zeros(0, bool))
+
+
+def _next(queue, attack, fallen, most, update):
+  """At most so many jobs from the queue, without those of fallen images."""
+  fresh: list[tuple[int, int]] = []
+  while queue and len(fresh) < most:
+    row, job = queue.popleft()
+    if attack.stop and fallen.get(row, job) < job:
+      update(attack.length)
+    else:
+      fresh.append((row, job))
+  return fresh
+
+
+def _ended(running, state, subjects, attack):
+  """What these jobs, which have ended, claim to have found."""
+  found = sharding.fetch(state.found)[running.slots]
+  adv = subjects.images[running.rows].copy()
+  if found.any():
+    adv[found] = sharding.fetch(state.adv)[running.slots[found]]
+  can_go_on = running.steps < attack.length
+  return Ended(running.rows, running.jobs, found, adv, can_go_on)
 
 
 def _of_a_job(attack):
@@ -203,14 +243,13 @@ def _of_a_job(attack):
   )
 
 
-def _called_off(attack, fallen, rows, jobs):
+def _called_off(attack, fallen, running):
   """The jobs of images that fell to an earlier one."""
-  firsts = [fallen.get(row, job) for row, job in zip(rows, jobs, strict=True)]
-  return (
-    np.array(firsts, jobs.dtype).reshape(-1) < jobs
-    if attack.stop
-    else (np.zeros(len(rows), bool))
-  )
+  if not attack.stop:
+    return np.zeros(len(running), bool)
+  pairs = zip(running.rows, running.jobs, strict=True)
+  firsts = [fallen.get(row, job) for row, job in pairs]
+  return np.array(firsts, np.int64) < running.jobs
 
 
 def _places(size: int, devices: int) -> np.ndarray:
@@ -222,43 +261,45 @@ def _places(size: int, devices: int) -> np.ndarray:
   return eights.swapaxes(0, 1).ravel()
 
 
-def _filled(on, attack, of, key, pool, size, places, rows, jobs, slots, again,
-            num_fresh):  # fmt: skip
+def _filled(
+  function, attack, subjects, key, pool, size, places, running, num_fresh
+):
   """The pool with its jobs at their places, new ones at theirs.
 
   Returns:
     Jobs, states, and which of them are to begin.
   """
   order = np.zeros(size, np.int32)
-  order[places] = slots
+  order[places] = running.slots
   retract, fresh = np.zeros(size, bool), np.zeros(size, bool)
-  retract[places] = again
-  starts = places[len(places) - num_fresh :]
+  retract[places] = running.again
+  first = len(places) - num_fresh
+  starts, new = places[first:], running.at(np.arange(first, len(places)))
   fresh[starts] = True
-  news = _news(attack, of, size, starts, rows[len(rows) - num_fresh :],
-               jobs[len(jobs) - num_fresh :])  # fmt: skip
+  news = _news(attack, subjects, size, starts, new.rows, new.jobs)
   used = np.zeros(size, bool)
   used[places] = True
-  arrays = sharding.spread((order, retract, fresh, used, news), on.mesh)
+  arrays = sharding.spread((order, retract, fresh, used, news), function.mesh)
   if pool is None:
     pool = _empty(_of_a_job(attack), key, arrays[-1])
-  return _pack(on.mesh, _of_a_job(attack), key, pool, *arrays)
+  return _pack(function.mesh, _of_a_job(attack), key, pool, *arrays)
 
 
-def _news(attack, of, size, starts, rows, jobs):
+def _news(attack, subjects, size, starts, rows, jobs):
   """Arrays of new jobs at their places; zeros elsewhere."""
-  targets = np.minimum(jobs // attack.num_restarts, of.towards.shape[1] - 1)
+  most = subjects.towards.shape[1] - 1
+  targets = np.minimum(jobs // attack.num_restarts, most)
   values = {
-    "images": of.images[rows],
-    "labels": of.labels[rows].astype(np.int32),
-    "targets": of.towards[rows, targets].astype(np.int32),
+    "images": subjects.images[rows],
+    "labels": subjects.labels[rows].astype(np.int32),
+    "targets": subjects.towards[rows, targets].astype(np.int32),
     "restart": (jobs % attack.num_restarts).astype(np.int32),
-    "eps": of.eps[rows].astype(np.float32),
-    "indices": of.indices[rows].astype(np.uint32),
+    "eps": subjects.eps[rows].astype(np.float32),
+    "indices": subjects.indices[rows].astype(np.uint32),
     "jobs": jobs.astype(np.uint32),
   }
-  if of.noise is not None:
-    values["noise"] = of.noise[rows]
+  if subjects.noise is not None:
+    values["noise"] = subjects.noise[rows]
 
   def placed(value):
     out = np.zeros((size, *value.shape[1:]), value.dtype)

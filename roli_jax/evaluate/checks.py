@@ -71,7 +71,7 @@ def worst(each: Iterable[Iterable[Check]]) -> list[Check]:
 
 
 def of_outputs(
-  on: Classifier,
+  function: Classifier,
   images: np.ndarray,
   labels: np.ndarray,
   indices: np.ndarray,
@@ -81,7 +81,7 @@ def of_outputs(
   """What the outputs on clean images say, from a few passes more.
 
   Args:
-    on: the function.
+    function: the function.
     images: the clean ones; the first 64 are looked at.
     labels: their classes.
     indices: who they are.
@@ -93,10 +93,10 @@ def of_outputs(
   clean, logits = clean[few], logits[few].astype(np.float64)
   return [
     _accuracy(clean, logits.shape[1], indices),
-    _alone(on, images, labels, indices, logits),
+    _alone(function, images, labels, indices, logits),
     _logits(logits, indices),
     _scale(logits, indices),
-    _deterministic(on, images, labels, indices, logits),
+    _deterministic(function, images, labels, indices, logits),
   ]
 
 
@@ -143,16 +143,16 @@ def moved(logits: np.ndarray, others: np.ndarray) -> np.ndarray:
   return np.where(same & np.isfinite(apart), apart, np.inf)
 
 
-def _alone(on, images, labels, indices, logits):
+def _alone(function, images, labels, indices, logits):
   """Whether an image's logits depend on who stands beside it."""
-  if on.stochastic:
+  if function.stochastic:
     return Check("batch", "info", "each image of a random function is alone")
   # In another order, which takes every group of eight apart, and each beside
   # its negative, without which a single group would keep its members.
   order = np.concatenate([np.arange(k, len(images), 8) for k in range(8)])
   negatives = images.min() + images.max() - images
   beside = np.stack([images, negatives], 1)[order]
-  *_, mixed = on.judge(
+  *_, mixed = function.judge(
     beside.reshape(-1, *images.shape[1:]),
     labels[order].repeat(2),
     indices[order].repeat(2),
@@ -161,7 +161,7 @@ def _alone(on, images, labels, indices, logits):
   off[order] = moved(logits[order], mixed[::2])
   if len(images) <= _FEW:  # among seven of itself, and not the first
     each = (x.repeat(8, axis=0) for x in (images, labels, indices))
-    *_, alone = on.judge(*each)
+    *_, alone = function.judge(*each)
     off = np.maximum(off, moved(logits, alone[3::8]))
   return judged(
     "batch",
@@ -201,10 +201,10 @@ def _scale(logits, indices):
   )
 
 
-def _deterministic(on, images, labels, indices, logits):
-  if on.stochastic:
+def _deterministic(function, images, labels, indices, logits):
+  if function.stochastic:
     return Check("deterministic", "info", "random, as declared: 20 draws judge")
-  if on.programs.is_fickle:
+  if function.programs.is_fickle:
     return judged(
       "deterministic",
       "fail",
@@ -214,7 +214,7 @@ def _deterministic(on, images, labels, indices, logits):
     )
   worst = np.zeros(len(logits))
   for _ in range(4):
-    *_, again = on.judge(images, labels, indices)
+    *_, again = function.judge(images, labels, indices)
     worst = np.maximum(worst, moved(logits, again))
   return judged(
     "deterministic",
@@ -226,7 +226,10 @@ def _deterministic(on, images, labels, indices, logits):
 
 
 def of_gradients(
-  on: Classifier, images: np.ndarray, labels: np.ndarray, indices: np.ndarray
+  function: Classifier,
+  images: np.ndarray,
+  labels: np.ndarray,
+  indices: np.ndarray,
 ) -> tuple[Check, np.ndarray]:
   """Whether there are gradients for attacks to climb, at these clean images.
 
@@ -237,16 +240,16 @@ def of_gradients(
   """
   none = np.zeros(0, np.float32)
   name = "gradients finite"
-  if on.programs.no_slope:
+  if function.programs.no_slope:
     return Check(
       name, "info",
-      f"the function has no derivative ({on.programs.no_slope}): only attacks"
-      " that need none can be made",
+      f"the function has no derivative ({function.programs.no_slope}): only"
+      " attacks that need none can be made",
     ), none  # fmt: skip
   if not len(images):
     said = "no image to look at is classified as labelled"
     return Check(name, "info", said), none
-  strange, flat, length = on.slopes(images, labels, indices)
+  strange, flat, length = function.slopes(images, labels, indices)
   many = flat.sum() > max(1, 0.01 * len(flat))
   said = f"of {len(images)} images {strange.sum()} have gradients with values"
   said += f" that are not finite, {flat.sum()} gradients that are all 0"
@@ -373,12 +376,14 @@ def check_inputs(
     )
 
 
-def check_function(on: Classifier, labels: np.ndarray, attack: Any) -> None:
+def check_function(
+  function: Classifier, labels: np.ndarray, attack: Any
+) -> None:
   """Raises a ValueError for labels or an attack that the function can't bear.
 
   Attacks without a backward pass need no derivative.
   """
-  num_classes = on.programs.num_classes
+  num_classes = function.programs.num_classes
   if labels.min() < 0 or labels.max() >= num_classes:
     raise ValueError(
       f"expected labels in [0, {num_classes}), the width of the logits, got"
@@ -389,9 +394,9 @@ def check_function(on: Classifier, labels: np.ndarray, attack: Any) -> None:
       "the loss kl climbs from clean logits, in training; here take ce, margin"
       " or dlr"
     )
-  if on.programs.no_slope and attack is not None and attack.passes[1]:
+  if function.programs.no_slope and attack is not None and attack.passes[1]:
     raise ValueError(
       f"{attack.name} climbs gradients, and the function has none"
-      f" ({on.programs.no_slope}); take `square`, or give it a derivative with"
-      " jax.custom_vjp (docs/evaluation.md)"
+      f" ({function.programs.no_slope}); take `square`, or give it a derivative"
+      " with jax.custom_vjp (docs/evaluation.md)"
     )

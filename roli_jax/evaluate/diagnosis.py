@@ -54,15 +54,15 @@ def run(
   """
   images = np.asarray(images)
   checks.check_shape(images)
-  on = classifier.make(
+  function = classifier.make(
     logits_fn, params, images.shape[1:], batch_size, stochastic=stochastic,
     seed=seed,
   )  # fmt: skip
-  return run_on(on, images, labels, threat, indices=indices)
+  return run_on(function, images, labels, threat, indices=indices)
 
 
 def run_on(
-  on: classifier.Classifier,
+  function: classifier.Classifier,
   images: np.ndarray,
   labels: np.ndarray,
   threat: ThreatModel,
@@ -75,9 +75,9 @@ def run_on(
     np.asarray(x)[:MOST] for x in (images, labels, indices)
   )
   attack = functools.partial(
-    evaluate.run_on, on, images, labels, indices=indices
+    evaluate.run_on, function, images, labels, indices=indices
   )
-  model = _Model(on, images.astype(np.float32), labels, indices, threat)
+  model = _Model(function, images.astype(np.float32), labels, indices, threat)
   tried = _Tried(attack, threat)
   return [
     *tried.climb.checks,
@@ -104,7 +104,7 @@ def run_on(
 class _Model:
   """The function and a few images, for questions that need no attack."""
 
-  on: classifier.Classifier
+  function: classifier.Classifier
   images: np.ndarray
   labels: np.ndarray
   indices: np.ndarray
@@ -112,14 +112,14 @@ class _Model:
 
   def climbs(self, x: np.ndarray, loss: str) -> tuple[np.ndarray, np.ndarray]:
     """The values of a loss that attacks climb, and its gradients."""
-    image_keys = keys.per_image(keys.root(self.on.seed), self.indices)
-    climb = self.on.programs.compiled(_climb, static_argnums=0)
-    value, grads = climb(loss, self.on.params, x, self.labels, image_keys)
+    image_keys = keys.per_image(keys.root(self.function.seed), self.indices)
+    climb = self.function.programs.compiled(_climb, static_argnums=0)
+    value, grads = climb(loss, self.function.params, x, self.labels, image_keys)
     return np.asarray(value, np.float64), np.asarray(grads, np.float64)
 
   def somewhere(self, k: int) -> np.ndarray:
     """A random point of the ball around each image, the k-th."""
-    key = keys.stream(keys.root(self.on.seed), "somewhere", k)
+    key = keys.stream(keys.root(self.function.seed), "somewhere", k)
     image_keys = keys.per_image(key, self.indices)
     return np.asarray(self.threat.sample(image_keys, self.images))
 
@@ -340,7 +340,9 @@ def _random_noise(tried, model):
   """One of 100 random points of a ball is broken where APGD finds none."""
   fell = np.zeros(len(model.images), bool)
   for k in range(100):
-    right, *_ = model.on.judge(model.somewhere(k), model.labels, model.indices)
+    right, *_ = model.function.judge(
+      model.somewhere(k), model.labels, model.indices
+    )
     fell |= ~right
   missed = fell & tried.climb.robust
   return _compared(

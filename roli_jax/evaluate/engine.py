@@ -18,20 +18,22 @@ from roli_jax.files import resume
 class Evaluation:
   """An evaluation as far as it is."""
 
-  def __init__(self, on, images, labels, indices, attack, save):
-    self.on = on
+  def __init__(self, function, images, labels, indices, attack, save):
+    self.function = function
     self.images, self.labels, self.indices = images, labels, indices
     n = len(images)
-    self.clean, self.margin, self.logits = on.judge(images, labels, indices)
+    self.clean, self.margin, self.logits = function.judge(
+      images, labels, indices
+    )
     checks.check_numbers(self.logits, indices)
     self.work = {"none": batching.Work(forward=n)}
     self.resumed: list[batching.Work] = []
     self.checks = checks.of_outputs(
-      on, images, labels, indices, self.clean, self.logits
+      function, images, labels, indices, self.clean, self.logits
     )
     seen = slice(checks.MOST) if attack is None else self.clean
     found, self.slopes = checks.of_gradients(
-      on, images[seen], labels[seen], indices[seen]
+      function, images[seen], labels[seen], indices[seen]
     )
     self.checks.append(found)
     self.notes: list[str] = []
@@ -47,17 +49,17 @@ class Evaluation:
     """Progress as far as it is on disk; an error if it is of something else."""
     if not save:
       return resume.Journal(None, {}, {})
-    path, params = pathlib.Path(save), jax.tree.leaves(self.on.params)
+    path, params = pathlib.Path(save), jax.tree.leaves(self.function.params)
     about = {
       "attack": repr(attack),
       # A long array's repr leaves most of it out.
       "radii": resume.digest(*map(np.asarray, jax.tree.leaves(attack))),
-      "seed": self.on.seed,
+      "seed": self.function.seed,
       "images": resume.digest(self.images, self.indices),
       "labels": resume.digest(self.labels.astype(np.int64)),
       "params": resume.digest(*params) if params else None,
-      "stochastic": self.on.stochastic,
-      "dtype": self.on.dtype,
+      "stochastic": self.function.stochastic,
+      "dtype": self.function.dtype,
     }
     older = {"clean predictions": resume.digest(self.clean)}
     kept = resume.Journal(path, about, older)
@@ -259,16 +261,16 @@ class Evaluation:
     return {**now, "ended": entry["ended"] & holds}
 
   def _search(self, attack, eps, towards, noise, waiting, settle, work, tell):
-    of = batching.Subjects(
+    subjects = batching.Subjects(
       self.images, self.labels, self.indices, eps, towards, noise
     )
-    batching.run(self.on, attack, of, waiting, settle, work, tell)
+    batching.run(self.function, attack, subjects, waiting, settle, work, tell)
 
   def _craft(self, attack, eps, rows, settle, work, tell):
     rows = np.array(rows)
-    key = keys.stream(keys.root(self.on.seed), attack.name)
+    key = keys.stream(keys.root(self.function.seed), attack.name)
     arrays = (self.images, self.labels, self.indices, np.float32(eps))
-    crafted = self.on.craft(attack, key, *(a[rows] for a in arrays))
+    crafted = self.function.craft(attack, key, *(a[rows] for a in arrays))
     for part, adv, padding in crafted:
       work.add(len(adv), padding, attack.passes)
       yes = np.ones(len(adv), bool)
@@ -284,7 +286,7 @@ class Evaluation:
     said, strange = np.zeros(count, np.int64), np.zeros(count, bool)
     if claims.any():
       own = rows[claims]
-      right, margins, logits = self.on.judge(
+      right, margins, logits = self.function.judge(
         ended.adv[claims], self.labels[own], self.indices[own]
       )
       work.forward += len(own)

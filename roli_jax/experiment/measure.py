@@ -122,7 +122,9 @@ def run(
   source: data.Source = run.data[split]
   rows = np.arange(len(source))[: test.num_images or None]
   batch = run.config["eval_batch_size"]
-  on = on_devices(run, source, predict, variables, seed, run.compute_dtype)
+  function = on_devices(
+    run, source, predict, variables, seed, run.compute_dtype
+  )
   batches = _PIECE // (4 * math.prod(source.shape) * batch)
   at_once = max(batches, 1) * batch
   pieces = range(0, len(rows), at_once)
@@ -130,7 +132,7 @@ def run(
   return _joined(
     [
       evaluate.run_on(
-        on,
+        function,
         test.pixels(source, few),
         source.labels[few],
         test.attack,

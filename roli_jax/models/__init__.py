@@ -7,7 +7,7 @@ from typing import Any
 from roli_jax import specs
 from roli_jax.models import heads
 from roli_jax.models.convnext import ConvNext
-from roli_jax.models.hooks import Seams
+from roli_jax.models.hooks import Hooks
 from roli_jax.models.layers import ATTENTIONS
 from roli_jax.models.model import INTERPOLATIONS, Model
 from roli_jax.models.resnet import ResNet, WideResNet
@@ -24,7 +24,7 @@ def create(
   num_classes: int,
   image_size: int | None = None,
   *,
-  seams: Seams = Seams(),
+  hooks: Hooks = Hooks(),
   head_init: str = "kaiming_fan_out",
   **options: Any,
 ) -> Model:
@@ -35,7 +35,7 @@ def create(
     num_classes: the head's width.
     image_size: the side that images are resized to inside the model; None
       stands for the family's own.
-    seams: where a method enters the backbone.
+    hooks: where a method enters the backbone.
     head_init: the head's random start, see `heads.linear`.
     **options: see `with_options`.
   """
@@ -43,7 +43,7 @@ def create(
   mean, std = entry.normalisation
   model = Model(
     name=name,
-    backbone=entry.backbone(seams=seams),
+    backbone=entry.backbone(hooks=hooks),
     head=heads.linear(num_classes, head_init),
     num_classes=num_classes,
     image_size=image_size or entry.image_size,
@@ -164,9 +164,9 @@ __all__ = [
   "POOLS",
   "ConvNext",
   "Entry",
+  "Hooks",
   "Model",
   "ResNet",
-  "Seams",
   "Swin",
   "Text",
   "Vit",

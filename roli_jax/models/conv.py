@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from roli_jax.models.hooks import Seams
+from roli_jax.models.hooks import Hooks
 from roli_jax.types import Array, Float
 
 
@@ -22,7 +22,7 @@ class Conv(nn.Module):
     use_bias: whether a bias is added.
     same: whether a stride's odd padding stands after, as in TensorFlow and
       Haiku; otherwise it is half the kernel on each side, as in PyTorch.
-    seams: where a method may enter.
+    hooks: where a method may enter.
   """
 
   width: int
@@ -31,7 +31,7 @@ class Conv(nn.Module):
   groups: int = 1
   use_bias: bool = False
   same: bool = False
-  seams: Seams = Seams()
+  hooks: Hooks = Hooks()
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
@@ -39,8 +39,8 @@ class Conv(nn.Module):
     # He et al. 2015, by fan-out, as ResNets begin.
     start = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     kernel = self.param("kernel", start, shape)
-    if self.seams.kernel:
-      kernel = self.seams.kernel(self, kernel)
+    if self.hooks.kernel:
+      kernel = self.hooks.kernel(self, kernel)
     x, kernel = nn.dtypes.promote_dtype(x, kernel)
     if self.size == 1:
       x = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]

@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from roli_jax.models import layers
 from roli_jax.models.conv import Conv
-from roli_jax.models.hooks import Seams
+from roli_jax.models.hooks import Hooks
 from roli_jax.types import Array, Float
 
 _norm = functools.partial(nn.LayerNorm, epsilon=1e-6)
@@ -16,7 +16,7 @@ _norm = functools.partial(nn.LayerNorm, epsilon=1e-6)
 class Block(nn.Module):
   """x + gamma * mlp(norm(depthwise 7 x 7 (x)))."""
 
-  seams: Seams
+  hooks: Hooks
 
   @nn.compact
   def __call__(
@@ -26,9 +26,9 @@ class Block(nn.Module):
     width = x.shape[-1]
     y = Conv(width, 7, groups=width, use_bias=True, name="conv")(x)
     y = _norm(name="norm")(y)
-    y = layers.Mlp(4 * width, self.seams.dense, name="mlp")(y)
-    if self.seams.branch:
-      y = self.seams.branch(name="branch")(y)
+    y = layers.Mlp(4 * width, self.hooks.dense, name="mlp")(y)
+    if self.hooks.branch:
+      y = self.hooks.branch(name="branch")(y)
     gamma = self.param("gamma", nn.initializers.constant(1e-6), (width,))
     return x + layers.drop_path(self, gamma.reshape(1, 1, 1, -1) * y, rate)
 
@@ -43,7 +43,7 @@ class Stage(nn.Module):
     first: whether it is the stem, which normalises after the patches, where
       the others do before.
     rates: a rate for each block, see `layers.drop_path`.
-    seams: where a method may enter.
+    hooks: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
   """
@@ -53,7 +53,7 @@ class Stage(nn.Module):
   patch: int
   first: bool
   rates: tuple[float, ...]
-  seams: Seams
+  hooks: Hooks
   scan: bool
   remat: bool
 
@@ -65,7 +65,7 @@ class Stage(nn.Module):
     x = norm(embed(x)) if self.first else embed(norm(x))
     x = x.reshape(-1, rows, columns, self.width)
     names = [f"block{i}" for i in range(self.depth)]
-    make = functools.partial(Block, self.seams)
+    make = functools.partial(Block, self.hooks)
     return layers.repeat(
       self, make, names, x, self.rates, scan=self.scan, remat=self.remat
     )
@@ -79,7 +79,7 @@ class ConvNext(nn.Module):
     depths: blocks of each stage.
     patch: side of the stem's patches in pixels.
     drop_path: the last block's rate of `layers.drop_path`, in training.
-    seams: where a method may enter.
+    hooks: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
   """
@@ -88,7 +88,7 @@ class ConvNext(nn.Module):
   depths: tuple[int, ...]
   patch: int = 4
   drop_path: float = 0.0
-  seams: Seams = Seams()
+  hooks: Hooks = Hooks()
   scan: bool = False
   remat: bool = False
 
@@ -103,6 +103,6 @@ class ConvNext(nn.Module):
     ):
       x = Stage(
         width, depth, 2 if i else self.patch, i == 0, tuple(rates[i]),
-        self.seams, self.scan, self.remat, name=f"stage{i}",
+        self.hooks, self.scan, self.remat, name=f"stage{i}",
       )(x)  # fmt: skip
     return _norm(name="norm")(x.mean((1, 2)))

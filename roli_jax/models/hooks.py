@@ -8,7 +8,7 @@ from flax import linen as nn
 
 
 @dataclasses.dataclass(frozen=True)
-class Seams:
+class Hooks:
   """Module factories that a backbone calls; the defaults leave it as it is.
 
   A method's modules keep their arrays in the collection `peft`, so that the

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from roli_jax.models.hooks import Seams
+from roli_jax.models.hooks import Hooks
 from roli_jax.types import Array, Float
 
 
@@ -117,13 +117,13 @@ class Attention(nn.Module):
 
   Attributes:
     num_heads: divides the width.
-    seams: where a method may enter.
+    hooks: where a method may enter.
     kind: which of `ATTENTIONS`.
     first: how many tokens, from the first, the result is of; None: all.
   """
 
   num_heads: int
-  seams: Seams = Seams()
+  hooks: Hooks = Hooks()
   kind: str = "plain"
   first: int | None = None
 
@@ -131,7 +131,7 @@ class Attention(nn.Module):
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
     asking = x[:, : self.first]
     q, k, v = (
-      self.seams.dense(x.shape[-1], name=name)(tokens).reshape(
+      self.hooks.dense(x.shape[-1], name=name)(tokens).reshape(
         *tokens.shape[:2], self.num_heads, -1
       )
       for name, tokens in (("q", asking), ("k", x), ("v", x))
@@ -249,25 +249,25 @@ def drop_rates(most: float, depths: Sequence[int]) -> list[list[float]]:
 
 
 def prompts(
-  seams: Seams, x: Any, num_own: int, depth: int, fan: int
+  hooks: Hooks, x: Any, num_own: int, depth: int, fan: int
 ) -> tuple[Any, list[Any]]:
   """What a method puts before the first block, and into each of the blocks.
 
   Args:
-    seams: the method's hooks.
+    hooks: the method's hooks.
     x: the tokens, [b, n, d].
     num_own: how many blocks, from the first, have prompts of their own; if
       not all, the others keep what the one before has made of its own.
     depth: number of blocks.
-    fan: see `Seams.tokens`.
+    fan: see `Hooks.tokens`.
 
   Returns:
     The first block's prompts, [b, p, d] or None; for each block those that
     replace what comes to it, or None.
   """
-  if not (seams.tokens and num_own):
+  if not (hooks.tokens and num_own):
     return None, [None] * depth
-  own = [seams.tokens(fan=fan, name=f"tokens{i}")(x) for i in range(num_own)]
+  own = [hooks.tokens(fan=fan, name=f"tokens{i}")(x) for i in range(num_own)]
   return own[0], own if num_own == depth else [None] * depth
 
 

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from roli_jax.models import layers
 from roli_jax.models.conv import Conv
-from roli_jax.models.hooks import Seams
+from roli_jax.models.hooks import Hooks
 from roli_jax.types import Array, Float
 
 Map = Float[Array, "b _ _ _"]
@@ -44,11 +44,11 @@ class BasicBlock(nn.Module):
   stride: int
   train: bool
   act: Activation
-  seams: Seams
+  hooks: Hooks
 
   @nn.compact
   def __call__(self, x: Map) -> Map:
-    conv = functools.partial(Conv, seams=self.seams)
+    conv = functools.partial(Conv, hooks=self.hooks)
     y = conv(self.inner, 3, self.stride, name="conv1")(x)
     y = self.act(_norm(y, self.train, "norm1"))
     y = conv(self.width, 3, name="conv2")(y)
@@ -64,11 +64,11 @@ class Bottleneck(nn.Module):
   stride: int
   train: bool
   act: Activation
-  seams: Seams
+  hooks: Hooks
 
   @nn.compact
   def __call__(self, x: Map) -> Map:
-    conv = functools.partial(Conv, seams=self.seams)
+    conv = functools.partial(Conv, hooks=self.hooks)
     y = conv(self.inner, 1, name="conv1")(x)
     y = self.act(_norm(y, self.train, "norm1"))
     y = conv(self.inner, 3, self.stride, name="conv2")(y)
@@ -80,8 +80,8 @@ class Bottleneck(nn.Module):
 
 def _join(block, x, y):
   """act(x + y); x is projected where its shape is another."""
-  if block.seams.branch:
-    y = block.seams.branch(name="branch")(y)
+  if block.hooks.branch:
+    y = block.hooks.branch(name="branch")(y)
   if x.shape != y.shape:
     x = Conv(block.width, 1, block.stride, name="shortcut")(x)
     x = _norm(x, block.train, "shortcut_norm")
@@ -126,7 +126,7 @@ class ResNet(nn.Module):
     small: for images of 32 or less: a 3 x 3 stem without stride or pooling.
     width: the number of channels of the stem.
     act: the activation. Two robust models of ARES have GELU in ReLU's place.
-    seams: where a method may enter.
+    hooks: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
   """
@@ -137,7 +137,7 @@ class ResNet(nn.Module):
   small: bool = False
   width: int = 64
   act: Activation = jax.nn.relu
-  seams: Seams = Seams()
+  hooks: Hooks = Hooks()
   scan: bool = False
   remat: bool = False
 
@@ -155,7 +155,7 @@ class ResNet(nn.Module):
         "inner": self.inner * 2**i,
       }
       block = functools.partial(
-        kind, train=train, act=self.act, seams=self.seams, **widths
+        kind, train=train, act=self.act, hooks=self.hooks, **widths
       )
       x = Stage(
         block, depth, 2 if i else 1, self.scan, self.remat, name=f"stage{i}"
@@ -171,11 +171,11 @@ class PreactBlock(nn.Module):
   train: bool
   act: Activation
   same: bool
-  seams: Seams
+  hooks: Hooks
 
   @nn.compact
   def __call__(self, x: Map) -> Map:
-    conv = functools.partial(Conv, seams=self.seams)
+    conv = functools.partial(Conv, hooks=self.hooks)
     y = self.act(_norm(x, self.train, "norm1"))
     if x.shape[-1] != self.width:
       shortcut = Conv(self.width, 1, self.stride, name="shortcut")
@@ -183,8 +183,8 @@ class PreactBlock(nn.Module):
     y = conv(self.width, 3, self.stride, same=self.same, name="conv1")(y)
     y = self.act(_norm(y, self.train, "norm2"))
     y = conv(self.width, 3, name="conv2")(y)
-    if self.seams.branch:
-      y = self.seams.branch(name="branch")(y)
+    if self.hooks.branch:
+      y = self.hooks.branch(name="branch")(y)
     return x + y
 
 
@@ -196,7 +196,7 @@ class WideResNet(nn.Module):
     factor: what the widths 16, 32 and 64 are multiplied by.
     act: the activation; SiLU in those of Gowal et al. 2020.
     same: how strides are padded, see `Conv`.
-    seams: where a method may enter.
+    hooks: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
   """
@@ -205,7 +205,7 @@ class WideResNet(nn.Module):
   factor: int
   act: Activation = jax.nn.relu
   same: bool = False
-  seams: Seams = Seams()
+  hooks: Hooks = Hooks()
   scan: bool = False
   remat: bool = False
 
@@ -215,7 +215,7 @@ class WideResNet(nn.Module):
     for i in range(3):
       block = functools.partial(
         PreactBlock, 16 * 2**i * self.factor, train=train, act=self.act,
-        same=self.same, seams=self.seams,
+        same=self.same, hooks=self.hooks,
       )  # fmt: skip
       x = Stage(
         block, (self.depth - 4) // 6, 2 if i else 1, self.scan, self.remat,

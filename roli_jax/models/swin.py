@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from roli_jax.models import layers
-from roli_jax.models.hooks import Seams
+from roli_jax.models.hooks import Hooks
 from roli_jax.types import Array, Float
 
 _norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
@@ -56,12 +56,12 @@ class WindowAttention(nn.Module):
   Attributes:
     num_heads: divides the width.
     window: its side.
-    seams: where a method may enter.
+    hooks: where a method may enter.
   """
 
   num_heads: int
   window: int
-  seams: Seams
+  hooks: Hooks
 
   @nn.compact
   def __call__(
@@ -75,7 +75,7 @@ class WindowAttention(nn.Module):
     """
     heads = (*x.shape[:3], self.num_heads, -1)
     q, k, v = (
-      self.seams.dense(x.shape[-1], name=name)(x).reshape(heads)
+      self.hooks.dense(x.shape[-1], name=name)(x).reshape(heads)
       for name in ("q", "k", "v")
     )
     table = self.param(
@@ -99,13 +99,13 @@ class Block(nn.Module):
     num_heads: the number of heads of the attention.
     window: its side.
     side: the side of the map, in tokens.
-    seams: where a method may enter.
+    hooks: where a method may enter.
   """
 
   num_heads: int
   window: int
   side: int
-  seams: Seams
+  hooks: Hooks
 
   @nn.compact
   def __call__(
@@ -131,8 +131,8 @@ class Block(nn.Module):
     x = x + layers.drop_path(self, y, rate)
     y = layers.Mlp(4 * x.shape[-1], name="mlp")(_norm(name="norm2")(x))
     y = layers.drop_path(self, y, rate)
-    if self.seams.branch:
-      y = self.seams.branch(name="branch")(y)
+    if self.hooks.branch:
+      y = self.hooks.branch(name="branch")(y)
     return x + y
 
   def _attend(self, prompts, x, shift):
@@ -148,10 +148,10 @@ class Block(nn.Module):
     x = _windows(x, self.window)
     num_windows = x.shape[1]
     in_front = jnp.repeat(prompts[:, None], num_windows, 1)
-    if self.seams.mixed:
+    if self.hooks.mixed:
       in_front = jnp.tile(prompts, (num_windows, 1, 1)).reshape(in_front.shape)
     attention = WindowAttention(
-      self.num_heads, self.window, self.seams, name="attn"
+      self.num_heads, self.window, self.hooks, name="attn"
     )
     y = attention(jnp.concatenate([in_front, x], 2), mask)
     num_prompts = prompts.shape[1]
@@ -162,7 +162,7 @@ class Block(nn.Module):
     if not num_prompts:
       return x
     in_front = y[:, :, :num_prompts]
-    if self.seams.mixed:
+    if self.hooks.mixed:
       shape = (num_windows, b, num_prompts, d)
       in_front = in_front.reshape(shape).swapaxes(0, 1)
     return jnp.concatenate([in_front.mean(1), x], 1)
@@ -198,8 +198,8 @@ class Stage(nn.Module):
     rates: a rate for each block, see `layers.drop_path`.
     num_prompts: how many blocks have prompts of their own, of a method that
       has any.
-    fan: see `Seams.tokens`.
-    seams: where a method may enter.
+    fan: see `Hooks.tokens`.
+    hooks: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
   """
@@ -212,7 +212,7 @@ class Stage(nn.Module):
   rates: tuple[float, ...]
   num_prompts: int
   fan: int
-  seams: Seams
+  hooks: Hooks
   scan: bool
   remat: bool
 
@@ -227,12 +227,12 @@ class Stage(nn.Module):
     shift = self.window // 2 if self.side > self.window else 0
     shifts = [i % 2 * shift for i in range(self.depth)]
     first, prompts = layers.prompts(
-      self.seams, x, self.num_prompts, self.depth, self.fan
+      self.hooks, x, self.num_prompts, self.depth, self.fan
     )
     if first is not None:
       x = jnp.concatenate([first, x], 1)
     make = functools.partial(
-      Block, self.num_heads, self.window, self.side, self.seams
+      Block, self.num_heads, self.window, self.side, self.hooks
     )
     names = [f"block{i}" for i in range(self.depth)]
     return layers.repeat(
@@ -253,7 +253,7 @@ class Swin(nn.Module):
     num_heads: the number of heads of each stage.
     patch: side of a patch in pixels.
     drop_path: the last block's rate of `layers.drop_path`, in training.
-    seams: where a method may enter.
+    hooks: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
   """
@@ -263,7 +263,7 @@ class Swin(nn.Module):
   num_heads: tuple[int, ...]
   patch: int = 4
   drop_path: float = 0.0
-  seams: Seams = Seams()
+  hooks: Hooks = Hooks()
   scan: bool = False
   remat: bool = False
 
@@ -287,10 +287,10 @@ class Swin(nn.Module):
     for i, (depth, num_heads) in enumerate(
       zip(self.depths, self.num_heads, strict=True)
     ):
-      num_prompts = depth if self.seams.deep else int(i == 0)
+      num_prompts = depth if self.hooks.deep else int(i == 0)
       x = Stage(
         depth, num_heads, window, window * 2 ** (last - i), i > 0,
-        tuple(rates[i]), num_prompts, fan, self.seams, self.scan, self.remat,
+        tuple(rates[i]), num_prompts, fan, self.hooks, self.scan, self.remat,
         name=f"stage{i}",
       )(x)  # fmt: skip
     return _norm(name="norm")(x).mean(1)

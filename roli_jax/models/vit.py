@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from roli_jax.models import layers
-from roli_jax.models.hooks import Seams
+from roli_jax.models.hooks import Hooks
 from roli_jax.types import Array, Float
 
 POOLS = ("token", "mean")
@@ -23,7 +23,7 @@ class Block(nn.Module):
 
   num_heads: int
   hidden: int
-  seams: Seams
+  hooks: Hooks
   eps: float
   start: int
   attention: str
@@ -49,14 +49,14 @@ class Block(nn.Module):
       x = jnp.concatenate([x[:, : self.start], prompts, x[:, end:]], 1)
     y = nn.LayerNorm(epsilon=self.eps, name="norm1")(x)
     attention = layers.Attention(
-      self.num_heads, self.seams, self.attention, self.first, name="attn"
+      self.num_heads, self.hooks, self.attention, self.first, name="attn"
     )
     x = x[:, : self.first] + layers.drop_path(self, attention(y), rate)
     y = nn.LayerNorm(epsilon=self.eps, name="norm2")(x)
     y = layers.Mlp(self.hidden, act=self.act, name="mlp")(y)
     y = layers.drop_path(self, y, rate)
-    if self.seams.branch:
-      y = self.seams.branch(name="branch")(y)
+    if self.hooks.branch:
+      y = self.hooks.branch(name="branch")(y)
     return x + y
 
 
@@ -77,7 +77,7 @@ class Vit(nn.Module):
       blocks.
     eps: what the normalisations add to variances, > 0.
     act: the GELU.
-    seams: where a method may enter.
+    hooks: where a method may enter.
     attention: which of `layers.ATTENTIONS`.
     drop_path: the last block's rate of `layers.drop_path`, in training.
     scan: see `layers.repeat`.
@@ -95,7 +95,7 @@ class Vit(nn.Module):
   clip: bool = False
   eps: float = 1e-6
   act: Callable[..., Any] = layers.gelu
-  seams: Seams = Seams()
+  hooks: Hooks = Hooks()
   attention: str = "plain"
   drop_path: float = 0.0
   scan: bool = False
@@ -119,12 +119,12 @@ class Vit(nn.Module):
     )
     if self.clip:
       x = nn.LayerNorm(epsilon=self.eps, name="pre_norm")(x)
-    num_prompts = self.depth if self.seams.deep else 1
-    first, prompts = layers.prompts(self.seams, x, num_prompts, self.depth, fan)
+    num_prompts = self.depth if self.hooks.deep else 1
+    first, prompts = layers.prompts(self.hooks, x, num_prompts, self.depth, fan)
     if first is not None:
       x = jnp.concatenate([x[:, :start], first, x[:, start:]], 1)
     make = functools.partial(
-      Block, self.num_heads, self.hidden, self.seams, self.eps, start,
+      Block, self.num_heads, self.hidden, self.hooks, self.eps, start,
       self.attention, self.act,
     )  # fmt: skip
     names = [f"block{i}" for i in range(self.depth)]

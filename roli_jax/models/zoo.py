@@ -29,7 +29,7 @@ class Entry:
   """A named backbone.
 
   Attributes:
-    backbone: makes it; takes `seams` and the options of `models.create`.
+    backbone: makes it; takes `hooks` and the options of `models.create`.
     normalisation: mean and standard deviation per channel that its family was
       mostly trained with. Those of a file of weights go before.
     image_size: side of the images that it was trained on.

@@ -1,5 +1,6 @@
 """Fast Trainable Projection."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -123,25 +124,10 @@ def ftp(
     updates, inner_state = inner.update(updates, state.inner, params, **extra)
     t = optax.safe_increment(state.count)
 
-    def project(g, u, theta, fixed, radius, m, v, displaced, shrink, total):
-      here = theta.astype(fixed.dtype)
-      c = here - fixed + u.astype(fixed.dtype)
-      n = length(c, total) + _TINY
-      slope = (shrink * total(g.astype(fixed.dtype) * displaced)).sum()
-      slope = jnp.where(slope > 0, k * slope, slope)
-      moved, m, v = adam.step(radius, slope, m, v, t)
-      held = jnp.clip(moved, _TINY, n.max())
-      keep = (t == 1) | jnp.isinf(radius)
-      radius = jnp.where(keep, radius, held)
-      ratio = radius / n
-      # Rows inside the ball take the step as it is, to the last bit.
-      step = jnp.where(ratio >= 1, u, fixed + ratio * c - here)
-      return step.astype(theta.dtype), radius, m, v, c, 1 / n
-
     out = jax.tree.map(
-      project, grads, updates, params, state.anchor, state.radius, state.m,
-      state.v, state.displaced, state.shrink,
-      anchors.axes_of(row_axes, state.anchor),
+      functools.partial(_project, length, adam, k, t),
+      grads, updates, params, state.anchor, state.radius, state.m, state.v,
+      state.displaced, state.shrink, anchors.axes_of(row_axes, state.anchor),
     )  # fmt: skip
     steps, radius, m, v, displaced, shrink = anchors.transposed(out, params, 6)
     return steps, FtpState(
@@ -156,3 +142,22 @@ def ftp(
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _project(
+  length, adam, k, t, g, u, theta, fixed, radius, m, v, displaced, shrink, total
+):
+  """A tensor's step into its ball, and what the state keeps of it."""
+  here = theta.astype(fixed.dtype)
+  c = here - fixed + u.astype(fixed.dtype)
+  n = length(c, total) + _TINY
+  slope = (shrink * total(g.astype(fixed.dtype) * displaced)).sum()
+  slope = jnp.where(slope > 0, k * slope, slope)
+  moved, m, v = adam.step(radius, slope, m, v, t)
+  held = jnp.clip(moved, _TINY, n.max())
+  keep = (t == 1) | jnp.isinf(radius)
+  radius = jnp.where(keep, radius, held)
+  ratio = radius / n
+  # Rows inside the ball take the step as it is, to the last bit.
+  step = jnp.where(ratio >= 1, u, fixed + ratio * c - here)
+  return step.astype(theta.dtype), radius, m, v, c, 1 / n

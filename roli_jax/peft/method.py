@@ -7,7 +7,7 @@ from typing import Any
 from flax import linen as nn
 
 from roli_jax import models, specs, trees
-from roli_jax.models import Seams
+from roli_jax.models import Hooks
 from roli_jax.peft import modules
 from roli_jax.types import Params
 
@@ -23,7 +23,7 @@ class Method:
     name: as in `peft.METHODS`.
     groups: path pattern -> `backbone`, `peft`, `head` or `frozen`; the first
       match wins, and every leaf must be covered.
-    seams: how it enters a backbone.
+    hooks: how it enters a backbone.
     scale: of LoRA's products; 0 where they are no part of what is tested.
     train_mode: whether the backbone itself is in training mode: it drops paths
       and may move running statistics. Methods that freeze most of it keep it
@@ -32,7 +32,7 @@ class Method:
 
   name: str
   groups: tuple[tuple[str, str], ...]
-  seams: Seams = Seams()
+  hooks: Hooks = Hooks()
   scale: float | int = 0.0
   train_mode: bool = False
 
@@ -56,12 +56,12 @@ class Method:
       ValueError: the backbone has no place for them.
     """
     backbone: Any = model.backbone
-    if self.seams.tokens and not isinstance(backbone, models.Vit | models.Swin):
+    if self.hooks.tokens and not isinstance(backbone, models.Vit | models.Swin):
       raise ValueError(
         f"vpt puts tokens into a ViT or a Swin; {model.name} has none. Of a"
         " ConvNeXt or a ResNet take linear, full, bias, lora or adapter"
       )
-    return dataclasses.replace(model, backbone=backbone.clone(seams=self.seams))
+    return dataclasses.replace(model, backbone=backbone.clone(hooks=self.hooks))
 
 
 _HEAD = ("head/.*", "head")
@@ -131,8 +131,8 @@ def lora(
   start = specs.lookup(starts, init, "lora init")
   scale = _lora_scale("lora", rank, alpha)
   _check_dropout("lora", dropout)
-  seams = _lora_seams(dropout, rank=rank, scale=scale, init=start)
-  return Method("lora", (_HEAD, _PEFT, _REST), seams, scale)
+  hooks = _lora_hooks(dropout, rank=rank, scale=scale, init=start)
+  return Method("lora", (_HEAD, _PEFT, _REST), hooks, scale)
 
 
 def autolora(rank: int = 8, alpha: float | int = 8) -> Method:
@@ -153,11 +153,11 @@ def autolora(rank: int = 8, alpha: float | int = 8) -> Method:
     ValueError: a value out of its range.
   """
   scale = _lora_scale("autolora", rank, alpha)
-  seams = _lora_seams(
+  hooks = _lora_hooks(
     0.0, rank=rank, scale=scale, init=modules.UNIFORM, passing=True
   )
   groups = (_HEAD, _PEFT, ("backbone/.*", "backbone"))
-  return Method("autolora", groups, seams, train_mode=True)
+  return Method("autolora", groups, hooks, train_mode=True)
 
 
 def _lora_scale(method, rank, alpha):
@@ -167,8 +167,8 @@ def _lora_scale(method, rank, alpha):
   return alpha / rank
 
 
-def _lora_seams(dropout: float | int, **options: Any) -> Seams:
-  return Seams(
+def _lora_hooks(dropout: float | int, **options: Any) -> Hooks:
+  return Hooks(
     dense=_with(_lora_dense, dropout=dropout, **options),
     kernel=_with(modules.lora_kernel, **options),
   )
@@ -198,7 +198,7 @@ def adapter(reduction: int = 8, init: str = "near_identity") -> Method:
   start = specs.lookup(starts, init, "adapter init")
   _check("adapter", reduction=reduction)
   branch = _with(modules.Adapter, reduction=reduction, init=start)
-  return Method("adapter", (_HEAD, _PEFT, _REST), Seams(branch=branch))
+  return Method("adapter", (_HEAD, _PEFT, _REST), Hooks(branch=branch))
 
 
 def vpt(
@@ -214,7 +214,7 @@ def vpt(
     deep: whether every block has its own, or only the first.
     dropout: of prompts, in training.
     order: `fixed`; `as_is`, of the RoLI reference: a Swin's windows get the
-      prompts of other images of the batch, see `Seams.mixed`.
+      prompts of other images of the batch, see `Hooks.mixed`.
 
   Raises:
     ValueError: a value out of its range.
@@ -224,8 +224,8 @@ def vpt(
   _check("vpt", tokens=tokens)
   _check_dropout("vpt", dropout)
   make = _with(modules.Prompts, tokens=tokens, dropout=dropout)
-  seams = Seams(tokens=make, deep=deep, mixed=mixed)
-  return Method("vpt", (_HEAD, _PEFT, _REST), seams)
+  hooks = Hooks(tokens=make, deep=deep, mixed=mixed)
+  return Method("vpt", (_HEAD, _PEFT, _REST), hooks)
 
 
 def _check(method, **counts):

@@ -133,7 +133,7 @@ class Prompts(nn.Module):
 
   Attributes:
     tokens: how many.
-    fan: see `Seams.tokens`.
+    fan: see `Hooks.tokens`.
     dropout: in training, each image by itself.
   """
 

@@ -386,9 +386,9 @@ def write(path: pathlib.Path) -> list[Table]:
   return _written(path, made, drawn)
 
 
-def _written(path, made, drawn):
+def _written(path, tables, drawn):
   """The tables, after they went to `report.md` with the figures below."""
-  parts = [f"# {path.name}", "", *(table.markdown() for table in made)]
+  parts = [f"# {path.name}", "", *(table.markdown() for table in tables)]
   parts += [f"![{f.stem}](figures/{f.name})\n" for f in drawn]
   (path / "report.md").write_text("\n".join(parts))
-  return made
+  return tables

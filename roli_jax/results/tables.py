@@ -37,14 +37,14 @@ class Table:
     return self.markdown()
 
 
-def show(made: Iterable[Table]) -> None:
+def show(tables: Iterable[Table]) -> None:
   """Prints tables to the terminal."""
   import rich.console
   import rich.table
 
   width = None if sys.stdout.isatty() else 160
   console = rich.console.Console(width=width, highlight=False)
-  for table in made:
+  for table in tables:
     shown = rich.table.Table(title=table.title, caption=table.note or None)
     for name in table.header:
       shown.add_column(name)
