@@ -237,6 +237,20 @@ def test_inputs_that_can_not_be_meant_are_refused(toy, change, message):
     evaluate.run(logits_fn, given["images"], given["labels"], PGD)
 
 
+def test_what_is_no_attack_is_refused(toy):
+  class Unregistered(Moved):
+    pass
+
+  ball = ThreatModel("linf", 0.1)
+  for attack, message in (
+    ("pgd", r"attacks\.build"),
+    (lambda *_: None, r"attacks\.Attack"),
+    (Unregistered(ball, 0.0), "register_dataclass"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      evaluate.run(*toy, attack)
+
+
 def test_functions_that_give_no_logits_are_refused(toy):
   _, images, labels = toy
   with pytest.raises(ValueError, match="logits"):

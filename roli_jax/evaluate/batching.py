@@ -211,7 +211,10 @@ class _Running:
     )
 
 
-_NOBODY = _Running(*[np.zeros(0, np.int64)] * 4, np.zeros(0, bool))
+_NONE = np.zeros(0, np.int64)
+_NOBODY = _Running(
+  rows=_NONE, jobs=_NONE, slots=_NONE, steps=_NONE, again=_NONE.astype(bool)
+)
 
 
 def _next(queue, attack, fallen, most, update):

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -351,6 +352,11 @@ def check_inputs(
       "expected an attack, from attacks.build(name, threat) or of a class of"
       " your own under attacks.Attack, got"
       f" {attack!r:.80}"
+    )
+  if attack is not None and jax.tree_util.all_leaves([attack]):
+    raise ValueError(
+      f"{type(attack).__name__} is no pytree: put"
+      " @jax.tree_util.register_dataclass above its class"
     )
   low, high = (attack.threat.low, attack.threat.high) if attack else (0, 1)
   if not np.all((images >= low) & (images <= high)):
