@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from roli_jax import attacks, convert, data, evaluate, keys, step
-from roli_jax.evaluate import classifier
+from roli_jax.evaluate import checks, classifier
 from roli_jax.files import resume
 from roli_jax.threat import ThreatModel
 from tests.covering import mostly_slow
@@ -248,7 +248,8 @@ def test_what_is_no_attack_is_refused(toy):
     (Unregistered(ball, 0.0), "register_dataclass"),
   ):
     with pytest.raises(ValueError, match=message):
-      evaluate.run(*toy, attack)
+      # (`evaluate.run` hands it on; in tests its types are checked before.)
+      checks.check_inputs(*toy[1:], np.arange(40), attack)
 
 
 def test_functions_that_give_no_logits_are_refused(toy):
