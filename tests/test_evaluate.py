@@ -12,7 +12,7 @@ import pytest
 
 from roli_jax import attacks, convert, data, evaluate, keys, step
 from roli_jax.evaluate import checks, classifier
-from roli_jax.files import resume
+from roli_jax.files import journal
 from roli_jax.threat import ThreatModel
 from tests.covering import mostly_slow
 
@@ -356,7 +356,7 @@ class Killed(Exception):
 def test_what_was_interrupted_goes_on_to_the_same_result(
   toy, whole, moment, tmp_path, monkeypatch
 ):
-  count, add = 0, resume.Journal.add
+  count, add = 0, journal.Journal.add
 
   def dies(self, name, **arrays):
     nonlocal count
@@ -365,10 +365,10 @@ def test_what_was_interrupted_goes_on_to_the_same_result(
     if count > moment:
       raise Killed
 
-  monkeypatch.setattr(resume.Journal, "add", dies)
+  monkeypatch.setattr(journal.Journal, "add", dies)
   with pytest.raises(Killed):
     evaluate.run(*toy, AUTO, save=tmp_path)
-  monkeypatch.setattr(resume.Journal, "add", add)
+  monkeypatch.setattr(journal.Journal, "add", add)
   again = evaluate.run(*toy, AUTO, save=tmp_path)
   same_outcome(whole, again)
   third = evaluate.run(*toy, AUTO, save=tmp_path)

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import nnx
 
 from roli_jax import attacks, evaluate
-from roli_jax.files import resume
+from roli_jax.files import journal
 from roli_jax.threat import ThreatModel
 from tests.covering import covering, mostly_slow
 
@@ -437,7 +437,7 @@ def _make_older(path):
   about = json.loads(file.read_text())
   for name in ("params", "radii"):
     del about[name]
-  about["clean predictions"] = resume.digest(np.ones(24, bool))
+  about["clean predictions"] = journal.digest(np.ones(24, bool))
   file.write_text(json.dumps(about))
   for kept in path.glob("clean-*.npz"):
     kept.unlink()

@@ -353,8 +353,13 @@ def _windows(num_steps: int) -> np.ndarray:
 def _stages(
   num_steps: int, radii: tuple[float, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Of each point in L1: the radius, whether it is its stage's first, its
-  last but of the last stage, and whether the step size is looked at."""
+  """The stages of APGD in L1, by its points.
+
+  Returns:
+    For each point its radius in units of eps; whether it is the first of its
+    stage; whether it is the last of a stage that another one follows; whether
+    the step size is looked at after it.
+  """
   early = -(-3 * num_steps // 10)
   lengths = [early] * (len(radii) - 1)
   lengths.append(num_steps - sum(lengths))

@@ -18,13 +18,15 @@ def finite(grads: Float[Array, "*any"]) -> Float[Array, "*any"]:
 
 
 class Attack:
-  """The base of all attacks: frozen dataclasses and pytrees.
+  """The base of all attacks, which are frozen dataclasses and pytrees.
 
-  The `repr` of an attack says all of its settings. What follows the radius in
-  the attributes is how an evaluation runs it and judges what it finds.
+  The `repr` of an attack says all of its settings. A class of its own declares
+  the field `threat`, and gives `name`, `passes` and `__call__`; the rest has
+  defaults. `stop` and what follows it say how an evaluation runs the attack
+  and judges what it finds.
 
   Attributes:
-    threat: where the attack may go.
+    threat: where the attack may go; a field.
     name: as it stands in rows.
     num_steps: gradient steps of one restart, >= 0.
     num_restarts: independent starts, >= 1, of which each image keeps the worst.

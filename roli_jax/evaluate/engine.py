@@ -10,9 +10,9 @@ import numpy as np
 
 from roli_jax import attacks, keys, progress
 from roli_jax.evaluate import batching, checks
+from roli_jax.evaluate.ledger import Ledger
 from roli_jax.evaluate.result import Result
-from roli_jax.evaluate.verdicts import Ledger
-from roli_jax.files import resume
+from roli_jax.files import journal
 
 
 class Evaluation:
@@ -48,27 +48,27 @@ class Evaluation:
   def _journal(self, attack, save):
     """Progress as far as it is on disk; an error if it is of something else."""
     if not save:
-      return resume.Journal(None, {}, {})
+      return journal.Journal(None, {}, {})
     path, params = pathlib.Path(save), jax.tree.leaves(self.function.params)
     about = {
       "attack": repr(attack),
       # A long array's repr leaves most of it out.
-      "radii": resume.digest(*map(np.asarray, jax.tree.leaves(attack))),
+      "radii": journal.digest(*map(np.asarray, jax.tree.leaves(attack))),
       "seed": self.function.seed,
-      "images": resume.digest(self.images, self.indices),
-      "labels": resume.digest(self.labels.astype(np.int64)),
-      "params": resume.digest(*params) if params else None,
+      "images": journal.digest(self.images, self.indices),
+      "labels": journal.digest(self.labels.astype(np.int64)),
+      "params": journal.digest(*params) if params else None,
       "stochastic": self.function.stochastic,
       "dtype": self.function.dtype,
     }
-    older = {"clean predictions": resume.digest(self.clean)}
-    kept = resume.Journal(path, about, older)
+    older = {"clean predictions": journal.digest(self.clean)}
+    kept = journal.Journal(path, about, older)
     entries = list(kept.entries("clean"))
     for entry in entries:
       self._check_model(path, entry)
     if not entries:
-      # Of before it knew the model by these: who knows whom an attack failed
-      # to break. What it broke is seen again.
+      # A journal of an older version: that an attack failed may have been
+      # against another model. What it broke is judged again in any case.
       kept.filter(lambda entry: np.isfinite(entry["far"]))
       kept.add("clean", logits=self.logits, slopes=self.slopes)
     return kept

@@ -20,7 +20,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from roli_jax import keys, trees
 from roli_jax.attacks import search
-from roli_jax.files import resume
+from roli_jax.files import journal
 
 
 class Programs:
@@ -295,7 +295,7 @@ def _digest(closed: ClosedJaxpr) -> str:
   text = str(closed)
   if "0xXX" in text or "callback" in text:
     return ""
-  return resume.digest(np.frombuffer(text.encode(), np.uint8),
+  return journal.digest(np.frombuffer(text.encode(), np.uint8),
                         *_constants(closed))  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""How well a trained stage does, as rows of results."""
+"""Which tests a trained stage gets, and the rows that they leave."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping

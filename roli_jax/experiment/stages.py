@@ -37,7 +37,7 @@ class Stage:
     num_steps: the number of steps of this stage, >= 1.
     epoch_steps: those that see every training image once.
     lr: peak learning rate.
-    loss: the criterion, a name in `criteria.LOSSES`.
+    loss: the criterion, a name in `objectives.LOSSES`.
     start: the stage whose best parameters this one starts from; None starts
       from the weights and a random head.
     curve: whether accuracy is measured along the radii of the curve.

@@ -126,7 +126,7 @@ def _first_line(error: Exception) -> str:
 
 
 def directory(run: pathlib.Path, stage: Any) -> pathlib.Path:
-  """Where a run keeps a stage (`table.Stage`)."""
+  """Where a run keeps a stage (`experiment.stages.Stage`)."""
   return run / "checkpoints" / stage.directory
 
 

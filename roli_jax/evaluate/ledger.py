@@ -10,8 +10,9 @@ from roli_jax.evaluate import batching
 class Ledger:
   """What an attack's jobs have found; arrays of one entry an image.
 
-  Of the jobs that broke an image the first counts, or the nearest where the
-  attack looks for that: not the one that was quickest beside the others.
+  Of the jobs that broke an image the one of the lowest number counts, or the
+  nearest where the attack looks for distances: never the one that happened to
+  end first, which depends on what ran beside it.
 
   Attributes:
     stops: whether an image's later jobs are called off when it is broken.
@@ -20,6 +21,7 @@ class Ledger:
     first: the job that counts; their number where there is none.
     broken: whether a job broke the image.
     adv: what that job found, or the nearest misclassified image.
+    best: the distance of `adv` where one was found, else inf.
     said: its class.
     margin: its margin; NaN where nothing was judged.
     outside: whether a job left the ball or the box.

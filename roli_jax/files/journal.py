@@ -1,4 +1,7 @@
-"""What has been done so far, on disk, one small file after each piece."""
+"""The journal of an evaluation: how far it is, one small file a piece.
+
+Training resumes from its checkpoints, in `experiment/train_stage.py`.
+"""
 
 import glob
 import hashlib
