@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from roli_jax import specs
+from roli_jax.files import extras
 
 Size = tuple[int, int]  # height, width
 Rng = np.random.Generator
@@ -257,6 +258,7 @@ def size(chain: Chain, before: Size | None) -> Size | None:
   """
   if not chain:
     return before
+  extras.need("PIL")
   from PIL import Image
 
   found = set()
