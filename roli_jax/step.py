@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +37,12 @@ def _without_drops(model):
   return model
 
 
-# Functions of equal models are equal, so that they share what is compiled.
+# Functions of equal models are equal, and read nothing but their arguments: an
+# evaluation compiles them once.
 @dataclasses.dataclass(frozen=True)
 class _Predict:
   model: Model
+  is_pure: ClassVar[bool] = True
 
   def __call__(
     self, variables: tuple[Params, PyTree], images: Images
@@ -51,6 +53,7 @@ class _Predict:
 @dataclasses.dataclass(frozen=True)
 class _Both:
   model: Model
+  is_pure: ClassVar[bool] = True
 
   def __call__(self, variables, images):
     features = self.model.features(*variables, images)

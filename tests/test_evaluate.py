@@ -252,6 +252,28 @@ def test_what_is_no_attack_is_refused(toy):
       checks.check_inputs(*toy[1:], np.arange(40), attack)
 
 
+def test_an_attack_of_ones_own_may_require_any_field(toy):
+  @jax.tree_util.register_dataclass
+  @dataclasses.dataclass(frozen=True)
+  class Still(attacks.Attack):
+    threat: ThreatModel
+    num_steps: int
+    loss: str
+    passes = (0, 0)
+    name = "still"
+
+    def __call__(self, logits_fn, images, labels, keys):
+      return images
+
+  attack = Still(ThreatModel("linf", 0.1), 5, "")
+  assert (attack.num_steps, attack.num_restarts, attack.loss) == (5, 1, "")
+  assert attack.scaled(2.0).threat.eps == 0.2 and attack.parts == (attack,)
+  with pytest.raises(ValueError, match="still can't train"):
+    attack.for_training("")
+  with pytest.raises(TypeError, match="missing 1 required"):
+    Still(attack.threat, 5)
+
+
 def test_functions_that_give_no_logits_are_refused(toy):
   _, images, labels = toy
   with pytest.raises(ValueError, match="logits"):
@@ -333,7 +355,8 @@ def test_other_params_radii_and_targets_compile_nothing(shipped):
     "apgd_t", ThreatModel("linf", 0.02), num_steps=4, num_targets=3,
     num_restarts=2,
   )  # fmt: skip
-  evaluate.run(predict, *few, more, params=(other, stats))
+  again = dataclasses.replace(predict)  # as `make_predict` gives it anew
+  evaluate.run(again, *few, more, params=(other, stats))
   assert not compiled
 
 

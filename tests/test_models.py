@@ -147,11 +147,23 @@ def test_images_of_another_size_are_resized_inside(model, params):
 
 
 def test_equal_models_share_their_programs(model):
-  from roli_jax import step
+  from roli_jax import ensembles, step
+  from roli_jax.evaluate import tracing
 
   again = models.create("glyph_vit", num_classes=10)
   assert again == model and hash(again) == hash(model)
-  assert step.make_predict(again) == step.make_predict(model)
+  predicts = step.make_predict(model), step.make_predict(again)
+  assert predicts[0] == predicts[1]
+  variables = model.init(keys.root(0))
+  for fns, params in (
+    (predicts, variables),
+    (
+      [ensembles.output_space(fn, fn) for fn in predicts],
+      (variables, variables, 0.5),
+    ),
+  ):
+    one, two = (tracing.programs(fn, params, (8, 8, 8, 1)) for fn in fns)
+    assert one is two
 
 
 def test_a_description_makes_the_model_again(model):

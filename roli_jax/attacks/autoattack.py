@@ -44,7 +44,6 @@ class AutoAttack(base.Attack):
   num_steps: int = search.static(100)
   num_queries: int = search.static(5000)
   is_ensemble: ClassVar[bool] = True
-  is_long: ClassVar[bool] = True
 
   def __post_init__(self):
     if self.version not in _PARTS:

@@ -1,7 +1,7 @@
 """What an attack is, to those who call one."""
 
 import dataclasses
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import jax.numpy as jnp
 
@@ -15,6 +15,25 @@ def finite(grads: Float[Array, "*any"]) -> Float[Array, "*any"]:
   A single NaN would otherwise stop an attack, and flatter the model.
   """
   return jnp.where(jnp.isfinite(grads), grads, 0)
+
+
+if TYPE_CHECKING:
+  _answer = property
+else:
+
+  class _answer:
+    """A property of objects only.
+
+    A field of a subclass would take a plain property for its default.
+    """
+
+    def __init__(self, get):
+      self._get = get
+
+    def __get__(self, attack, owner):
+      if attack is None:
+        raise AttributeError(self._get.__name__)
+      return self._get(attack)
 
 
 class Attack:
@@ -38,7 +57,8 @@ class Attack:
     stop: whether an image that is misclassified is attacked no further.
     is_search: whether it is run step by step, as a `Search`, or by one call.
     is_ensemble: whether it is several attacks.
-    is_long: whether its progress is kept, for a killed evaluation to go on.
+    is_long: whether a run keeps its progress, for a killed evaluation to go on,
+      and all that it found.
     finds_distance: whether it looks for each image's least distance: a point
       beyond eps is then a distance, neither a break nor a mistake.
   """
@@ -47,30 +67,30 @@ class Attack:
   stop: bool = True
   is_search: ClassVar[bool] = False
   is_ensemble: ClassVar[bool] = False
-  is_long: ClassVar[bool] = False
+  is_long: ClassVar[bool] = True
   finds_distance: ClassVar[bool] = False
 
-  @property
+  @_answer
   def name(self) -> str:
     raise NotImplementedError
 
-  @property
+  @_answer
   def num_steps(self) -> Any:
     return 1
 
-  @property
+  @_answer
   def num_restarts(self) -> Any:
     return 1
 
-  @property
+  @_answer
   def passes(self) -> tuple[int, int]:
     raise NotImplementedError
 
-  @property
+  @_answer
   def loss(self) -> str:
     return ""
 
-  @property
+  @_answer
   def parts(self) -> tuple["Attack", ...]:
     return (self,)
 

@@ -36,7 +36,6 @@ class Curve(base.Attack):
   first_step: float = search.static(0.02)
   name: ClassVar[str] = "curve"
   is_ensemble: ClassVar[bool] = True
-  is_long: ClassVar[bool] = True
   finds_distance: ClassVar[bool] = True
 
   @property

@@ -61,6 +61,7 @@ class Pgd(base.Attack):
   random_start: bool = dataclasses.field(default=True, metadata=trees.STATIC)
   keep: str = dataclasses.field(default="sample", metadata=trees.STATIC)
   loss: str = dataclasses.field(default="ce", metadata=trees.STATIC)
+  is_long: ClassVar[bool] = False
 
   def __post_init__(self):
     if self.keep not in KEEP:
@@ -186,6 +187,7 @@ class Fgsm(base.Attack):
   loss: str = dataclasses.field(default="ce", metadata=trees.STATIC)
   random_start: bool = dataclasses.field(default=False, metadata=trees.STATIC)
   passes: ClassVar[tuple[int, int]] = (1, 1)
+  is_long: ClassVar[bool] = False
 
   @property
   def name(self) -> str:

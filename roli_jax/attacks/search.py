@@ -106,7 +106,6 @@ class Search(base.Attack):
   stop: bool = static(True)
   eot: int = static(1)
   is_search: ClassVar[bool] = True
-  is_long: ClassVar[bool] = True
 
   def __post_init__(self):
     for field in ("num_restarts", "eot"):

@@ -1,6 +1,7 @@
 """Data sets that are files of images, decoded when they are needed."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -39,7 +40,7 @@ class Files(source.Source):
   As a `Source`, but `images` are str, [n]: the paths.
   """
 
-  @property
+  @functools.cached_property  # the chain is run to see it
   def shape(self) -> tuple[int, int, int]:
     """Height, width and channels of an image as it is attacked."""
     size = transforms.size(self.eval_transforms, None)

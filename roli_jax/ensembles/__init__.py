@@ -335,12 +335,19 @@ def vrf_predict(
   )
 
 
-# Of equal functions they are equal, and share what is compiled.
+# Of equal functions they are equal, and share what is compiled where those do.
 @dataclass(frozen=True)
-class _OutputSpace:
+class _Ensemble:
   first: Predict
-  second: Predict
+  second: Any
 
+  @property
+  def is_pure(self) -> bool:
+    both = (self.first, self.second)
+    return all(getattr(member, "is_pure", False) for member in both)
+
+
+class _OutputSpace(_Ensemble):
   def __call__(self, params: Any, images: Images) -> Logits:
     of_first, of_second, *weights = params
     return ose(
@@ -348,11 +355,7 @@ class _OutputSpace:
     )
 
 
-@dataclass(frozen=True)
-class _Vrf:
-  first: Predict
-  second: Both
-
+class _Vrf(_Ensemble):
   def __call__(self, params: Any, images: Images) -> Logits:
     of_first, of_second, state = params
     feats, logits = self.second(of_second, images)

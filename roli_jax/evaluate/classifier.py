@@ -134,7 +134,6 @@ def make(
   stochastic: bool = False,
   dtype: str | None = None,
   seed: int = 0,
-  pure: bool = False,
 ) -> Classifier:
   """A user's function, `([params,] images[, key]) -> logits`, on all devices.
 
@@ -146,8 +145,6 @@ def make(
     stochastic: whether it takes a key last.
     dtype: the precision of the attacks' passes; None: the function's own.
     seed: decides the judge's draws, an int >= 0.
-    pure: whether it is known to read nothing but its arguments: then it isn't
-      traced anew to see what it reads.
 
   Raises:
     ValueError: a batch size below 1, an unknown dtype, params that are no
@@ -160,7 +157,7 @@ def make(
     raise ValueError(f"dtype is None, 'bfloat16' or 'float32', got {dtype!r}")
   mesh = sharding.mesh()
   programs = tracing.programs(
-    logits_fn, params, (SMALLEST, *shape), stochastic=stochastic, pure=pure
+    logits_fn, params, (SMALLEST, *shape), stochastic=stochastic
   )
   placed = sharding.replicate(() if params is None else params, mesh)
   return Classifier(programs, placed, mesh, batch_size, stochastic, dtype, seed)

@@ -100,22 +100,21 @@ def programs(
   shape: tuple[int, ...],
   *,
   stochastic: bool = False,
-  pure: bool = False,
 ) -> Programs:
   """The programs of `([params,] images[, key]) -> logits`.
 
   Without params the function is traced anew in each call. With params what is
   compiled is kept as long as the function lives. In each call the function is
   traced to see whether it, or an array that it reads outside its arguments, has
-  changed since; then it is compiled anew.
+  changed since; then it is compiled anew. A function that says `is_pure`, as
+  those of `step.make_predict` do, reads nothing but its arguments: what was
+  traced once is right for good, for all functions that are equal to it.
 
   Args:
     logits_fn: the function; nothing has to be hashable.
     params: a tree of arrays, or None.
     shape: [b, h, w, c] of the images that it is tried on.
     stochastic: whether it takes a key last.
-    pure: whether it is known to read nothing but its arguments. Then what was
-      traced once is right for good, for all functions that are equal to it.
 
   Raises:
     ValueError: a function that can't be traced or gives no logits, or params
@@ -125,6 +124,7 @@ def programs(
     raise ValueError(
       f"logits_fn must be a function, got {type(logits_fn).__name__}"
     )
+  pure = getattr(logits_fn, "is_pure", False)
   avals = _shapes(params)
   images = jax.ShapeDtypeStruct(shape, jnp.float32)
   image_keys = jax.eval_shape(keys.per_image, keys.root(0), np.arange(shape[0]))

@@ -169,7 +169,6 @@ def on_devices(
     run.config["eval_batch_size"],
     dtype=dtype,
     seed=seed,
-    pure=True,
   )
 
 

@@ -1,5 +1,6 @@
 """Classifiers on pooled features."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -9,11 +10,21 @@ from flax import linen as nn
 from roli_jax.types import Array, Float
 
 HEAD_INITS = ("kaiming_fan_out", "small")
-# Made once: heads of equal initialisers are equal, and share their programs.
-_SMALL = nn.initializers.normal(0.02)
-_FAN_OUT = nn.initializers.variance_scaling(2, "fan_out", "normal")
-_RARE = nn.initializers.constant(-math.log(99))
 LOGIT_SCALE = math.log(1 / 0.07)  # where CLIP's training starts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Normal:
+  """N(0, stddev^2); equal ones make equal heads, which share programs."""
+
+  stddev: float
+
+  def __call__(self, key, shape, dtype=jnp.float32):
+    return nn.initializers.normal(self.stddev)(key, shape, dtype)
+
+
+_SMALL = _Normal(0.02)
+_RARE = nn.initializers.constant(-math.log(99))
 
 
 def linear(num_classes: int, init: str = "kaiming_fan_out") -> nn.Dense:
@@ -31,7 +42,8 @@ def linear(num_classes: int, init: str = "kaiming_fan_out") -> nn.Dense:
     raise ValueError(f"unknown head_init {init!r}; there are {HEAD_INITS}")
   if init == "small":
     return nn.Dense(num_classes, kernel_init=_SMALL)
-  return nn.Dense(num_classes, kernel_init=_FAN_OUT, bias_init=_RARE)
+  spread = _Normal(math.sqrt(2 / num_classes))
+  return nn.Dense(num_classes, kernel_init=spread, bias_init=_RARE)
 
 
 def projection(width: int) -> nn.Dense:
