@@ -121,7 +121,7 @@ class Attack:
     )
 
   def run_in(self, evaluation: Any) -> None:
-    """Has an `evaluate` evaluation run the attack on what still stands."""
+    """Attacks what still stands in an `evaluate.engine.Evaluation`."""
     for part in self.parts:
       evaluation.attack(part)
 

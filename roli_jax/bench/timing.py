@@ -73,5 +73,5 @@ def matmul(runs: int, side: int = 2048) -> tuple[Row, float]:
 def product(side: int, dtype: str = "float32") -> Callable[[], Any]:
   """A call that multiplies two square matrices."""
   a = jnp.ones((side, side), dtype)
-  product = jax.jit(jnp.matmul)
-  return lambda: product(a, a)
+  matmul = jax.jit(jnp.matmul)
+  return lambda: matmul(a, a)

@@ -33,7 +33,8 @@ NUM_STEPS = 7  # of PGD in a training step, as in RoLI
 EPS = 0.1  # its radius, in Linf
 
 
-def batch_of(model, size):
+def batch_of(model: models.Model, size: int) -> dict[str, np.ndarray]:
+  """Random images of the model's size, uint8, their labels and indices."""
   shape = (size, model.image_size, model.image_size, model.channels)
   rng = np.random.default_rng(0)
   return {
