@@ -298,8 +298,10 @@ def cells(*given: dict) -> dict:
 
 
 def evaluation() -> dict:
-  """What --mode=evaluate looks at."""
+  """What --mode=evaluate looks at, and what --mode=plan compiles for."""
   return {
+    # Devices that plan compiles for without having them, as v5e:2x4, h100:8.
+    "target": "",
     "checkpoint": "",  # restored; "": the best one of the last stage
     "radii": (),  # attacked at; (): threat.eps alone, of a curve also `curve`
     "num_images": 0,  # of the test split, the first; 0: all

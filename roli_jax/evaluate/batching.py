@@ -121,7 +121,7 @@ def run(
   """
   key = keys.stream(keys.root(function.seed), attack.name)
   sizes = function.sizes
-  if jax.default_backend() == "cpu":
+  if classifier.runs_on_cpu(function.mesh):
     sizes = sizes[-1:]  # eight rows without a job cost nothing there
   queue = collections.deque(waiting)
   fallen: dict[int, int] = {}  # row -> the first job that broke the image
@@ -169,6 +169,43 @@ def run(
     over = done & ~running.again
     update(new + int((attack.length - steps)[over].sum()))
     running = running.at(~over)
+
+
+def lower(
+  function: Classifier, attack: search.Search, shape: tuple[int, ...]
+) -> jax.stages.Lowered:
+  """The program that takes a full pool on by all steps, not compiled.
+
+  Args:
+    function: the function; its params may be shapes.
+    attack: the search.
+    shape: (h, w, c) of an image.
+  """
+  size, one = function.sizes[-1], _of_a_job(attack)
+  aims = attack.num_targets or 1
+  nobody = Subjects(
+    images=np.zeros((1, *shape), np.float32),
+    labels=np.zeros(1, np.int32),
+    indices=np.zeros(1, np.uint32),
+    eps=np.zeros(1, np.float32),
+    towards=np.zeros((1, aims), np.int32),
+  )
+  first = np.zeros(1, np.int64)
+  news = _news(attack, nobody, size, first, first, first)
+  pool = jax.eval_shape(_empty, one, keys.root(function.seed), news)
+  fresh = jax.ShapeDtypeStruct((size,), bool)
+  rows = sharding.split(function.mesh)
+  job, state, fresh = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
+    (*pool, fresh),
+  )
+  advance = function.programs.compiled(
+    _advance, static_argnums=(0, 1), donate_argnums=(5, 6)
+  )
+  return advance.lower(
+    function.mesh, function.dtype, one, function.params, attack.length,
+    job, state, fresh,
+  )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

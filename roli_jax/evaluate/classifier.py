@@ -92,6 +92,32 @@ class Classifier:
       found = craft(self.mesh, self.dtype, attack, self.params, key, *bucket)
       yield rows, sharding.fetch(found)[real], int((~real).sum())
 
+  def lower(self, attack: Any, shape: tuple[int, ...]) -> jax.stages.Lowered:
+    """The program of `craft`, not compiled; params may be shapes.
+
+    Args:
+      attack: of one call.
+      shape: (h, w, c) of an image.
+    """
+    craft = self.programs.compiled(_attack, static_argnums=(0, 1))
+    rows = sharding.split(self.mesh)
+
+    def array(dtype, *dims):
+      full = (self.sizes[-1], *dims)
+      return jax.ShapeDtypeStruct(full, dtype, sharding=rows)
+
+    return craft.lower(
+      self.mesh,
+      self.dtype,
+      attack,
+      self.params,
+      keys.root(self.seed),
+      array(jnp.float32, *shape),
+      array(jnp.int32),
+      array(jnp.uint32),
+      array(jnp.float32),
+    )
+
   def slopes(
     self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -242,6 +268,11 @@ def _judge(fn, mesh, draws, params, key, images, labels, indices):
   return map_in_eights(judged, mesh, (params, key), (images, labels, indices))
 
 
+def runs_on_cpu(mesh: Mesh) -> bool:
+  """Whether the devices are a CPU's; they need not be those of this machine."""
+  return mesh.devices.flat[0].platform == "cpu"
+
+
 def map_in_eights(fn, mesh: Mesh, whole, parts):
   """`fn(whole, *parts)` on each device's share of the rows of `parts`.
 
@@ -249,7 +280,7 @@ def map_in_eights(fn, mesh: Mesh, whole, parts):
   at different sizes of a batch. At one size, an image's result is the same
   bits whatever it is batched with.
   """
-  on_cpu = jax.default_backend() == "cpu"
+  on_cpu = runs_on_cpu(mesh)
 
   def local(whole, *parts):
     size = SMALLEST if on_cpu else len(jax.tree.leaves(parts)[0])

@@ -15,7 +15,7 @@ from roli_jax import distributed
 # What config.json says beside the config's own fields; never compared.
 _BESIDE = ("versions", "commit", "workdir")
 # What changes no number, or its rounding alone: a run may go on with another.
-_FREE = ("data.num_workers", "cpu_devices", "mesh")
+_FREE = ("data.num_workers", "cpu_devices", "mesh", "target")
 # Fields that earlier runs lack, and what they ran with.
 _LATER = {"data": {"layout": ""}, "backbone": {"pool": "", "key": ""}}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

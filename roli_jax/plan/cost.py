@@ -19,29 +19,6 @@ from roli_jax.peft import Method
 from roli_jax.types import Params, PyTree
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """An accelerator.
-
-  Attributes:
-    peak: its peak in dense products of bfloat16, FLOP/s.
-    memory: bytes.
-  """
-
-  peak: float | int
-  memory: float | int
-
-
-# NVIDIA's data sheets of the SXM boards, whose 1,979 TFLOP/s in bfloat16 are
-# "with sparsity": half of it (nvidia.com/en-us/data-center/h100, .../h200).
-# Google's, per chip: docs.cloud.google.com/tpu/docs/v5e, .../v5p-training.
-CHIPS = {
-  "h100": Chip(peak=989e12, memory=80e9),
-  "h200": Chip(peak=989e12, memory=141e9),
-  "tpu_v5e": Chip(peak=197e12, memory=16e9),
-  "tpu_v5p": Chip(peak=459e12, memory=95e9),
-}
-
 # The share of the peak that training is taken to reach. An assumption, not a
 # measurement.
 EFFICIENCY = 0.4
@@ -173,10 +150,10 @@ def attack_flops(one: Cost, passes: tuple[int, int]) -> int:
 
 
 def hours(
-  total: float | int, chip: Chip, efficiency: float | int = EFFICIENCY
+  total: float | int, peak: float | int, efficiency: float | int = EFFICIENCY
 ) -> float:
-  """The hours of so many FLOPs on one chip at this share of its peak."""
-  return total / (chip.peak * efficiency) / 3600
+  """The hours of so many FLOPs at this share of a chip's peak, in FLOP/s."""
+  return total / (peak * efficiency) / 3600
 
 
 def flops(fn: Callable[..., Any], *shapes: Any) -> int:

@@ -1,7 +1,6 @@
 """`--mode=plan`: what a run will do and cost, without data or weights."""
 
 import dataclasses
-import functools
 import math
 import pathlib
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from roli_jax import convert, data, keys, models, peft, specs, trees
+from roli_jax import peft, specs, trees
 from roli_jax.experiment.build import (
   build_attack,
   build_criterion,
@@ -21,53 +20,11 @@ from roli_jax.experiment.build import (
   method_fields,
   optimizer_fields,
 )
-from roli_jax.experiment.run import Run, build_run, expand_stages
+from roli_jax.experiment.run import Run, expand_stages
 from roli_jax.experiment.stages import Stage
 from roli_jax.files import workdir
-from roli_jax.plan import cost
+from roli_jax.plan import chips, cost, on_chip, shapes
 from roli_jax.results.tables import Table
-
-
-@dataclasses.dataclass(frozen=True)
-class _Split:
-  """What a plan knows of a split in place of its images."""
-
-  num_classes: int
-  size: int
-  shape: tuple[int, int, int]
-
-  def __len__(self) -> int:
-    return self.size
-
-
-def _planned(config: Mapping[str, Any]) -> Run:
-  """A run with shapes in place of data and weights.
-
-  A data set of which nothing is known is looked at.
-  """
-  run = build_run(config)
-  name, backbone = config["data"]["name"], config["backbone"]
-  splits: Any = run.data
-  if name in data.FACTS:
-    facts = data.FACTS[name]
-    sizes = {"train": facts.train, "val": facts.val, "test": facts.test}
-    splits = {
-      split: _Split(facts.num_classes, size, facts.shape)
-      for split, size in sizes.items()
-    }
-
-  @functools.cache
-  def load(weights, keeps_head=False):
-    if keeps_head:  # whatever head the file has
-      return run.load(weights, keeps_head=True)
-    model = models.create(
-      backbone["name"],
-      splits["train"].num_classes,
-      backbone.get("image_size") or None,
-    )
-    return convert.Bundle(model, *jax.eval_shape(model.init, keys.root(0)))
-
-  return dataclasses.replace(run, data=splits, load=load)
 
 
 def _model_and_method(run: Run, stage: Stage) -> tuple[Any, Any]:
@@ -92,7 +49,7 @@ def outline(config: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: as a run of the config would.
   """
-  run = _planned(config)
+  run = shapes.planned(config)
   return _outline(run, expand_stages(run))
 
 
@@ -106,7 +63,7 @@ def make(config: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: as a run of the config would.
   """
-  run = _planned(config)
+  run = shapes.planned(config)
   stages = expand_stages(run)
   return _outline(run, stages) | _costs(run, stages)
 
@@ -147,20 +104,32 @@ def _costs(run, stages):
       "activations": one.activations * batch,
     },
     "hours": {
-      name: cost.hours(total, chip) for name, chip in cost.CHIPS.items()
+      name: cost.hours(total, chip.peak) for name, chip in _hours_on().items()
     },
     "assumed": {
       "efficiency": cost.EFFICIENCY,
-      "peak_flops": {name: chip.peak for name, chip in cost.CHIPS.items()},
+      "peak_flops": {name: chip.peak for name, chip in _hours_on().items()},
       "flops": total,
       "batch_size": batch,
     },
   }
 
 
+def _hours_on() -> dict[str, chips.Chip]:
+  """The chips that hours are given for, by their names in plan.json."""
+  names = {"h100": "h100", "h200": "h200", "tpu_v5e": "v5e", "tpu_v5p": "v5p"}
+  return {name: chips.CHIPS[kind] for name, kind in names.items()}
+
+
 def run(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
-  """Makes the plan and writes it to `plan.json` in this directory."""
+  """Makes the plan and writes it to `plan.json` in this directory.
+
+  With `config.target` its programs are compiled, and what came of it is kept
+  in `compiled/` there.
+  """
   plan = make(config)
+  if name := config.get("target", ""):
+    plan["chip"] = on_chip.make(config, name, path / "compiled")
   path.mkdir(parents=True, exist_ok=True)
   workdir.write_json(path / "plan.json", plan)
   return plan
@@ -192,6 +161,7 @@ def tables(plan: Mapping[str, Any]) -> list[Table]:
   return [
     Table(f"{name}, stages", fields, lines),
     Table(f"{plan['backbone']}, costs", ("", ""), list(costs.items()), note),
+    *(on_chip.tables(plan["chip"]) if "chip" in plan else ()),
   ]
 
 

@@ -1,0 +1,127 @@
+"""The programs of a run: its steps, validations and tests, to be compiled."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from roli_jax import attacks, keys, sharding, step
+from roli_jax.evaluate import batching, classifier, tracing
+from roli_jax.experiment import protocol
+from roli_jax.experiment.build import build_attack, build_model, build_program
+from roli_jax.experiment.run import Run, expand_stages
+from roli_jax.experiment.stages import Stage
+from roli_jax.plan import chips, shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+  """A program that a run compiles.
+
+  Attributes:
+    name: `step`, `validate`, or `test:` and the attack's name.
+    stage: the first stage that runs it.
+    attack: of a validation or test; None of a step.
+    times: how often the run executes it. 0 of a search, since that depends on
+      which images fall.
+  """
+
+  name: str
+  stage: Stage
+  attack: attacks.Attack | None
+  times: int
+
+
+def listed(run: Run, stages: Sequence[Stage]) -> list[Planned]:
+  """The programs of these stages, equal ones once."""
+  found: dict[Any, Planned] = {}
+  for stage in stages:
+    for one in _of_stage(run, stage):
+      if one.attack is None:
+        kind: Any = id(build_program(run, stage))
+      else:
+        # Radii and step sizes are data: others are the same program.
+        static = jax.tree.structure(one.attack)
+        kind = (one.name, build_model(run, stage), static)
+      if kind in found:
+        times = found[kind].times + one.times
+        one = dataclasses.replace(found[kind], times=times)
+      found[kind] = one
+  return list(found.values())
+
+
+def lower(
+  config: Mapping[str, Any], number: int, target: chips.Target
+) -> jax.stages.Lowered:
+  """A program of the config's run, traced for the target's devices.
+
+  Args:
+    config: the run's.
+    number: which of `listed`.
+    target: the devices, described.
+  """
+  run = shapes.planned(config)
+  mesh = sharding.mesh(run.mesh.shape["model"], target.devices())
+  run = dataclasses.replace(run, mesh=mesh)
+  chosen = listed(run, expand_stages(run))[number]
+  if chosen.attack is None:
+    return _lower_step(run, chosen.stage)
+  function = _classifier(run, chosen.stage)
+  if isinstance(chosen.attack, attacks.Search):
+    return batching.lower(function, chosen.attack, run.shape)
+  return function.lower(chosen.attack, run.shape)
+
+
+def _of_stage(run: Run, stage: Stage) -> Iterator[Planned]:
+  yield Planned("step", stage, None, stage.num_steps)
+  every = run.config[stage.name]["val_every"] or stage.epoch_steps
+  validated = math.ceil(stage.num_steps / every) + 1
+  attack = build_attack(run, "val_attack")
+  yield Planned("validate", stage, attack, validated * _batches(run, "val"))
+  for test in protocol.tests(run, stage):
+    if test.attack is None:
+      continue
+    for part in test.attack.parts:
+      times = 0 if part.is_search else _batches(run, "test")
+      yield Planned(f"test:{part.name}", stage, part, times)
+
+
+def _batches(run: Run, split: str) -> int:
+  return math.ceil(len(run.data[split]) / run.config["eval_batch_size"])
+
+
+def _lower_step(run: Run, stage: Stage) -> jax.stages.Lowered:
+  program = build_program(run, stage)
+  size, rows = run.config[stage.name]["batch_size"], sharding.split(run.mesh)
+  batch = {
+    "image": jax.ShapeDtypeStruct((size, *run.shape), jnp.uint8, sharding=rows),
+    "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows),
+    "index": jax.ShapeDtypeStruct((size,), jnp.uint32, sharding=rows),
+  }
+  key = keys.root(0)
+  where = sharding.replicated(run.mesh)
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=where)
+  return program.step.lower(program.abstract_state, batch, key)
+
+
+def _classifier(run: Run, stage: Stage) -> classifier.Classifier:
+  """The stage's model, of which there are shapes, on the run's devices."""
+  model = build_model(run, stage)
+  variables = jax.eval_shape(model.init, keys.root(0))
+  found = tracing.programs(
+    step.make_predict(model), variables, (classifier.SMALLEST, *run.shape)
+  )
+  where = sharding.replicated(run.mesh)
+  placed = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), variables
+  )
+  return classifier.Classifier(
+    found,
+    placed,
+    run.mesh,
+    run.config["eval_batch_size"],
+    dtype=run.compute_dtype,
+  )

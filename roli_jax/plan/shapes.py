@@ -1,0 +1,54 @@
+"""A run of which the shapes are known, and neither images nor weights."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from roli_jax import convert, data, keys, models
+from roli_jax.experiment.run import Run, build_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """What a plan knows of a split in place of its images."""
+
+  num_classes: int
+  size: int
+  shape: tuple[int, int, int]
+  white: int = 255
+
+  def __len__(self) -> int:
+    return self.size
+
+
+def planned(config: Mapping[str, Any]) -> Run:
+  """A run with shapes in place of data and weights.
+
+  A data set of which nothing is known is looked at.
+  """
+  run = build_run(config)
+  name, backbone = config["data"]["name"], config["backbone"]
+  splits: Mapping[str, Any] = run.data
+  if name in data.FACTS:
+    facts = data.FACTS[name]
+    sizes = {"train": facts.train, "val": facts.val, "test": facts.test}
+    splits = {
+      split: Split(facts.num_classes, size, facts.shape)
+      for split, size in sizes.items()
+    }
+
+  @functools.cache
+  def load(weights, keeps_head=False):
+    if keeps_head:  # whatever head the file has
+      return run.load(weights, keeps_head=True)
+    model = models.create(
+      backbone["name"],
+      splits["train"].num_classes,
+      backbone.get("image_size") or None,
+    )
+    return convert.Bundle(model, *jax.eval_shape(model.init, keys.root(0)))
+
+  return dataclasses.replace(run, data=splits, load=load)
