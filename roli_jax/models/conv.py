@@ -42,8 +42,8 @@ class Conv(nn.Module):
     if self.hooks.kernel:
       kernel = self.hooks.kernel(self, kernel)
     x, kernel = nn.dtypes.promote_dtype(x, kernel)
-    if self.size == 1:
-      x = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+    if self.size == self.stride == 1:
+      x = x @ kernel[0, 0]
     elif self.groups > 1:
       x = _depthwise_conv(x, kernel)
     else:
@@ -86,6 +86,11 @@ def _convolve_by_products(settings, x, kernel):
   XLA's convolutions for CPUs are single-threaded inside loops, where attacks
   are: this is 2.5 to 5.5 times as fast there (docs/backbones.md).
   """
+  if len(kernel) == 1:
+    # GPUs' compilers abort at a strided slice that feeds a product in a loop's
+    # gradient (jaxlib 0.10.2), so that this is not how they convolve.
+    stride, _ = settings
+    return x[:, ::stride, ::stride] @ kernel[0, 0]
   seen_from = _seen(x, len(kernel), *settings)
   places = list(itertools.product(range(len(kernel)), repeat=2))
   if x.shape[-1] < 16:  # products this thin are slow; a stem's
