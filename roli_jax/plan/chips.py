@@ -194,8 +194,12 @@ def parse(text: str) -> Target:
   kind, _, shape = text.partition(":")
   chip = specs.lookup(CHIPS, kind, "target")
   sides = shape.split("x")
-  wanted = "a number of GPUs, as h100:8" if chip.platform == "cuda" else (
-    f"a topology, as {kind}:" + ("2x2x1" if kind in ("v4", "v5p") else "2x4")
+  wanted = (
+    "a number of GPUs, as h100:8"
+    if chip.platform == "cuda"
+    else (
+      f"a topology, as {kind}:" + ("2x2x1" if kind in ("v4", "v5p") else "2x4")
+    )
   )
   if not all(side.isdigit() and int(side) for side in sides) or (
     chip.platform == "cuda" and len(sides) != 1

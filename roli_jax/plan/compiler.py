@@ -37,6 +37,9 @@ def compile_apart(
 
   Returns:
     `compiled`, `error`, and of a compiled program what `describe` says of it.
+
+  Raises:
+    ValueError: the config can't run on such devices.
   """
   store.mkdir(parents=True, exist_ok=True)
   asked, answer = store / "order.json", store / "answer.json"
@@ -52,6 +55,8 @@ def compile_apart(
   if not answer.exists():
     raise RuntimeError(f"the program could not be built:\n{done.stderr}")
   said = json.loads(answer.read_text())
+  if "refused" in said:
+    raise ValueError(f"target={target.name}: {said['refused']}")
   digest, result = said["digest"], said["result"]
   if result is None:
     result = failure(_abort(done.returncode, done.stderr))
@@ -67,10 +72,16 @@ def main(asked: str, answer: str) -> None:
   order = json.loads(pathlib.Path(asked).read_text())
   target, file = chips.parse(order["target"]), pathlib.Path(answer)
   config = workdir.read_config(file.parent)
-  lowered = programs.lower(config, order["program"], target)
+  try:
+    lowered = programs.lower(config, order["program"], target)
+  except ValueError as error:
+    file.write_text(json.dumps({"refused": str(error)}))
+    return
   text = lowered.as_text()
   versions = [target.name, os.environ.get("XLA_FLAGS", ""), *_versions()]
-  digest = hashlib.sha256("\n".join([text, *versions]).encode()).hexdigest()[:32]
+  digest = hashlib.sha256("\n".join([text, *versions]).encode()).hexdigest()[
+    :32
+  ]
   known = file.parent / f"{digest}.json"
   result = json.loads(known.read_text()) if known.exists() else None
   # Written before the compiler begins, which may not come back.

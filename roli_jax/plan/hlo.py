@@ -180,9 +180,7 @@ class _Module:
       return Count(flops, traffic, custom)
     sent = sum(a.bytes for a in _operands(computation, x))
     received = sum(a.bytes for a in x.result)
-    return Count(
-      flops, traffic, outside=1, bytes_outside=max(sent, received)
-    )
+    return Count(flops, traffic, outside=1, bytes_outside=max(sent, received))
 
   def _trips(self, x: Instruction, condition: str) -> int:
     """The turns of a loop: XLA's own count, or the bound of its counter."""
@@ -365,7 +363,11 @@ def _products(computation: Computation, x: Instruction) -> int:
   """FLOPs of a product or convolution, 0 of all else."""
   if x.opcode not in ("dot", "convolution", "custom-call"):
     return 0
-  left, right, *_ = [*(computation[n].result[0] for n in x.operands), None, None]
+  left, right, *_ = [
+    *(computation[n].result[0] for n in x.operands),
+    None,
+    None,
+  ]
   if x.opcode == "dot":
     return _dot(x.result[0], left, _listed(x.rest, "lhs_contracting_dims"))
   if x.opcode == "convolution":

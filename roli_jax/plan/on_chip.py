@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from roli_jax import models, progress
-from roli_jax.experiment.build import build_method, build_model, build_optimizer
+from roli_jax.experiment.build import build_optimizer
 from roli_jax.experiment.run import Run, expand_stages
 from roli_jax.files import workdir
 from roli_jax.plan import chips, compiler, cost, programs, shapes
@@ -75,8 +75,7 @@ def make(
 def _compiled(config, number, one, target, folder):
   folder.mkdir(parents=True, exist_ok=True)
   workdir.write_json(folder / "config.json", dict(config))
-  turns = one.attack.length if getattr(one.attack, "is_search", False) else 1
-  order = {"program": number, "target": target.name, "turns": turns}
+  order = {"program": number, "target": target.name, "turns": one.turns}
   return compiler.compile_apart(order, target, folder)
 
 
@@ -158,7 +157,7 @@ def _estimate(
 ) -> int:
   """Bytes on one device by shapes: weights, their training, activations."""
   run, stage = shapes.planned(config), one.stage
-  model, method = build_model(run, stage), build_method(run, stage)
+  model, method = shapes.model_and_method(run, stage)
   params = cost.shapes(model)
   if run.compute_dtype:
     model = models.with_options(model, dtype=run.compute_dtype)

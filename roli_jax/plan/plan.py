@@ -1,6 +1,5 @@
 """`--mode=plan`: what a run will do and cost, without data or weights."""
 
-import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
@@ -9,15 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from roli_jax import peft, specs, trees
+from roli_jax import trees
 from roli_jax.experiment.build import (
   build_attack,
   build_criterion,
-  build_model,
   build_optimizer,
   build_schedule,
   build_training_attack,
-  method_fields,
   optimizer_fields,
 )
 from roli_jax.experiment.run import Run, expand_stages
@@ -25,19 +22,6 @@ from roli_jax.experiment.stages import Stage
 from roli_jax.files import workdir
 from roli_jax.plan import chips, cost, on_chip, shapes
 from roli_jax.results.tables import Table
-
-
-def _model_and_method(run: Run, stage: Stage) -> tuple[Any, Any]:
-  """The stage's model and method, equal for all that cost the same.
-
-  How arrays start costs nothing, and methods that differ in nothing else are
-  counted once.
-  """
-  fields = method_fields(run, stage)
-  fields = {k: v for k, v in fields.items() if k not in ("init", "order")}
-  method = specs.build(peft.METHODS, fields, "method")
-  plain = build_model(run, dataclasses.replace(stage, method="linear"))
-  return method.apply_to(plain), method
 
 
 def outline(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +58,7 @@ def _outline(run, stages):
     if stage.train_size > have:
       raise ValueError(f"train_size={stage.train_size}, of {have} images")
   last, config = stages[-1], run.config
-  model, _ = _model_and_method(run, last)
+  model, _ = shapes.model_and_method(run, last)
   return {
     "dataset": config["data"]["name"],
     "backbone": config["backbone"]["name"],
@@ -87,7 +71,7 @@ def _outline(run, stages):
 
 def _costs(run, stages):
   last = stages[-1]
-  model, method = _model_and_method(run, last)
+  model, method = shapes.model_and_method(run, last)
   params = cost.shapes(model)
   trained, _ = method.split(params)
   one = cost.of(model, method)
@@ -174,7 +158,7 @@ def _plain(value: Any) -> str:
 def _describe(run: Run, stage: Stage) -> dict[str, Any]:
   """What a stage will do."""
   spec = optimizer_fields(run, stage.name)
-  model, method = _model_and_method(run, stage)
+  model, method = shapes.model_and_method(run, stage)
   trained, _ = method.split(cost.shapes(model))
   first = (stage.num_steps - 1) // stage.epoch_steps * stage.epoch_steps
   schedule = build_schedule(run, stage)
@@ -199,7 +183,7 @@ def _describe(run: Run, stage: Stage) -> dict[str, Any]:
 def _flops(run: Run, stage: Stage) -> int:
   """The FLOPs of a stage: its steps, its validations and its test."""
   section = run.config[stage.name]
-  one = cost.of(*_model_and_method(run, stage))
+  one = cost.of(*shapes.model_and_method(run, stage))
   criterion = build_criterion(run, stage.name, stage.loss)
   a_step = cost.step_flops(
     one,

@@ -34,6 +34,15 @@ class Planned:
   attack: attacks.Attack | None
   times: int
 
+  @property
+  def turns(self) -> int:
+    """Of the attack's loop, whose length is data where it is an argument."""
+    if self.attack is None:
+      return 1
+    if isinstance(self.attack, attacks.Search):
+      return self.attack.length
+    return int(self.attack.num_steps)
+
 
 def listed(run: Run, stages: Sequence[Stage]) -> list[Planned]:
   """The programs of these stages, equal ones once."""
@@ -64,7 +73,8 @@ def lower(
     target: the devices, described.
   """
   run = shapes.planned(config)
-  mesh = sharding.mesh(run.mesh.shape["model"], target.devices())
+  model = run.mesh.shape["model"]
+  mesh = sharding.mesh(model, devices=target.devices())
   run = dataclasses.replace(run, mesh=mesh)
   chosen = listed(run, expand_stages(run))[number]
   if chosen.attack is None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 
-from roli_jax import convert, data, keys, models
+from roli_jax import convert, data, keys, models, peft, specs
+from roli_jax.experiment.build import build_model, method_fields
 from roli_jax.experiment.run import Run, build_run
+from roli_jax.experiment.stages import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,3 +54,18 @@ def planned(config: Mapping[str, Any]) -> Run:
     return convert.Bundle(model, *jax.eval_shape(model.init, keys.root(0)))
 
   return dataclasses.replace(run, data=splits, load=load)
+
+
+def model_and_method(
+  run: Run, stage: Stage
+) -> tuple[models.Model, peft.Method]:
+  """The stage's model and method, equal for all that cost the same.
+
+  How arrays start costs nothing, and methods that differ in nothing else are
+  counted once.
+  """
+  fields = method_fields(run, stage)
+  fields = {k: v for k, v in fields.items() if k not in ("init", "order")}
+  method = specs.build(peft.METHODS, fields, "method")
+  plain = build_model(run, dataclasses.replace(stage, method="linear"))
+  return method.apply_to(plain), method
