@@ -26,11 +26,11 @@ _TIMED = 16  # batches
 
 
 def loader(config: Mapping[str, Any]) -> Iterator[Row]:
-  """Photographs of 500 x 400 in files, cropped to 224; CIFAR from memory.
+  """Reads photographs of 500 x 400, cropped to 224, and CIFAR from memory.
 
   Args:
-    config: `loader_runs`, of which medians are taken, 3 without it;
-      `loader_images`, how many files are written, 400 without it.
+    config: `loader_runs`, the number of runs whose median is taken, default 3;
+      `loader_images`, the number of files that are written, default 400.
   """
   runs = config.get("loader_runs", 3)
   with tempfile.TemporaryDirectory() as directory:

@@ -145,7 +145,7 @@ def seeds(config: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def compiling(config: Mapping[str, Any]) -> Iterator[Row]:
-  """From the first call of a step to its end, without any cache."""
+  """Seconds of tracing and of compiling a step, without any cache."""
   model = models.create(config["model"], 10)
   batch = workload.random_batch(model, 64)
   jax.config.update("jax_enable_compilation_cache", False)

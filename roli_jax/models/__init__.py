@@ -121,22 +121,26 @@ def with_options(
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+  """The options that are not None."""
   return {name: value for name, value in options.items() if value is not None}
 
 
-_DESCRIBED = ("name", "num_classes", "image_size", "mean", "std")
-_OF_A_VIT = ("pool", "cls", "fc_norm")
+_FIELDS = ("name", "num_classes", "image_size", "mean", "std")
+_VIT_FIELDS = ("pool", "cls", "fc_norm")
 
 
 def to_spec(model: Model) -> dict[str, Any]:
-  """What `from_spec` makes the model from again; plain JSON."""
-  about = {field: getattr(model, field) for field in _DESCRIBED}
+  """Describes a model in plain JSON, from which `from_spec` makes it again.
+
+  Options of its computation, such as `dtype` and `scan`, are left out.
+  """
+  about = {field: getattr(model, field) for field in _FIELDS}
   about["interpolation"] = model.interpolation
   if isinstance(model.backbone, Vit):
     named = MODELS[model.name].backbone()
     about |= {
       field: value
-      for field in _OF_A_VIT
+      for field in _VIT_FIELDS
       if (value := getattr(model.backbone, field)) != getattr(named, field)
     }
   if isinstance(model.head, heads.Cosine):
@@ -145,7 +149,13 @@ def to_spec(model: Model) -> dict[str, Any]:
 
 
 def from_spec(about: Mapping[str, Any]) -> Model:
-  """The model that `to_spec` described, computed as by default."""
+  """The model that `to_spec` described, with the default computation.
+
+  Args:
+    about: `name`, `num_classes`, `image_size`, `mean` and `std`; and, each with
+      a default, `interpolation`, `head_embed` or `head_bias`, and a ViT's
+      `pool`, `cls` and `fc_norm`.
+  """
   num_classes = about["num_classes"]
   model = create(about["name"], num_classes, about["image_size"])
   if "head_embed" in about:
@@ -153,7 +163,7 @@ def from_spec(about: Mapping[str, Any]) -> Model:
     model = dataclasses.replace(model, head=head)
   elif not about.get("head_bias", True):
     model = dataclasses.replace(model, head=heads.projection(num_classes))
-  chosen = {field: about[field] for field in _OF_A_VIT if field in about}
+  chosen = {field: about[field] for field in _VIT_FIELDS if field in about}
   if chosen:
     model = dataclasses.replace(model, backbone=model.backbone.clone(**chosen))
   return dataclasses.replace(
