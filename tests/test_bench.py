@@ -10,7 +10,14 @@ import pytest
 
 from configs import bench as configured
 from roli_jax import bench, models, peft
-from roli_jax.bench import eager, suites, timing, training
+from roli_jax.bench import (
+  against_torch,
+  eager,
+  passes,
+  suites,
+  timing,
+  workload,
+)
 from tests import cli
 
 CONFIG = {
@@ -45,10 +52,10 @@ def test_flops_of_a_product_are_counted():
 def test_a_steps_count_is_of_its_passes():
   """About: 7 x (2 forwards) + 1 + the update, which a probe's is little of."""
   model = models.create("glyph_vit", 10)
-  batch = training.batch_of(model, 8)
-  _, now = training._training(model, peft.linear())
-  linear = training._counted(model, peft.linear(), now, batch)
-  full = training._counted(model, peft.full(), now, batch)
+  batch = workload.random_batch(model, 8)
+  _, now = workload.build_step(model, peft.linear())
+  linear = passes.count_flops(model, peft.linear(), now, batch)
+  full = passes.count_flops(model, peft.full(), now, batch)
   forward = 8 * 2 * 16 * 200_000  # images x 2 FLOPs x tokens x weights
   assert 15 * forward < linear < full < 22 * forward
 
@@ -103,16 +110,16 @@ def test_torch_runs_where_jax_does_or_not_at_all(
 
 @pytest.fixture
 def beside(monkeypatch):
-  """`beside(passes)` gives the rows beside a torch that does nothing."""
+  """`beside(counts)` gives the rows beside a torch that does nothing."""
 
-  def rows(passes):
+  def rows(counts):
     monkeypatch.setattr(eager, "lacking", lambda: "")
     monkeypatch.setattr(eager, "set_num_threads", lambda count: None)
     monkeypatch.setattr(eager, "like", lambda model, params: None)
-    monkeypatch.setattr(eager, "passes", lambda net, step: passes)
+    monkeypatch.setattr(eager, "passes", lambda net, step: counts)
     monkeypatch.setattr(eager, "make_step", lambda *_: lambda: 0.0)
-    for module, name in ((training, "product"), (eager, "product")):
-      monkeypatch.setattr(module, name, lambda *_: lambda: 0.0)
+    for module in (timing, eager):
+      monkeypatch.setattr(module, "product", lambda *_: lambda: 0.0)
     config = {
       **configured.get_config().to_dict(),
       "torch_models": ("glyph_vit_token",),
@@ -120,7 +127,7 @@ def beside(monkeypatch):
       "torch_pairs": 3,
       "runs": 1,
     }
-    return list(training.against_torch(config))
+    return list(against_torch.against_torch(config))
 
   return rows
 

@@ -3,15 +3,16 @@
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from roli_jax import specs
-from roli_jax.bench import suites
+from roli_jax.bench import suites, timing
 from roli_jax.results import tables
 
+# How each column of a row is printed, in their order.
 _COLUMNS = {
   "seconds": "{:.4f}",
   "images_per_s": "{:.3g}",
@@ -34,6 +35,11 @@ _COLUMNS = {
 def run(config: Mapping[str, Any], path: pathlib.Path) -> None:
   """Measures the config's suites; prints tables, and writes `bench.jsonl`.
 
+  Args:
+    config: `suites`, names in `suites.SUITES`, and what they read; see
+      `configs/bench.py`.
+    path: the folder of `bench.jsonl`, made if it is not there.
+
   Raises:
     ValueError: an unknown suite.
   """
@@ -53,12 +59,12 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> None:
     " of the square matmul; of an attack, its passes made alone, in eights."
     " Programs: compiled in the first run, small ones included."
   )
-  tables.show(_table(name, of_suite) for name, of_suite in rows.items())
+  tables.show(itertools.starmap(_table, rows.items()))
   print(note)
 
 
-def _table(suite, rows):
-  """Its rows, in the columns that one of them fills."""
+def _table(suite: str, rows: Sequence[timing.Row]) -> tables.Table:
+  """A suite's rows, in the columns that any of them fills."""
   columns = {
     column: form
     for column, form in _COLUMNS.items()

@@ -17,6 +17,9 @@ from roli_jax.types import Params
 # train, `backward` in the attack fills their gradients, for nothing.
 FORMS = {"as written": False, "frozen in the attack": True}
 
+Tensor = Any  # torch.Tensor
+Module = Any  # torch.nn.Module
+
 
 def lacking() -> str:
   """Why torch can't run where JAX does; "" if it can."""
@@ -24,27 +27,27 @@ def lacking() -> str:
     import torch
   except ImportError:
     return "torch is not installed"
-  where = jax.default_backend()
-  if where == "cpu" or (where == "gpu" and torch.cuda.is_available()):
+  backend = jax.default_backend()
+  if backend == "cpu" or (backend == "gpu" and torch.cuda.is_available()):
     return ""
-  return f"JAX runs on a {where}, which torch has not"
+  return f"JAX runs on a {backend}, which torch has not"
 
 
 def set_num_threads(count: int) -> None:
-  """How many of a CPU's threads torch computes with."""
+  """Sets the number of a CPU's threads that torch computes with, >= 1."""
   import torch
 
   torch.set_num_threads(count)
 
 
-def vit(model: models.Model) -> Any:
+def vit(model: models.Model) -> Module:
   """A ViT of the model's sizes, random: `[b, c, h, w]` in [0, 1] to logits.
 
   Raises:
-    ValueError: the model is none, or its feature is not the class token.
+    ValueError: the model is no ViT, or its feature is not the class token.
   """
-  own: Any = model.backbone
-  if not isinstance(own, models.Vit) or own.clip or own.pool != "token":
+  sizes = model.backbone
+  if not isinstance(sizes, models.Vit) or sizes.clip or sizes.pool != "token":
     raise ValueError(
       f"torch_models must be ViTs with a class token, got {model.name!r}; take"
       " vit_s16, vit_b16, ..."
@@ -52,31 +55,33 @@ def vit(model: models.Model) -> Any:
   import torch
   from torch import nn
 
-  make_block = _block(own)
+  Block = _block_class(sizes)
 
   class PatchEmbed(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
       super().__init__()
-      self.proj = nn.Conv2d(model.channels, own.width, own.patch, own.patch)
+      self.proj = nn.Conv2d(
+        model.channels, sizes.width, sizes.patch, sizes.patch
+      )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
       return self.proj(x).flatten(2).transpose(1, 2)
 
   class Vit(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
       super().__init__()
-      num_tokens = 1 + (model.image_size // own.patch) ** 2
+      num_tokens = 1 + (model.image_size // sizes.patch) ** 2
       self.patch_embed = PatchEmbed()
-      self.cls_token = nn.Parameter(torch.zeros(1, 1, own.width))
-      self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, own.width))
-      self.blocks = nn.Sequential(*(make_block() for _ in range(own.depth)))
-      self.norm = nn.LayerNorm(own.width, eps=own.eps)
-      self.head = nn.Linear(own.width, model.num_classes)
+      self.cls_token = nn.Parameter(torch.zeros(1, 1, sizes.width))
+      self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, sizes.width))
+      self.blocks = nn.Sequential(*(Block() for _ in range(sizes.depth)))
+      self.norm = nn.LayerNorm(sizes.width, eps=sizes.eps)
+      self.head = nn.Linear(sizes.width, model.num_classes)
       for name, values in (("mean", model.mean), ("std", model.std)):
         each = torch.tensor(values).reshape(1, -1, 1, 1)
         self.register_buffer(name, each, persistent=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
       x = self.patch_embed((x - self.mean) / self.std)
       x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
       x = self.norm(self.blocks(x + self.pos_embed))
@@ -85,49 +90,49 @@ def vit(model: models.Model) -> Any:
   return Vit()
 
 
-def _block(own):
+def _block_class(sizes: models.Vit) -> type[Module]:
   """The class of a ViT's blocks, of the widths of ours."""
   from torch import nn
   from torch.nn import functional
 
   class Attention(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
       super().__init__()
-      self.qkv = nn.Linear(own.width, 3 * own.width)
-      self.proj = nn.Linear(own.width, own.width)
+      self.qkv = nn.Linear(sizes.width, 3 * sizes.width)
+      self.proj = nn.Linear(sizes.width, sizes.width)
 
-    def forward(self, x):
-      qkv = self.qkv(x).reshape(*x.shape[:2], 3, own.num_heads, -1)
+    def forward(self, x: Tensor) -> Tensor:
+      qkv = self.qkv(x).reshape(*x.shape[:2], 3, sizes.num_heads, -1)
       q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
       mixed = functional.scaled_dot_product_attention(q, k, v)
       return self.proj(mixed.transpose(1, 2).reshape(x.shape))
 
   class Mlp(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
       super().__init__()
-      self.fc1 = nn.Linear(own.width, own.hidden)
+      self.fc1 = nn.Linear(sizes.width, sizes.hidden)
       self.act = nn.GELU()
-      self.fc2 = nn.Linear(own.hidden, own.width)
+      self.fc2 = nn.Linear(sizes.hidden, sizes.width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
       return self.fc2(self.act(self.fc1(x)))
 
   class Block(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
       super().__init__()
-      self.norm1 = nn.LayerNorm(own.width, eps=own.eps)
+      self.norm1 = nn.LayerNorm(sizes.width, eps=sizes.eps)
       self.attn = Attention()
-      self.norm2 = nn.LayerNorm(own.width, eps=own.eps)
+      self.norm2 = nn.LayerNorm(sizes.width, eps=sizes.eps)
       self.mlp = Mlp()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
       x = x + self.attn(self.norm1(x))
       return x + self.mlp(self.norm2(x))
 
   return Block
 
 
-def like(model: models.Model, params: Params) -> Any:
+def like(model: models.Model, params: Params) -> Module:
   """`vit` with copies of these weights, where JAX runs; on a GPU compiled."""
   import torch
 
@@ -143,26 +148,29 @@ def like(model: models.Model, params: Params) -> Any:
 
 
 def pgd(
-  net: Any,
-  images: Any,
-  labels: Any,
-  start: Any,
+  net: Module,
+  images: Tensor,
+  labels: Tensor,
+  start: Tensor,
   eps: float,
   num_steps: int,
   frozen: bool,
-) -> Any:
+) -> Tensor:
   """Each image's iterate of the highest cross-entropy, the last among them.
 
   `attacks.Pgd` with `keep="sample"` in Linf, its steps eps / 4 long.
 
   Args:
-    net: images to logits.
-    images: `[b, c, h, w]` in [0, 1].
-    labels: `[b]`.
-    start: where it begins, within the ball and the box.
-    eps: the radius.
+    net: maps images to logits [b, k].
+    images: [b, c, h, w] in [0, 1].
+    labels: [b].
+    start: [b, c, h, w], where the attack begins, within the ball and the box.
+    eps: the radius, > 0.
     num_steps: K; there are K + 1 forward passes and K backward.
-    frozen: whether the gradient is by the pixels alone; see `FORMS`.
+    frozen: whether the gradient is taken by the pixels alone; see `FORMS`.
+
+  Returns:
+    [b, c, h, w], within the ball and the box.
   """
   import torch
 
@@ -185,7 +193,7 @@ def pgd(
 
 
 def make_step(
-  net: Any,
+  net: Module,
   method: str,
   batch: Mapping[str, Any],
   eps: float,
@@ -198,11 +206,11 @@ def make_step(
   the attack has to do.
 
   Args:
-    net: of `like`, whose parameters it may share with other steps.
+    net: made by `like`; other steps may share its parameters.
     method: `full` or `linear`.
-    batch: ours: images are uint8, channels last.
-    eps: the radius in Linf.
-    num_steps: of the attack.
+    batch: `image`, uint8 [b, h, w, c], and `label` [b].
+    eps: the radius in Linf, > 0.
+    num_steps: gradient steps of the attack, >= 1.
     frozen: see `FORMS`.
 
   Returns:
@@ -210,16 +218,16 @@ def make_step(
   """
   import torch
 
-  where = next(net.parameters()).device
-  pixels = torch.tensor(batch["image"], device=where)
+  device = next(net.parameters()).device
+  pixels = torch.tensor(batch["image"], device=device)
   pixels = pixels.permute(0, 3, 1, 2).contiguous()
-  labels = torch.tensor(batch["label"], device=where).long()
+  labels = torch.tensor(batch["label"], device=device).long()
   trained = {"full": net, "linear": net.head}[method]
   net.requires_grad_(False)
   trained.requires_grad_(True)
   optimizer = torch.optim.AdamW(trained.parameters(), lr=0.0, weight_decay=0.0)
 
-  def step():
+  def step() -> float:
     images = pixels.float() / 255
     noise = torch.empty_like(images).uniform_(-eps, eps)
     start = (images + noise).clamp(0, 1)
@@ -232,40 +240,40 @@ def make_step(
     loss = _losses(net, adv, labels).mean()
     loss.backward()
     optimizer.step()
-    return loss.item()  # which a GPU finishes its work for
+    return loss.item()  # waits until a GPU has finished
 
   return step
 
 
-def passes(net: Any, step: Callable[[], Any]) -> tuple[int, int]:
-  """How many forward and backward passes the net makes in one step."""
-  made: collections.Counter[str] = collections.Counter()
+def passes(net: Module, step: Callable[[], Any]) -> tuple[int, int]:
+  """Counts the forward and backward passes of the net in one step."""
+  counts: collections.Counter[str] = collections.Counter()
 
-  def seen(module, inputs, logits):
-    made["forward"] += 1
+  def count(module: Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+    counts["forward"] += 1
     if logits.requires_grad:
-      logits.register_hook(lambda _: made.update(["backward"]))
+      logits.register_hook(lambda _: counts.update(["backward"]))
 
-  handle = net.register_forward_hook(seen)
+  handle = net.register_forward_hook(count)
   step()
   handle.remove()
-  return made["forward"], made["backward"]
+  return counts["forward"], counts["backward"]
 
 
 def product(side: int, dtype: str) -> Callable[[], float]:
   """A call of the product of two square matrices."""
   import torch
 
-  where = "cuda" if _on_gpu() else "cpu"
-  a = torch.ones(side, side, dtype=getattr(torch, dtype), device=where)
+  device = "cuda" if _on_gpu() else "cpu"
+  a = torch.ones(side, side, dtype=getattr(torch, dtype), device=device)
   return lambda: (a @ a)[0, 0].item()
 
 
-def _on_gpu():
+def _on_gpu() -> bool:
   return jax.default_backend() == "gpu"
 
 
-def _losses(net, x, labels):
+def _losses(net: Module, x: Tensor, labels: Tensor) -> Tensor:
   """Each image's cross-entropy; on a GPU the net computes in bfloat16."""
   import torch
 
@@ -274,8 +282,13 @@ def _losses(net, x, labels):
     return loss(net(x), labels, reduction="none")
 
 
-def _better(best, highest, x, values):
-  """Of two candidates with their losses, the one to keep; a tie keeps."""
+def _better(
+  best: Tensor, highest: Tensor, x: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+  """Each image's candidate of the higher loss, and that loss; a tie keeps.
+
+  Candidates are [b, c, h, w], `best` and `x`, and their losses [b].
+  """
   import torch
 
   wins = values > highest

@@ -13,10 +13,12 @@ from unittest import mock
 import numpy as np
 
 from roli_jax import data
+from roli_jax.bench.timing import Row, row
 from roli_jax.data import transforms
 from roli_jax.files import extras
 
-Row = dict[str, Any]
+# Reads images; returns how many, and the seconds that they took.
+Call = Callable[[], tuple[int, float]]
 
 _BATCH = 32
 _WARM = 10  # batches read before the clock starts: buffers are empty then
@@ -24,11 +26,11 @@ _TIMED = 16  # batches
 
 
 def loader(config: Mapping[str, Any]) -> Iterator[Row]:
-  """Photographs of 500 x 400 in files, cropped to 224; CIFAR from memory.
+  """Reads photographs of 500 x 400, cropped to 224, and CIFAR from memory.
 
   Args:
-    config: `loader_runs`, of which medians are taken, 3 without it;
-      `loader_images`, how many files are written, 400 without it.
+    config: `loader_runs`, the number of runs whose median is taken, default 3;
+      `loader_images`, the number of files that are written, default 400.
   """
   runs = config.get("loader_runs", 3)
   with tempfile.TemporaryDirectory() as directory:
@@ -42,8 +44,8 @@ def loader(config: Mapping[str, Any]) -> Iterator[Row]:
   yield from _measured({"CIFAR from memory": cifar}, runs)
 
 
-def _calls(source):
-  """Name -> a function that says how many images took how many seconds."""
+def _calls(source: data.Source) -> dict[str, Call]:
+  """The ways to read the files, by name."""
   plain = functools.partial(_plain, source)
   stream = functools.partial(_stream, source)
   return {
@@ -56,9 +58,7 @@ def _calls(source):
   }
 
 
-def _measured(
-  calls: Mapping[str, Callable[[], tuple[int, float]]], runs: int
-) -> Iterator[Row]:
+def _measured(calls: Mapping[str, Call], runs: int) -> Iterator[Row]:
   """Medians of the calls' rates, the calls taking turns."""
   rates: dict[str, list[float]] = {name: [] for name in calls}
   for _ in range(runs):
@@ -67,15 +67,10 @@ def _measured(
       rates[name].append(count / seconds)
   for name, values in rates.items():
     rate = statistics.median(values)
-    yield {
-      "suite": "loader",
-      "name": name,
-      "seconds": 1 / rate,  # of one image
-      "images_per_s": rate,
-    }
+    yield row("loader", name, 1 / rate, images_per_s=rate)
 
 
-def _plain(source, crop):
+def _plain(source: data.Source, crop: bool) -> tuple[int, float]:
   """PIL in one thread, on files in the order in which they are listed."""
   from PIL import Image
 
@@ -88,8 +83,13 @@ def _plain(source, crop):
   return len(source), time.perf_counter() - started
 
 
-def _stream(source, count=_TIMED, batch_size=_BATCH, **options):
-  """Our pipeline, once it runs."""
+def _stream(
+  source: data.Source,
+  count: int = _TIMED,
+  batch_size: int = _BATCH,
+  **options: int,
+) -> tuple[int, float]:
+  """So many batches of our pipeline, once it runs."""
   batches = data.train_batches(source, batch_size, seed=0, **options)
   for _ in range(_WARM):
     next(batches)
@@ -101,8 +101,8 @@ def _stream(source, count=_TIMED, batch_size=_BATCH, **options):
   return count * batch_size, seconds
 
 
-def _write(root, count):
-  """JPEGs of about 68 kB: blurred noise, and a little that is not."""
+def _write(root: pathlib.Path, count: int) -> None:
+  """Writes JPEGs of about 68 kB: blurred noise, and a little that is not."""
   extras.need("PIL")
   from PIL import Image
 
@@ -118,7 +118,7 @@ def _write(root, count):
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, quality=90)
 
 
-def _cifar():
+def _cifar() -> data.Source:
   """45,000 images of 32 x 32 noise."""
   rng = np.random.default_rng(0)
   return data.Source(

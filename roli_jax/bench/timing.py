@@ -13,7 +13,14 @@ Row = dict[str, Any]
 
 
 def row(suite: str, name: str, seconds: float, **more: Any) -> Row:
-  """A row of `bench.jsonl`."""
+  """A row of `bench.jsonl`.
+
+  Args:
+    suite: a name in `suites.SUITES`.
+    name: what was timed.
+    seconds: the time of one call, or of one image.
+    **more: further columns, as `bench.run` prints them.
+  """
   return {"suite": suite, "name": name, "seconds": seconds, **more}
 
 
@@ -44,28 +51,43 @@ def medians(
   return {name: statistics.median(values) for name, values in times.items()}
 
 
+def median(call: Callable[[], Any], runs: int) -> float:
+  """The median seconds of a call, after one that is not timed."""
+  return medians({"": call}, runs)[""]
+
+
 def ratios(
   times: Sequence[float], others: Sequence[float]
 ) -> tuple[float, float, float]:
-  """Quartiles of the ratios of one call's seconds to another's, of each turn.
+  """Quartiles of the ratios of one call's seconds to another's, turn by turn.
 
   The middle one is the median. Neighbours in time are compared, so that a drift
   of the machine's speed divides out.
+
+  Args:
+    times: a call's seconds in each turn.
+    others: those of the other call, in the same turns.
   """
-  of_turns = np.divide(times, others)
-  low, middle, high = np.quantile(of_turns, (0.25, 0.5, 0.75)).tolist()
+  each = np.divide(times, others)
+  low, middle, high = np.quantile(each, (0.25, 0.5, 0.75)).tolist()
   return low, middle, high
 
 
 def flops(fn: Callable[..., Any], *args: Any) -> float:
-  """XLA's count for one call, without loops: their bodies count once only."""
+  """XLA's count for `fn(*args)`; the body of a loop is counted once only."""
   cost: Any = jax.jit(fn).lower(*args).cost_analysis()
   return float(cost["flops"])
 
 
+def held_mib(compiled: jax.stages.Compiled) -> float:
+  """MiB that a compiled program holds beside its arguments and results."""
+  memory: Any = compiled.memory_analysis()
+  return memory.temp_size_in_bytes / 2**20
+
+
 def matmul(runs: int, side: int = 2048) -> tuple[Row, float]:
-  """This machine's rate at a large square product, in FLOP/s."""
-  seconds = medians({"": product(side)}, runs)[""]
+  """A row of a large square product, and its rate in FLOP/s."""
+  seconds = median(product(side), runs)
   rate = 2 * side**3 / seconds
   return row("step", f"matmul {side}", seconds, gflops=rate / 1e9), rate
 

@@ -32,12 +32,15 @@ def create(
 
   Args:
     name: one of `MODELS`.
-    num_classes: the head's width.
-    image_size: the side that images are resized to inside the model; None
-      stands for the family's own.
+    num_classes: the head's width, >= 2.
+    image_size: the side in pixels that images are resized to inside the model;
+      None: the one that its family was trained with.
     hooks: where a method enters the backbone.
     head_init: the head's random start, see `heads.linear`.
     **options: see `with_options`.
+
+  Raises:
+    ValueError: an unknown name, or a value out of its range.
   """
   entry = specs.lookup(MODELS, name, "model")
   mean, std = entry.normalisation
@@ -68,16 +71,17 @@ def with_options(
   """The model computed otherwise: its leaves, their names and shapes stay.
 
   Args:
-    model: of any name.
-    dtype: `bfloat16`, ...: of the backbone's computation; see `Model`.
-    interpolation: `bilinear` or `bicubic`, of the resizing inside.
+    model: any model; None for an option leaves it as it is.
+    dtype: the backbone's precision: `float32`, `bfloat16`, `float16` or
+      `float64`; see `Model`.
+    interpolation: `bilinear` or `bicubic`, for the resizing inside the model.
     updates_stats: see `Model`.
-    attention: of a ViT: `plain`, differentiable any number of times; `xla`,
+    attention: a ViT's: `plain`, differentiable any number of times; `xla`,
       JAX's; `fused`, on an NVIDIA GPU and in half precision, once.
-    pool: of a ViT, what its feature is: `token`, the class token; `mean`, the
-      mean of the others.
-    drop_path: of a ViT, Swin or ConvNeXt, the last block's rate of stochastic
-      depth in training, in [0, 1).
+    pool: a ViT's feature: `token`, the class token; `mean`, the mean of the
+      other tokens.
+    drop_path: the last block's rate of stochastic depth in training, in
+      [0, 1), in a ViT, Swin or ConvNeXt.
     scan: whether equal blocks are one loop: compiles faster.
     remat: whether activations are computed again for gradients: less memory.
 
@@ -91,47 +95,52 @@ def with_options(
     (pool, POOLS, "pool"),
   ):
     if word is not None:
-      specs.lookup({key: key for key in known}, word, what)
+      specs.lookup(dict.fromkeys(known), word, what)
   if drop_path is not None and not 0 <= drop_path < 1:
     raise ValueError(f"drop_path is a share in [0, 1), got {drop_path}")
-  of_model: dict[str, Any] = {
+  for_model = {
     "dtype": dtype,
     "interpolation": interpolation,
     "updates_stats": updates_stats,
   }
-  of_backbone: dict[str, Any] = {
+  for_backbone = {
     "attention": attention,
     "pool": pool,
     "drop_path": drop_path,
     "scan": scan,
     "remat": remat,
   }
-  chosen = {k: v for k, v in of_backbone.items() if v is not None}
+  chosen = _given(for_backbone)
   for option in chosen:
     if not hasattr(model.backbone, option):
       raise ValueError(f"{model.name} has no option {option!r}")
   if pool == "token" and not model.backbone.cls:
     raise ValueError(f"this {model.name} has no class token: pool=mean")
-  return dataclasses.replace(
-    model,
-    backbone=model.backbone.clone(**chosen) if chosen else model.backbone,
-    **{k: v for k, v in of_model.items() if v is not None},
-  )
+  backbone = model.backbone.clone(**chosen) if chosen else model.backbone
+  return dataclasses.replace(model, backbone=backbone, **_given(for_model))
 
 
-_DESCRIBED = ("name", "num_classes", "image_size", "mean", "std")
-_OF_A_VIT = ("pool", "cls", "fc_norm")
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+  """The options that are not None."""
+  return {name: value for name, value in options.items() if value is not None}
+
+
+_FIELDS = ("name", "num_classes", "image_size", "mean", "std")
+_VIT_FIELDS = ("pool", "cls", "fc_norm")
 
 
 def to_spec(model: Model) -> dict[str, Any]:
-  """What `from_spec` makes the model from again; plain JSON."""
-  about = {field: getattr(model, field) for field in _DESCRIBED}
+  """Describes a model in plain JSON, from which `from_spec` makes it again.
+
+  Options of its computation, such as `dtype` and `scan`, are left out.
+  """
+  about = {field: getattr(model, field) for field in _FIELDS}
   about["interpolation"] = model.interpolation
   if isinstance(model.backbone, Vit):
     named = MODELS[model.name].backbone()
     about |= {
       field: value
-      for field in _OF_A_VIT
+      for field in _VIT_FIELDS
       if (value := getattr(model.backbone, field)) != getattr(named, field)
     }
   if isinstance(model.head, heads.Cosine):
@@ -140,7 +149,13 @@ def to_spec(model: Model) -> dict[str, Any]:
 
 
 def from_spec(about: Mapping[str, Any]) -> Model:
-  """The model that `to_spec` described, computed as by default."""
+  """The model that `to_spec` described, with the default computation.
+
+  Args:
+    about: `name`, `num_classes`, `image_size`, `mean` and `std`; and, each with
+      a default, `interpolation`, `head_embed` or `head_bias`, and a ViT's
+      `pool`, `cls` and `fc_norm`.
+  """
   num_classes = about["num_classes"]
   model = create(about["name"], num_classes, about["image_size"])
   if "head_embed" in about:
@@ -148,7 +163,7 @@ def from_spec(about: Mapping[str, Any]) -> Model:
     model = dataclasses.replace(model, head=head)
   elif not about.get("head_bias", True):
     model = dataclasses.replace(model, head=heads.projection(num_classes))
-  chosen = {field: about[field] for field in _OF_A_VIT if field in about}
+  chosen = {field: about[field] for field in _VIT_FIELDS if field in about}
   if chosen:
     model = dataclasses.replace(model, backbone=model.backbone.clone(**chosen))
   return dataclasses.replace(

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,10 @@ from flax import linen as nn
 
 from roli_jax.models.hooks import Hooks
 from roli_jax.types import Array, Float
+
+Map = Float[Array, "_ _ _ _"]  # [b, h, w, c]
+Kernel = Float[Array, "_ _ _ _"]  # [i, j, c / groups, d]
+Settings = tuple[int, bool]  # the stride, and whether padding is as `Conv.same`
 
 
 class Conv(nn.Module):
@@ -60,7 +65,7 @@ class Conv(nn.Module):
     return x + bias.reshape(1, 1, 1, -1)
 
 
-def _padding(side, size, stride, same):
+def _padding(side: int, size: int, stride: int, same: bool) -> tuple[int, int]:
   """Before and after."""
   if not same:
     return size // 2, size // 2
@@ -68,7 +73,7 @@ def _padding(side, size, stride, same):
   return total // 2, total - total // 2
 
 
-def _convolve(settings, x, kernel):
+def _convolve(settings: Settings, x: Map, kernel: Kernel) -> Map:
   stride, same = settings
   return jax.lax.conv_general_dilated(
     x,
@@ -80,7 +85,7 @@ def _convolve(settings, x, kernel):
   )
 
 
-def _convolve_by_products(settings, x, kernel):
+def _convolve_by_products(settings: Settings, x: Map, kernel: Kernel):
   """A product for each place of the kernel, or one for all of them.
 
   XLA's convolutions for CPUs are single-threaded inside loops, where attacks
@@ -99,21 +104,23 @@ def _convolve_by_products(settings, x, kernel):
   return sum(seen_from(i, j) @ kernel[i, j] for i, j in places)
 
 
-def _seen(x, size, stride=1, same=False):
+def _seen(
+  x: Map, size: int, stride: int = 1, same: bool = False
+) -> Callable[..., jax.Array]:
   """`(i, j) -> ` what the kernel's place i, j sees of x, everywhere."""
   pads = [_padding(n, size, stride, same) for n in x.shape[1:3]]
   padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
   rows, columns = ((n - size) // stride * stride + 1 for n in padded.shape[1:3])
   shape = (len(x), rows, columns, x.shape[-1])
 
-  def seen_from(i, j):
+  def seen_from(i: int | jax.Array, j: int | jax.Array) -> jax.Array:
     window = jax.lax.dynamic_slice(padded, (0, i, j, 0), shape)
     return window[:, ::stride, ::stride]
 
   return seen_from
 
 
-def _depthwise(x, kernel):
+def _depthwise(x: Map, kernel: Kernel) -> Map:
   """Each channel by itself, of stride 1.
 
   XLA's for CPUs takes 10 to 30 times as long as the sum of shifted maps
@@ -123,7 +130,7 @@ def _depthwise(x, kernel):
   return jax.lax.platform_dependent(x, kernel, cpu=_shifted, default=whole)
 
 
-def _shifted(x, kernel):
+def _shifted(x: Map, kernel: Kernel):
   seen_from = _seen(x, len(kernel))
   return sum(
     seen_from(i, j) * kernel[i, j].reshape(1, 1, 1, -1)
@@ -131,17 +138,19 @@ def _shifted(x, kernel):
   )
 
 
-def _depthwise_backward(saved, g):
+def _depthwise_backward(
+  saved: tuple[Map, Kernel], g: Map
+) -> tuple[Map, Kernel]:
   x, kernel = saved
   whole = functools.partial(_convolve, (1, False))
 
-  def shifted(x, kernel, g):
+  def shifted(x: Map, kernel: Kernel, g: Map) -> tuple[Map, Kernel]:
     seen_from = _seen(x, len(kernel))
     places = jnp.array(list(itertools.product(range(len(kernel)), repeat=2)))
     sums = jax.lax.map(lambda at: (seen_from(*at) * g).sum((0, 1, 2)), places)
     return _shifted(g, kernel[::-1, ::-1]), sums.reshape(kernel.shape)
 
-  def by_conv(x, kernel, g):
+  def by_conv(x: Map, kernel: Kernel, g: Map) -> tuple[Map, Kernel]:
     return jax.vjp(whole, x, kernel)[1](g)
 
   return jax.lax.platform_dependent(x, kernel, g, cpu=shifted, default=by_conv)

@@ -1,7 +1,6 @@
 """ConvNeXt (Liu et al. 2022): a convolutional net built like a transformer."""
 
 import functools
-from typing import Any
 
 from flax import linen as nn
 
@@ -14,15 +13,19 @@ _norm = functools.partial(nn.LayerNorm, epsilon=1e-6)
 
 
 class Block(nn.Module):
-  """x + gamma * mlp(norm(depthwise 7 x 7 (x)))."""
+  """x + gamma * mlp(norm(depthwise 7 x 7 (x))).
+
+  Attributes:
+    hooks: where a method may enter.
+  """
 
   hooks: Hooks
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b h w c"], rate: Any
+    self, x: Float[Array, "b h w c"], rate: layers.Rate
   ) -> Float[Array, "b h w c"]:
-    """The map after it; `rate` is that of `layers.drop_path`."""
+    """The map after the block; `rate` is that of `layers.drop_path`."""
     width = x.shape[-1]
     y = Conv(width, 7, groups=width, use_bias=True, name="conv")(x)
     y = _norm(name="norm")(y)
@@ -38,10 +41,9 @@ class Stage(nn.Module):
 
   Attributes:
     width: the number of channels of the stage.
-    depth: number of blocks.
-    patch: its stride.
-    first: whether it is the stem, which normalises after the patches, where
-      the others do before.
+    patch: side of a patch, the stage's stride.
+    first: whether the stage is the stem, which normalises after the patches,
+      where the others do before.
     rates: a rate for each block, see `layers.drop_path`.
     hooks: where a method may enter.
     scan: see `layers.repeat`.
@@ -49,7 +51,6 @@ class Stage(nn.Module):
   """
 
   width: int
-  depth: int
   patch: int
   first: bool
   rates: tuple[float, ...]
@@ -64,10 +65,10 @@ class Stage(nn.Module):
     rows, columns = (side // self.patch for side in x.shape[1:3])
     x = norm(embed(x)) if self.first else embed(norm(x))
     x = x.reshape(-1, rows, columns, self.width)
-    names = [f"block{i}" for i in range(self.depth)]
     make = functools.partial(Block, self.hooks)
+    blocks = range(len(self.rates))
     return layers.repeat(
-      self, make, names, x, self.rates, scan=self.scan, remat=self.remat
+      self, make, blocks, x, self.rates, scan=self.scan, remat=self.remat
     )
 
 
@@ -97,12 +98,12 @@ class ConvNext(nn.Module):
     self, x: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b d"]:
     del train  # no running statistics
+    make = functools.partial(
+      Stage, hooks=self.hooks, scan=self.scan, remat=self.remat
+    )
     rates = layers.drop_rates(self.drop_path, self.depths)
-    for i, (width, depth) in enumerate(
-      zip(self.widths, self.depths, strict=True)
-    ):
-      x = Stage(
-        width, depth, 2 if i else self.patch, i == 0, tuple(rates[i]),
-        self.hooks, self.scan, self.remat, name=f"stage{i}",
-      )(x)  # fmt: skip
+    stages = enumerate(zip(self.widths, rates, strict=True))
+    for i, (width, block_rates) in stages:
+      patch = 2 if i else self.patch
+      x = make(width, patch, i == 0, block_rates, name=f"stage{i}")(x)
     return _norm(name="norm")(x.mean((1, 2)))

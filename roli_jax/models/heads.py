@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -15,15 +17,25 @@ LOGIT_SCALE = math.log(1 / 0.07)  # where CLIP's training starts
 
 @dataclasses.dataclass(frozen=True)
 class _Normal:
-  """N(0, stddev^2); equal ones make equal heads, which share programs."""
+  """Draws from N(0, stddev^2).
+
+  Equal ones make equal heads, which share compiled programs; flax's own
+  initializers are equal to themselves alone.
+  """
 
   stddev: float
 
-  def __call__(self, key, shape, dtype=jnp.float32):
+  def __call__(
+    self,
+    key: jax.Array,
+    shape: Sequence[int],
+    dtype: jax.typing.DTypeLike = jnp.float32,
+  ) -> jax.Array:
     return nn.initializers.normal(self.stddev)(key, shape, dtype)
 
 
 _SMALL = _Normal(0.02)
+# Each class begins with a probability of 1%, taken by itself (as a sigmoid).
 _RARE = nn.initializers.constant(-math.log(99))
 
 
@@ -32,9 +44,12 @@ def linear(num_classes: int, init: str = "kaiming_fan_out") -> nn.Dense:
 
   Args:
     num_classes: at least 2.
-    init: of its weights. `kaiming_fan_out`: N(0, 2 / num_classes), bias
+    init: how its weights start. `kaiming_fan_out`: N(0, 2 / num_classes), bias
       -ln 99, the RoLI reference's random head, much larger than usual.
       `small`: N(0, 0.02^2), bias 0, as in timm's vision transformers.
+
+  Raises:
+    ValueError: fewer classes, or an unknown init.
   """
   if num_classes < 2:
     raise ValueError(f"a head needs at least 2 classes, got {num_classes}")

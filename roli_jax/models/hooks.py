@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
+import jax
 from flax import linen as nn
 
 
@@ -16,23 +16,25 @@ class Hooks:
 
   Attributes:
     dense: makes the q, k and v projections, called as `nn.Dense` is; its
-      `name` says which one it makes. In a ConvNeXt, the pointwise layers.
-    kernel: the kernel to use in a convolution of a ResNet's blocks: called
-      with the convolution, a module, and its own kernel [i, j, c, d].
-    branch: makes what follows a block's second branch, before the sum.
-    tokens: makes a block's prompts, `tokens(fan=..., name=...)` with the
-      weights that a patch's and a token's numbers have together: called with
-      the block's tokens [b, n, d], it returns [b, p, d]. They stand after the
-      class token, or in front of each window.
-    deep: whether every block has prompts of its own, which replace what the
-      block before has made of its own. Otherwise the first block's go all the
-      way.
-    mixed: whether a Swin hands an image's windows the prompts of others, and
-      averages over them, as the RoLI reference does by mistake.
+      `name` says which one it makes. In a ConvNeXt, makes the pointwise layers.
+    kernel: replaces the kernel of a convolution of a ResNet's blocks: called
+      with the convolution, a module, and its own kernel [i, j, c, d], it
+      returns one of the same shape.
+    branch: makes the module that follows a block's second branch, before the
+      sum, called as `branch(name=...)`.
+    tokens: makes the module of a block's prompts, called as
+      `tokens(fan=..., name=...)`; fan is the count of a patch's numbers plus a
+      token's width. The module maps the block's tokens [b, n, d] to prompts
+      [b, p, d], which stand after the class token, or in front of each window.
+    deep: whether every block has prompts of its own, which replace the tokens
+      that the block before has computed from its own. Otherwise the first
+      block's go all the way.
+    mixed: whether a Swin gives an image's windows the prompts of other images,
+      and averages over them, as the RoLI reference does by mistake.
   """
 
   dense: Callable[..., nn.Module] = nn.Dense
-  kernel: Callable[..., Any] | None = None
+  kernel: Callable[[nn.Module, jax.Array], jax.Array] | None = None
   branch: Callable[..., nn.Module] | None = None
   tokens: Callable[..., nn.Module] | None = None
   deep: bool = True

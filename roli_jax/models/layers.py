@@ -1,4 +1,4 @@
-"""What two backbones share."""
+"""Layers and loops that several backbones share."""
 
 import itertools
 import math
@@ -11,7 +11,11 @@ import numpy as np
 from flax import linen as nn
 
 from roli_jax.models.hooks import Hooks
-from roli_jax.types import Array, Float
+from roli_jax.types import Array, Float, PyTree
+
+# A block's rate of `drop_path`; an array where blocks are one loop.
+Rate = float | Float[Array, ""]
+Activation = Callable[[jax.Array], jax.Array]
 
 
 @jax.custom_vjp
@@ -19,18 +23,29 @@ def attention(
   q: Float[Array | np.ndarray, "*b m h c"],
   k: Float[Array | np.ndarray, "*b n h c"],
   v: Float[Array | np.ndarray, "*b n h c"],
-  bias: Any = 0.0,
+  bias: float | Float[Array | np.ndarray, "..."] = 0.0,
 ) -> Float[Array, "*b m h c"]:
   """softmax(q k^T / sqrt(c) + bias) v, the softmax in float32 or wider.
 
-  Its gradient is written out, which takes less time than what JAX makes of it
-  on a CPU (docs/backbones.md). It can be differentiated again.
+  Its gradient is written out, which takes less time than what JAX derives on a
+  CPU (docs/backbones.md). It can be differentiated again.
+
+  Args:
+    q: the queries of m tokens, by head.
+    k: the keys of n tokens.
+    v: the values of the same n tokens.
+    bias: added to the scores; broadcasts to [*b, h, m, n].
   """
   return _attend(q, k, v, bias)[0]
 
 
-def _attend(q, k, v, bias):
-  """The result, and what its gradient needs; heads before tokens."""
+def _attend(
+  q: Array | np.ndarray,
+  k: Array | np.ndarray,
+  v: Array | np.ndarray,
+  bias: float | Array | np.ndarray,
+) -> tuple[Array, tuple[Any, ...]]:
+  """Returns the result, and what its gradient needs, heads before tokens."""
   wide = jnp.promote_types(q.dtype, jnp.float32)
   q, k, v = (x.swapaxes(-3, -2) for x in (q, k, v))
   scores = jnp.einsum(
@@ -41,11 +56,13 @@ def _attend(q, k, v, bias):
   return mixed.swapaxes(-3, -2), (q, k, v, bias, weights, mixed)
 
 
-def _scaled(q):
+def _scaled(q: Array | np.ndarray) -> Array | np.ndarray:
   return q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
 
 
-def _attend_backward(saved, g):
+def _attend_backward(
+  saved: tuple[Any, ...], g: Float[Array, "*b m h c"]
+) -> tuple[Any, ...]:
   q, k, v, bias, weights, mixed = saved
   g = g.swapaxes(-3, -2)
   dv = jnp.einsum("...qk,...qc->...kc", weights, g)
@@ -61,24 +78,12 @@ def _attend_backward(saved, g):
 attention.defvjp(_attend, _attend_backward)
 
 
-def xla_attention(
-  q: Float[Array, "b m h c"],
-  k: Float[Array, "b n h c"],
-  v: Float[Array, "b n h c"],
-) -> Float[Array, "b m h c"]:
-  """JAX's own, whose softmax is float32 whatever it is given.
-
-  The numbers of the shipped weights are made with it, to the last bit.
-  """
-  return jax.nn.dot_product_attention(q, k, v)
-
-
 def fused_attention(
   q: Float[Array, "b m h c"],
   k: Float[Array, "b n h c"],
   v: Float[Array, "b n h c"],
 ) -> Float[Array, "b m h c"]:
-  """The same in one kernel of cuDNN, which keeps no [n, n] array.
+  """`attention` in one kernel of cuDNN, which keeps no [n, n] array.
 
   On NVIDIA GPUs, in half precision, with heads of a multiple of 8 and at most
   128 channels; differentiable once. Its gradient wants an even number of
@@ -93,7 +98,7 @@ def fused_attention(
       " the model's dtype to bfloat16, or take attention=plain"
     )
 
-  def even(x):
+  def even(x: Float[Array, "b n h c"]) -> Float[Array, "b m h c"]:
     return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
   b, n = k.shape[:2]
@@ -105,9 +110,22 @@ def fused_attention(
   return mixed[:, : q.shape[1]]
 
 
-ATTENTIONS: dict[str, Callable[..., Any]] = {
+def causal_attention(
+  q: Float[Array, "b n h c"],
+  k: Float[Array, "b n h c"],
+  v: Float[Array, "b n h c"],
+) -> Float[Array, "b n h c"]:
+  """`attention` in which a token sees itself and those before it."""
+  n = q.shape[1]
+  later = jnp.triu(jnp.full((1, 1, n, n), -jnp.inf), 1)
+  return attention(q, k, v, later)
+
+
+ATTENTIONS: dict[str, Callable[..., jax.Array]] = {
   "plain": attention,
-  "xla": xla_attention,
+  # JAX's own, with a softmax in float32 even of float64. The numbers of the
+  # shipped weights are made with it, to the last bit.
+  "xla": jax.nn.dot_product_attention,
   "fused": fused_attention,
 }
 
@@ -117,15 +135,15 @@ class Attention(nn.Module):
 
   Attributes:
     num_heads: divides the width.
+    attend: mixes the values, as `attention` does.
     hooks: where a method may enter.
-    kind: which of `ATTENTIONS`.
-    first: how many tokens, from the first, the result is of; None: all.
+    first: the result has this many tokens m, from the first; None: all n.
   """
 
   num_heads: int
-  hooks: Hooks = Hooks()
-  kind: str = "plain"
-  first: int | None = None
+  attend: Callable[..., jax.Array]
+  hooks: Hooks
+  first: int | None
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
@@ -136,7 +154,7 @@ class Attention(nn.Module):
       )
       for name, tokens in (("q", asking), ("k", x), ("v", x))
     )
-    mixed = ATTENTIONS[self.kind](q, k, v)
+    mixed = self.attend(q, k, v)
     return nn.Dense(x.shape[-1], name="out")(mixed.reshape(asking.shape))
 
 
@@ -144,17 +162,19 @@ class Attention(nn.Module):
 def gelu(x: Float[Array | np.ndarray, "*any"]) -> Float[Array, "*any"]:
   """x times the normal distribution up to x, no approximation by tanh.
 
-  Its derivative is made with it, and kept for the gradient.
+  Its derivative is computed in the same pass, and kept for the gradient.
   """
-  return x * _normal_below(x)
+  return jnp.multiply(x, _normal_below(x))
 
 
-def _normal_below(x):
+def _normal_below(x: Array | np.ndarray) -> Array:
   return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 @gelu.defjvp
-def _gelu_jvp(primals, tangents):
+def _gelu_jvp(
+  primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
   (x,), (dx,) = primals, tangents
   below = _normal_below(x)
   density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
@@ -162,7 +182,7 @@ def _gelu_jvp(primals, tangents):
 
 
 def erfc_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
-  """The same by JAX's formula, which is slower.
+  """`gelu` by JAX's formula, which is slower.
 
   The numbers of the shipped weights are made with it, to the last bit.
   """
@@ -173,14 +193,14 @@ class Mlp(nn.Module):
   """Two layers with an exact GELU between them.
 
   Attributes:
-    hidden: the width between.
-    dense: makes the layers.
+    hidden: the width between them.
+    dense: makes the layers, called as `nn.Dense` is.
     act: the GELU.
   """
 
   hidden: int
   dense: Callable[..., nn.Module] = nn.Dense
-  act: Callable[..., Any] = gelu
+  act: Activation = gelu
 
   @nn.compact
   def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -195,8 +215,8 @@ class PatchEmbed(nn.Module):
   CPU a product inside a loop is several times faster than a convolution.
 
   Attributes:
-    patch: side of a patch; divides the map's sides.
-    width: channels after it.
+    patch: side of a patch in pixels; divides the map's sides.
+    width: the width d of a token.
     use_bias: whether a bias is added.
   """
 
@@ -222,7 +242,9 @@ class PatchEmbed(nn.Module):
     return x + bias.reshape(1, 1, -1)
 
 
-def drop_path(module: nn.Module, x: Any, rate: Any) -> Any:
+def drop_path(
+  module: nn.Module, x: Float[Array, "b *any"], rate: Rate
+) -> Float[Array, "b *any"]:
   """x, or in training for a share of the images zero (Huang et al. 2016).
 
   What stays is scaled to keep the mean. Training is where the module has keys
@@ -230,10 +252,10 @@ def drop_path(module: nn.Module, x: Any, rate: Any) -> Any:
 
   Args:
     module: whose `__call__` this stands in.
-    x: the output of a residual branch, [b, ...].
+    x: the output of a residual branch.
     rate: the share, in [0, 1).
   """
-  never = isinstance(rate, float | int) and not rate
+  never = isinstance(rate, float) and not rate
   if never or not module.has_rng("dropout"):
     return x
   stays = 1 - jnp.asarray(rate, x.dtype)
@@ -242,58 +264,76 @@ def drop_path(module: nn.Module, x: Any, rate: Any) -> Any:
   return jnp.where(kept, x / stays, 0)
 
 
-def drop_rates(most: float, depths: Sequence[int]) -> list[list[float]]:
-  """Each stage's blocks' rates: linear from 0 to the last block's, `most`."""
+def drop_rates(
+  most: float | int, depths: Sequence[int]
+) -> list[tuple[float, ...]]:
+  """The rate of each block of each stage: linear from 0 to the last's, `most`.
+
+  Args:
+    most: in [0, 1).
+    depths: blocks of each stage.
+  """
   rates = iter(np.linspace(0, most, sum(depths)).tolist())
-  return [list(itertools.islice(rates, depth)) for depth in depths]
+  return [tuple(itertools.islice(rates, depth)) for depth in depths]
+
+
+Prompts = Float[Array, "b p d"] | None
 
 
 def prompts(
-  hooks: Hooks, x: Any, num_own: int, depth: int, fan: int
-) -> tuple[Any, list[Any]]:
-  """What a method puts before the first block, and into each of the blocks.
+  hooks: Hooks,
+  x: Float[Array, "b n d"],
+  num_prompted: int,
+  depth: int,
+  fan: int,
+) -> tuple[Prompts, list[Prompts]]:
+  """Prompts that a method puts before the first block, and into each block.
 
   Args:
     hooks: the method's hooks.
-    x: the tokens, [b, n, d].
-    num_own: how many blocks, from the first, have prompts of their own; if
-      not all, the others keep what the one before has made of its own.
-    depth: number of blocks.
+    x: the tokens.
+    num_prompted: this many blocks, from the first, have prompts of their own,
+      <= depth; if not all, the others keep what the one before has made of its
+      own.
+    depth: number of blocks, >= 1.
     fan: see `Hooks.tokens`.
 
   Returns:
-    The first block's prompts, [b, p, d] or None; for each block those that
-    replace what comes to it, or None.
+    The first block's prompts, or None; for each block those that replace the
+    prompts that come to it, or None.
   """
-  if not (hooks.tokens and num_own):
+  if not (hooks.tokens and num_prompted):
     return None, [None] * depth
-  own = [hooks.tokens(fan=fan, name=f"tokens{i}")(x) for i in range(num_own)]
-  return own[0], own if num_own == depth else [None] * depth
+  each = [
+    hooks.tokens(fan=fan, name=f"tokens{i}")(x) for i in range(num_prompted)
+  ]
+  return each[0], each if num_prompted == depth else [None] * depth
 
 
 def repeat(
   parent: nn.Module,
   make: Callable[..., nn.Module],
-  names: Sequence[str],
-  x: Any,
+  blocks: range,
+  x: Array,
   *each: Sequence[Any],
   scan: bool = False,
   remat: bool = False,
-) -> Any:
-  """x through a block for each name, one after another.
+) -> Array:
+  """x through the blocks, one after another.
 
   Args:
     parent: whose `__call__` this stands in.
     make: makes a block, `make(name=...)`, which is called with x.
-    names: the names of the blocks.
-    x: any tree of arrays; a block keeps its shapes.
-    *each: further arguments of the blocks, one for each name.
+    blocks: the numbers of the blocks, which name them `block0`, `block1`, ...
+    x: tokens or a map, [b, ...]; in a loop its shape stays.
+    *each: further arguments of the blocks, one for each of them.
     scan: whether the blocks, which must be alike, are one loop: compiled once
       whatever their number. Their arrays keep their names and shapes, and are
       stacked on the way, which costs a copy of them. Dropout draws other
       numbers.
     remat: whether a block's activations are computed again for its gradient.
   """
+  names = [f"block{i}" for i in blocks]
   if not scan or len(names) < 2 or parent.is_initializing():
     for name, *more in zip(names, *each, strict=True):
       block = make(name=name)
@@ -301,7 +341,7 @@ def repeat(
       x = call(block, x, *more)
     return x
 
-  def stacked(trees):
+  def stacked(trees: Sequence[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
   alike = {
@@ -316,8 +356,8 @@ def repeat(
     key = parent.make_rng("dropout")
     keys = {"dropout": jax.random.split(key, len(names))}
 
-  def body(x, these):
-    variables, more, keys = these
+  def body(x: Array, block: tuple[PyTree, PyTree, PyTree]) -> tuple[Any, ...]:
+    variables, more, keys = block
     return unbound.apply(variables, x, *more, mutable=moving, rngs=keys)
 
   body = jax.checkpoint(body) if remat else body

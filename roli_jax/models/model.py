@@ -10,8 +10,8 @@ from flax import linen as nn
 from roli_jax import keys, trees
 from roli_jax.types import Array, Float, Images, Key, Logits, Params, PyTree
 
-# What jax.image calls them. Without antialiasing, and by half-pixel centres, as
-# torch.nn.functional.interpolate and RoLI's reference have it.
+# By the names of jax.image. Without antialiasing, and by half-pixel centres, as
+# in torch.nn.functional.interpolate and RoLI's reference.
 INTERPOLATIONS = {"bilinear": "linear", "bicubic": "cubic"}
 
 
@@ -21,15 +21,16 @@ class Model:
 
   Attributes:
     name: as in `models.MODELS`.
-    backbone: images to pooled features.
-    head: features to logits.
-    num_classes: the head's width.
-    image_size: the side that images are resized to inside the model.
+    backbone: images [b, h, w, c] to pooled features [b, d].
+    head: features [b, d] to logits [b, k].
+    num_classes: the head's width k.
+    image_size: the side in pixels that images are resized to inside the model.
     mean: per channel, subtracted from images in [0, 1].
-    std: per channel, divided by.
-    interpolation: how they are resized, a name in `INTERPOLATIONS`.
-    dtype: the precision of the backbone's computation. Parameters, running
-      statistics, the head and the pixels keep their own.
+    std: per channel, by which the difference is divided, > 0.
+    interpolation: how images are resized, a name in `INTERPOLATIONS`.
+    dtype: the precision of the backbone's computation, as `bfloat16`; None:
+      that of its arrays. Parameters, running statistics, the head and the
+      pixels keep their own.
     updates_stats: whether training that reaches the whole backbone also moves
       its running statistics. Attacks and evaluation never do.
   """
@@ -81,20 +82,21 @@ class Model:
 
     Args:
       params: the three trees.
-      stats: running statistics, used as they are unless `train`.
+      stats: running statistics of the backbone's normalisations.
       images: [b, h, w, c] of any size, in [0, 1].
       train: whether, with `updates_stats`, running statistics move.
-      key: what dropout draws from; None: there is none.
+      key: dropout and dropped paths draw from it; None: there are none.
     """
-    features, stats = self._features(params, stats, images, train, key)
+    moves = train and self.updates_stats
+    features, moved = self._apply(params, stats, images, moves, key)
     logits: Any = self.head.apply({"params": params.head}, features)
-    return logits, stats
+    return logits, moved.get("batch_stats", stats)
 
   def features(
     self, params: Params, stats: PyTree, images: Images
   ) -> Float[Array, "b d"]:
     """The pooled features before the head, in evaluation mode."""
-    return self._features(params, stats, images, False, None)[0]
+    return self._apply(params, stats, images)[0]
 
   def logits(self, params: Params, stats: PyTree, images: Images) -> Logits:
     """The logits in evaluation mode."""
@@ -102,31 +104,33 @@ class Model:
 
   def outputs(
     self, params: Params, stats: PyTree, images: Images
-  ) -> dict[str, Any]:
-    """What each module of the backbone returns, by its path: `block3/attn`.
+  ) -> dict[str, Array]:
+    """The output of each module of the backbone by its path, as `block3/attn`.
 
     The backbone's own output, the features, stands under "". Where a ViT's is
     the class token, its last block returns no other.
     """
     plain = dataclasses.replace(self, backbone=self.backbone.clone(scan=False))
-    _, seen = plain._apply(
-      params, stats, images, False, None, capture_intermediates=True
-    )
-    tree = seen["intermediates"]
+    _, seen = plain._apply(params, stats, images, captures=True)
     return {
       path.removesuffix("__call__/0").rstrip("/"): leaf
-      for path, leaf in trees.paths(tree).items()
+      for path, leaf in trees.paths(seen["intermediates"]).items()
     }
 
-  def _features(self, params, stats, images, train, key):
-    moves = train and self.updates_stats
-    features, moved = self._apply(params, stats, images, moves, key)
-    if self.dtype is not None:  # the head computes in full precision
-      wider = jnp.promote_types(features.dtype, jnp.float32)
-      features = features.astype(wider)
-    return features, moved.get("batch_stats", stats)
+  def _apply(
+    self,
+    params: Params,
+    stats: PyTree,
+    images: Images,
+    moves: bool = False,
+    key: Key[Array, ""] | None = None,
+    captures: bool = False,
+  ) -> tuple[Float[Array, "b d"], PyTree]:
+    """The features, and the collections that the pass has changed.
 
-  def _apply(self, params, stats, images, moves, key, **capture):
+    Those are `batch_stats` if `moves`, and, if `captures`, `intermediates`: the
+    output of each module.
+    """
     size = (self.image_size, self.image_size)
     if images.shape[1:3] != size:
       shape = (images.shape[0], *size, images.shape[3])
@@ -136,15 +140,18 @@ class Model:
       jnp.array(values).reshape(1, 1, 1, -1) for values in (self.mean, self.std)
     )
     inputs = (params.backbone, params.peft, (images - mean) / std)
-    backbone, peft, x = jax.tree.map(self._lowered, inputs)
-    return self.backbone.apply(
+    if self.dtype is not None:
+      inputs = jax.tree.map(lambda x: x.astype(self.dtype), inputs)
+    backbone, peft, x = inputs
+    features, changed = self.backbone.apply(
       {"params": backbone, "peft": peft, "batch_stats": stats},
       x,
       train=moves,
       rngs={"dropout": key} if key is not None else None,
-      mutable=[*["batch_stats"] * moves, *["intermediates"] * bool(capture)],
-      **capture,
+      mutable=["batch_stats"] * moves + ["intermediates"] * captures,
+      capture_intermediates=captures,
     )
-
-  def _lowered(self, x):
-    return x if self.dtype is None else x.astype(self.dtype)
+    if self.dtype is not None:  # the head computes in full precision
+      wider = jnp.promote_types(features.dtype, jnp.float32)
+      features = features.astype(wider)
+    return features, changed

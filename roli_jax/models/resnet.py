@@ -8,11 +8,8 @@ Running statistics are in the collection `batch_stats`, a tree of their own.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from roli_jax.models import layers
@@ -21,79 +18,67 @@ from roli_jax.models.hooks import Hooks
 from roli_jax.types import Array, Float
 
 Map = Float[Array, "b _ _ _"]
-Activation = Callable[[Any], Any]
+
+_BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 
 
 def _norm(x: Map, train: bool, name: str) -> Map:
-  """Batch normalisation as in PyTorch, in the precision of what it is given.
+  """Batch normalisation as in PyTorch, in the precision of x.
 
   Running statistics keep their own. They move if `train`, and are not used.
   """
-  norm = nn.BatchNorm(
-    use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=x.dtype,
-    name=name,
-  )  # fmt: skip
+  norm = _BatchNorm(use_running_average=not train, dtype=x.dtype, name=name)
   return norm(x)
 
 
-class BasicBlock(nn.Module):
-  """act(x + two 3 x 3 convolutions of x), each normalised."""
+class Block(nn.Module):
+  """act(x + convolutions of x), each normalised.
+
+  The convolutions are 3 x 3 and 3 x 3, or in a bottleneck 1 x 1, 3 x 3, 1 x 1.
+
+  Attributes:
+    width: channels after the block.
+    inner: channels between the convolutions.
+    bottleneck: which kind of block.
+    train: whether running statistics move.
+    act: the activation.
+    hooks: where a method may enter.
+    stride: the stride of the first 3 x 3 convolution.
+  """
 
   width: int
   inner: int
-  stride: int
+  bottleneck: bool
   train: bool
-  act: Activation
+  act: layers.Activation
   hooks: Hooks
+  stride: int
 
   @nn.compact
   def __call__(self, x: Map) -> Map:
-    conv = functools.partial(Conv, hooks=self.hooks)
-    y = conv(self.inner, 3, self.stride, name="conv1")(x)
-    y = self.act(_norm(y, self.train, "norm1"))
-    y = conv(self.width, 3, name="conv2")(y)
-    y = _norm(y, self.train, "norm2")
-    return _join(self, x, y)
-
-
-class Bottleneck(nn.Module):
-  """act(x + 1 x 1, 3 x 3, 1 x 1 convolutions of x), each normalised."""
-
-  width: int
-  inner: int
-  stride: int
-  train: bool
-  act: Activation
-  hooks: Hooks
-
-  @nn.compact
-  def __call__(self, x: Map) -> Map:
-    conv = functools.partial(Conv, hooks=self.hooks)
-    y = conv(self.inner, 1, name="conv1")(x)
-    y = self.act(_norm(y, self.train, "norm1"))
-    y = conv(self.inner, 3, self.stride, name="conv2")(y)
-    y = self.act(_norm(y, self.train, "norm2"))
-    y = conv(self.width, 1, name="conv3")(y)
-    y = _norm(y, self.train, "norm3")
-    return _join(self, x, y)
-
-
-def _join(block, x, y):
-  """act(x + y); x is projected where its shape is another."""
-  if block.hooks.branch:
-    y = block.hooks.branch(name="branch")(y)
-  if x.shape != y.shape:
-    x = Conv(block.width, 1, block.stride, name="shortcut")(x)
-    x = _norm(x, block.train, "shortcut_norm")
-  return block.act(x + y)
+    convs = [(self.inner, 3, self.stride), (self.width, 3, 1)]
+    if self.bottleneck:
+      convs = [(self.inner, 1, 1), convs[0], (self.width, 1, 1)]
+    y = x
+    for i, (width, size, stride) in enumerate(convs, 1):
+      if i > 1:
+        y = self.act(y)
+      y = Conv(width, size, stride, hooks=self.hooks, name=f"conv{i}")(y)
+      y = _norm(y, self.train, f"norm{i}")
+    if self.hooks.branch:
+      y = self.hooks.branch(name="branch")(y)
+    if x.shape != y.shape:
+      x = Conv(self.width, 1, self.stride, name="shortcut")(x)
+      x = _norm(x, self.train, "shortcut_norm")
+    return self.act(x + y)
 
 
 class Stage(nn.Module):
   """Blocks, of which the first may change shape.
 
   Attributes:
-    block: makes a block.
-    depth: number of blocks.
+    block: makes a block from its `stride` and `name`.
+    depth: number of blocks, >= 1.
     stride: the stride of the first one.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
@@ -107,12 +92,12 @@ class Stage(nn.Module):
 
   @nn.compact
   def __call__(self, x: Map) -> Map:
-    names = [f"block{i}" for i in range(self.depth)]
     first = functools.partial(self.block, stride=self.stride)
-    x = layers.repeat(self, first, names[:1], x, remat=self.remat)
+    x = layers.repeat(self, first, range(1), x, remat=self.remat)
     make = functools.partial(self.block, stride=1)
+    others = range(1, self.depth)
     return layers.repeat(
-      self, make, names[1:], x, scan=self.scan, remat=self.remat
+      self, make, others, x, scan=self.scan, remat=self.remat
     )
 
 
@@ -121,9 +106,10 @@ class ResNet(nn.Module):
 
   Attributes:
     depths: blocks of each stage.
-    bottleneck: which kind of block.
+    bottleneck: which kind of block, see `Block`.
     inner: the first stage's inner width; each next one's is twice as large.
-    small: for images of 32 or less: a 3 x 3 stem without stride or pooling.
+    small: whether the stem is 3 x 3, without stride or pooling, for images of
+      32 pixels a side or less.
     width: the number of channels of the stem.
     act: the activation. Two robust models of ARES have GELU in ReLU's place.
     hooks: where a method may enter.
@@ -136,7 +122,7 @@ class ResNet(nn.Module):
   inner: int = 64
   small: bool = False
   width: int = 64
-  act: Activation = jax.nn.relu
+  act: layers.Activation = jax.nn.relu
   hooks: Hooks = Hooks()
   scan: bool = False
   remat: bool = False
@@ -148,38 +134,44 @@ class ResNet(nn.Module):
     x = self.act(_norm(x, train, "stem_norm"))
     if not self.small:
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-    kind = Bottleneck if self.bottleneck else BasicBlock
+    wider = 4 if self.bottleneck else 1
     for i, depth in enumerate(self.depths):
-      widths = {
-        "width": self.width * 2**i * (4 if self.bottleneck else 1),
-        "inner": self.inner * 2**i,
-      }
+      widths = (self.width * 2**i * wider, self.inner * 2**i)
       block = functools.partial(
-        kind, train=train, act=self.act, hooks=self.hooks, **widths
+        Block, *widths, self.bottleneck, train, self.act, self.hooks
       )
-      x = Stage(
-        block, depth, 2 if i else 1, self.scan, self.remat, name=f"stage{i}"
-      )(x)
+      stride = 2 if i else 1
+      x = Stage(block, depth, stride, self.scan, self.remat, name=f"stage{i}")(
+        x
+      )
     return x.mean((1, 2))
 
 
 class PreactBlock(nn.Module):
-  """x + two convolutions, each after its normalisation."""
+  """x + two 3 x 3 convolutions, each after its normalisation.
+
+  Attributes:
+    width: channels after the block.
+    train: whether running statistics move.
+    act: the activation.
+    same: how the stride is padded, see `Conv`.
+    hooks: where a method may enter.
+    stride: the stride of the first convolution.
+  """
 
   width: int
-  stride: int
   train: bool
-  act: Activation
+  act: layers.Activation
   same: bool
   hooks: Hooks
+  stride: int
 
   @nn.compact
   def __call__(self, x: Map) -> Map:
     conv = functools.partial(Conv, hooks=self.hooks)
     y = self.act(_norm(x, self.train, "norm1"))
     if x.shape[-1] != self.width:
-      shortcut = Conv(self.width, 1, self.stride, name="shortcut")
-      x = shortcut(y)
+      x = Conv(self.width, 1, self.stride, name="shortcut")(y)
     y = conv(self.width, 3, self.stride, same=self.same, name="conv1")(y)
     y = self.act(_norm(y, self.train, "norm2"))
     y = conv(self.width, 3, name="conv2")(y)
@@ -203,7 +195,7 @@ class WideResNet(nn.Module):
 
   depth: int
   factor: int
-  act: Activation = jax.nn.relu
+  act: layers.Activation = jax.nn.relu
   same: bool = False
   hooks: Hooks = Hooks()
   scan: bool = False
@@ -212,14 +204,14 @@ class WideResNet(nn.Module):
   @nn.compact
   def __call__(self, x: Map, *, train: bool = False) -> Float[Array, "b d"]:
     x = Conv(16, 3, name="stem")(x)
+    depth = (self.depth - 4) // 6
     for i in range(3):
+      width = 16 * 2**i * self.factor
       block = functools.partial(
-        PreactBlock, 16 * 2**i * self.factor, train=train, act=self.act,
-        same=self.same, hooks=self.hooks,
-      )  # fmt: skip
-      x = Stage(
-        block, (self.depth - 4) // 6, 2 if i else 1, self.scan, self.remat,
-        name=f"stage{i}",
-      )(x)  # fmt: skip
-    x = self.act(_norm(x, train, "norm"))
-    return jnp.mean(x, (1, 2))
+        PreactBlock, width, train, self.act, self.same, self.hooks
+      )
+      stride = 2 if i else 1
+      x = Stage(block, depth, stride, self.scan, self.remat, name=f"stage{i}")(
+        x
+      )
+    return self.act(_norm(x, train, "norm")).mean((1, 2))

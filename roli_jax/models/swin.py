@@ -1,31 +1,39 @@
 """Swin transformer (Liu et al. 2021): attention in windows that shift."""
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from roli_jax.models import layers
 from roli_jax.models.hooks import Hooks
-from roli_jax.types import Array, Float
+from roli_jax.types import Array, Float, Int
+
+# A number of tokens; an array where blocks are one loop.
+Shift = int | Int[Array, ""]
+
+# Of tokens, or of the numbers of regions.
+Values = TypeVar("Values", jax.Array, np.ndarray)
 
 _norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
 
 
-def _offsets(window: int) -> np.ndarray:
+def _offsets(window: int) -> Int[np.ndarray, "places places"]:
   """For each pair of a window's places, its row in the table of biases."""
   places = np.indices((window, window)).reshape(2, -1)
   dy, dx = places[:, :, None] - places[:, None] + window - 1
   return dy * (2 * window - 1) + dx
 
 
-def _mask(side: int, window: int, shift: int) -> np.ndarray:
-  """-100 between places that only the roll has brought into one window.
+def _mask(
+  side: int, window: int, shift: int
+) -> Float[np.ndarray, "windows places places"]:
+  """-100 between places that only the roll has brought into one window, else 0.
 
-  Returns:
-    [windows, places, places], 0 or -100 (not -inf), as Swin was trained.
+  Not -inf, since Swin was trained with -100.
   """
   edges = (0, side - window, side - shift, side)
   region = np.repeat(np.arange(3), np.diff(edges))
@@ -35,14 +43,16 @@ def _mask(side: int, window: int, shift: int) -> np.ndarray:
   return np.where(same, 0, -100).astype(np.float32)
 
 
-def _windows(x, window):
-  """[b, h, w, c] -> [b, windows, places, c]."""
+def _windows(x: Values, window: int) -> Values:
+  """The windows of a map, [b, h, w, c] -> [b, windows, places, c]."""
   b, h, w, c = x.shape
   x = x.reshape(b, h // window, window, w // window, window, c)
   return x.swapaxes(2, 3).reshape(b, -1, window * window, c)
 
 
-def _whole(x, side):
+def _whole(
+  x: Float[Array, "b windows places c"], side: int
+) -> Float[Array, "b side side c"]:
   """Undoes `_windows`."""
   b, _, places, c = x.shape
   window = round(places**0.5)
@@ -50,12 +60,20 @@ def _whole(x, side):
   return x.swapaxes(2, 3).reshape(b, side, side, c)
 
 
+def _rolled(
+  x: Float[Array, "b side side c"], shift: Shift
+) -> Float[Array, "b side side c"]:
+  """The map moved by so many tokens down and to the right, around the edges."""
+  both: Any = (shift, shift)  # roll's stubs know no arrays in a tuple
+  return jnp.roll(x, both, (1, 2))
+
+
 class WindowAttention(nn.Module):
   """Attention within each window, with a bias by relative position.
 
   Attributes:
     num_heads: divides the width.
-    window: its side.
+    window: the side of a window, in tokens.
     hooks: where a method may enter.
   """
 
@@ -65,13 +83,15 @@ class WindowAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b w n d"], mask: Any = None
+    self,
+    x: Float[Array, "b w n d"],
+    mask: Float[Array, "w places places"] | None,
   ) -> Float[Array, "b w n d"]:
-    """The last `window`^2 places of a window are its map, any others prompts.
+    """Mixes the tokens of each window.
 
     Args:
-      x: tokens by window.
-      mask: [w, places, places], added to the scores.
+      x: tokens by window: any prompts, then the places of the window's map.
+      mask: added to the scores between places.
     """
     heads = (*x.shape[:3], self.num_heads, -1)
     q, k, v = (
@@ -96,8 +116,8 @@ class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)); prompts first.
 
   Attributes:
-    num_heads: the number of heads of the attention.
-    window: its side.
+    num_heads: the number of heads of the attention, divides the width.
+    window: the side of a window, in tokens.
     side: the side of the map, in tokens.
     hooks: where a method may enter.
   """
@@ -111,14 +131,14 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Float[Array, "b n d"],
-    shift: Any,
-    prompts: Float[Array, "b p d"] | None,
-    rate: Any,
+    shift: Shift,
+    prompts: layers.Prompts,
+    rate: layers.Rate,
   ) -> Float[Array, "b n d"]:
-    """The tokens after it.
+    """The tokens after the block.
 
     Args:
-      x: prompts, if any, and the map's tokens before it.
+      x: prompts, if any, then the map's tokens.
       shift: how far the windows are shifted, in tokens.
       prompts: what a method puts in place of those in x.
       rate: the rate of `layers.drop_path`, in [0, 1).
@@ -135,16 +155,22 @@ class Block(nn.Module):
       y = self.hooks.branch(name="branch")(y)
     return x + y
 
-  def _attend(self, prompts, x, shift):
+  def _attend(
+    self,
+    prompts: Float[Array, "b p d"],
+    x: Float[Array, "b n d"],
+    shift: Shift,
+  ) -> Float[Array, "b m d"]:
+    """Attention within shifted windows, with all prompts in each of them."""
     b, _, d = x.shape
-    # Of a loop over blocks only the loop knows which of them shift.
+    # In a loop over blocks a shift is known only when it runs.
     shifts = not isinstance(shift, int) or shift > 0
     x = x.reshape(b, self.side, self.side, d)
-    mask = None
+    mask: jax.Array | None = None
     if shifts:
-      x = jnp.roll(x, (-shift, -shift), (1, 2))
-      mask = _mask(self.side, self.window, self.window // 2)
-      mask = jnp.where(shift > 0, mask, 0)
+      x = _rolled(x, -shift)
+      mixed_up = _mask(self.side, self.window, self.window // 2)
+      mask = jnp.where(shift > 0, mixed_up, 0)
     x = _windows(x, self.window)
     num_windows = x.shape[1]
     in_front = jnp.repeat(prompts[:, None], num_windows, 1)
@@ -157,7 +183,7 @@ class Block(nn.Module):
     num_prompts = prompts.shape[1]
     x = _whole(y[:, :, num_prompts:], self.side)
     if shifts:
-      x = jnp.roll(x, (shift, shift), (1, 2))
+      x = _rolled(x, shift)
     x = x.reshape(b, -1, d)
     if not num_prompts:
       return x
@@ -169,7 +195,11 @@ class Block(nn.Module):
 
 
 class Merge(nn.Module):
-  """Each 2 x 2 tokens become one of twice the width; prompts four of it."""
+  """Each 2 x 2 tokens become one of twice the width; prompts four of it.
+
+  Attributes:
+    side: the side of the map before, in tokens, even.
+  """
 
   side: int
 
@@ -190,27 +220,22 @@ class Stage(nn.Module):
   """A merge, but for the first stage, then blocks; every other one shifts.
 
   Attributes:
-    depth: number of blocks.
-    num_heads: their number of heads.
-    window: its side.
-    side: the side of the map, in tokens.
-    merge: whether tokens are merged first.
+    num_heads: the number of heads of each block's attention.
+    side: the side of the map after the merge, in tokens.
+    first: whether this is the first stage, which merges nothing.
     rates: a rate for each block, see `layers.drop_path`.
-    num_prompts: how many blocks have prompts of their own, of a method that
-      has any.
+    window: the side of a window, in tokens.
     fan: see `Hooks.tokens`.
     hooks: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
   """
 
-  depth: int
   num_heads: int
-  window: int
   side: int
-  merge: bool
+  first: bool
   rates: tuple[float, ...]
-  num_prompts: int
+  window: int
   fan: int
   hooks: Hooks
   scan: bool
@@ -218,27 +243,28 @@ class Stage(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b m e"]:
-    if self.merge:
+    depth = len(self.rates)
+    num_prompted = depth if self.hooks.deep else int(self.first)
+    if not self.first:
       side = 2 * self.side
-      if self.num_prompts:  # those of the stage before end here
+      if num_prompted:  # the prompts of the stage before end here
         x = x[:, -(side**2) :]
       x = Merge(side, name="merge")(x)
-    # With a single window there is nowhere to shift to.
-    shift = self.window // 2 if self.side > self.window else 0
-    shifts = [i % 2 * shift for i in range(self.depth)]
-    first, prompts = layers.prompts(
-      self.hooks, x, self.num_prompts, self.depth, self.fan
+    added, prompts = layers.prompts(
+      self.hooks, x, num_prompted, depth, self.fan
     )
-    if first is not None:
-      x = jnp.concatenate([first, x], 1)
+    if added is not None:
+      x = jnp.concatenate([added, x], 1)
+    # Every other block shifts. With a single window there is nowhere to go.
+    shift = self.window // 2 if self.side > self.window else 0
+    shifts = [i % 2 * shift for i in range(depth)]
     make = functools.partial(
       Block, self.num_heads, self.window, self.side, self.hooks
     )
-    names = [f"block{i}" for i in range(self.depth)]
+    blocks, each = range(depth), (shifts, prompts, self.rates)
     return layers.repeat(
-      self, make, names, x, shifts, prompts, self.rates, scan=self.scan,
-      remat=self.remat,
-    )  # fmt: skip
+      self, make, blocks, x, *each, scan=self.scan, remat=self.remat
+    )
 
 
 class Swin(nn.Module):
@@ -250,7 +276,7 @@ class Swin(nn.Module):
   Attributes:
     width: channels of the first stage; each next one's is twice as large.
     depths: blocks of each stage.
-    num_heads: the number of heads of each stage.
+    num_heads: the number of heads in each stage.
     patch: side of a patch in pixels.
     drop_path: the last block's rate of `layers.drop_path`, in training.
     hooks: where a method may enter.
@@ -283,14 +309,12 @@ class Swin(nn.Module):
     fan = self.patch**2 * x.shape[-1] + self.width
     x = layers.PatchEmbed(self.patch, self.width, name="embed")(x)
     x = _norm(name="embed_norm")(x)
+    shared = (window, fan, self.hooks, self.scan, self.remat)
     rates = layers.drop_rates(self.drop_path, self.depths)
-    for i, (depth, num_heads) in enumerate(
-      zip(self.depths, self.num_heads, strict=True)
-    ):
-      num_prompts = depth if self.hooks.deep else int(i == 0)
+    stages = enumerate(zip(self.num_heads, rates, strict=True))
+    for i, (num_heads, block_rates) in stages:
+      side = window * 2 ** (last - i)
       x = Stage(
-        depth, num_heads, window, window * 2 ** (last - i), i > 0,
-        tuple(rates[i]), num_prompts, fan, self.hooks, self.scan, self.remat,
-        name=f"stage{i}",
-      )(x)  # fmt: skip
+        num_heads, side, i == 0, block_rates, *shared, name=f"stage{i}"
+      )(x)
     return _norm(name="norm")(x).mean(1)

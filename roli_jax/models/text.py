@@ -1,17 +1,14 @@
 """CLIP's text transformer (Radford et al. 2021, section 2.4)."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from roli_jax.models import heads, layers
+from roli_jax.models import heads, layers, vit
 from roli_jax.types import Array, Float, Int
 
-_EPS = 1e-5  # of the normalisations
+_EPS = 1e-5  # added to the normalisations' variances
 
 
 def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
@@ -19,53 +16,22 @@ def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
   return x * jax.nn.sigmoid(1.702 * x)
 
 
-# As configurations of open_clip tell them apart.
-ACTS: dict[str, Callable[..., Any]] = {
+# By the names that open_clip's configurations give them.
+ACTS: dict[str, layers.Activation] = {
   "gelu": layers.gelu,
   "quick_gelu": quick_gelu,
 }
 
 
-class Attention(nn.Module):
-  """`layers.Attention` in which a token sees itself and those before it."""
-
-  num_heads: int
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    b, n, width = x.shape
-    q, k, v = (
-      nn.Dense(width, name=name)(x).reshape(b, n, self.num_heads, -1)
-      for name in ("q", "k", "v")
-    )
-    later = jnp.triu(jnp.full((1, 1, n, n), -jnp.inf), 1)
-    mixed = layers.attention(q, k, v, later)
-    return nn.Dense(width, name="out")(mixed.reshape(x.shape))
-
-
-class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-  num_heads: int
-  act: Callable[..., Any]
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    y = nn.LayerNorm(epsilon=_EPS, name="norm1")(x)
-    x = x + Attention(self.num_heads, name="attn")(y)
-    y = nn.LayerNorm(epsilon=_EPS, name="norm2")(x)
-    return x + layers.Mlp(4 * x.shape[-1], act=self.act, name="mlp")(y)
-
-
 class Text(nn.Module):
-  """Texts as rows of ids to their embeddings, which have any length.
+  """Embeds texts, given as rows of ids; embeddings have any length.
 
   The feature is the last block's token at the largest id, which is the end's.
   Rows may be shorter than the context, if their end is in them: no token sees
   what follows it.
 
-  Among its leaves is `logit_scale`, which its pass does not use: of a CLIP's
-  two towers there is one, and its file has it beside the text's.
+  Among the parameters is `logit_scale`, which the pass does not use: a CLIP's
+  two towers share it, and its file keeps it beside the text's.
 
   Attributes:
     vocab: number of ids.
@@ -73,7 +39,7 @@ class Text(nn.Module):
     depth: number of blocks.
     num_heads: divides the width.
     context: most tokens of a text, start and end included.
-    embed: width of an embedding.
+    embed: the width of an embedding.
     act: the GELU.
   """
 
@@ -83,7 +49,7 @@ class Text(nn.Module):
   num_heads: int
   context: int
   embed: int
-  act: Callable[..., Any] = layers.gelu
+  act: layers.Activation = layers.gelu
 
   @nn.compact
   def __call__(
@@ -95,8 +61,9 @@ class Text(nn.Module):
     )
     positions = self.param("positions", small, (1, self.context, self.width))
     x = x + positions[:, : ids.shape[1]]
+    sizes = (self.num_heads, 4 * self.width, self.act, _EPS)
     for i in range(self.depth):
-      x = Block(self.num_heads, self.act, name=f"block{i}")(x)
+      x = vit.Block(*sizes, layers.causal_attention, name=f"block{i}")(x)
     x = nn.LayerNorm(epsilon=_EPS, name="norm")(x)
     at_end = x[jnp.arange(len(x)), ids.argmax(-1)]
     scale = nn.initializers.constant(heads.LOGIT_SCALE)

@@ -2,8 +2,8 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -17,27 +17,35 @@ POOLS = ("token", "mean")
 class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)).
 
-  With `first`, of that many tokens alone: nobody reads the others of the last
-  block, where the feature is the class token.
+  Attributes:
+    num_heads: divides the width of a token.
+    hidden: the width inside the MLP.
+    act: the GELU.
+    eps: what the normalisations add to variances, > 0.
+    attend: see `layers.Attention`.
+    hooks: where a method may enter.
+    start: the number of tokens in front of the prompts.
+    first: computes only this many tokens m, from the first; None: all n. In the
+      last block nobody reads the others where the feature is the class token.
   """
 
   num_heads: int
   hidden: int
-  hooks: Hooks
+  act: layers.Activation
   eps: float
-  start: int
-  attention: str
-  act: Callable[..., Any]
+  attend: Callable[..., jax.Array]
+  hooks: Hooks = Hooks()
+  start: int = 0
   first: int | None = None
 
   @nn.compact
   def __call__(
     self,
     x: Float[Array, "b n d"],
-    prompts: Float[Array, "b p d"] | None,
-    rate: Any,
+    prompts: layers.Prompts = None,
+    rate: layers.Rate = 0.0,
   ) -> Float[Array, "b m d"]:
-    """The tokens after it.
+    """The tokens after the block.
 
     Args:
       x: the tokens before it.
@@ -49,7 +57,7 @@ class Block(nn.Module):
       x = jnp.concatenate([x[:, : self.start], prompts, x[:, end:]], 1)
     y = nn.LayerNorm(epsilon=self.eps, name="norm1")(x)
     attention = layers.Attention(
-      self.num_heads, self.hooks, self.attention, self.first, name="attn"
+      self.num_heads, self.attend, self.hooks, self.first, name="attn"
     )
     x = x[:, : self.first] + layers.drop_path(self, attention(y), rate)
     y = nn.LayerNorm(epsilon=self.eps, name="norm2")(x)
@@ -68,13 +76,13 @@ class Vit(nn.Module):
     width: the width of a token.
     depth: number of blocks.
     num_heads: divides the width.
-    hidden: width inside the MLPs.
+    hidden: the width inside the MLPs.
     pool: `token`: the class token is the feature; `mean`: the mean of the
       others.
     cls: whether there is a class token.
     fc_norm: whether the feature is normalised, and not the tokens before it.
-    clip: as CLIP has it: patches without bias, a normalisation before the
-      blocks.
+    clip: whether patches have no bias, and a normalisation stands before the
+      blocks, as in CLIP.
     eps: what the normalisations add to variances, > 0.
     act: the GELU.
     hooks: where a method may enter.
@@ -94,7 +102,7 @@ class Vit(nn.Module):
   fc_norm: bool = False
   clip: bool = False
   eps: float = 1e-6
-  act: Callable[..., Any] = layers.gelu
+  act: layers.Activation = layers.gelu
   hooks: Hooks = Hooks()
   attention: str = "plain"
   drop_path: float = 0.0
@@ -119,24 +127,25 @@ class Vit(nn.Module):
     )
     if self.clip:
       x = nn.LayerNorm(epsilon=self.eps, name="pre_norm")(x)
-    num_prompts = self.depth if self.hooks.deep else 1
-    first, prompts = layers.prompts(self.hooks, x, num_prompts, self.depth, fan)
-    if first is not None:
-      x = jnp.concatenate([x[:, :start], first, x[:, start:]], 1)
+    num_prompted = self.depth if self.hooks.deep else 1
+    added, prompts = layers.prompts(
+      self.hooks, x, num_prompted, self.depth, fan
+    )
+    if added is not None:
+      x = jnp.concatenate([x[:, :start], added, x[:, start:]], 1)
+    attend = layers.ATTENTIONS[self.attention]
     make = functools.partial(
-      Block, self.num_heads, self.hidden, self.hooks, self.eps, start,
-      self.attention, self.act,
-    )  # fmt: skip
-    names = [f"block{i}" for i in range(self.depth)]
+      Block, self.num_heads, self.hidden, self.act, self.eps, attend, self.hooks
+    )
     (rates,) = layers.drop_rates(self.drop_path, [self.depth])
-    alone = self.pool == "token"  # is the class token read
-    alike = self.depth - alone
-    last = functools.partial(make, first=start)
-    for block, few in ((make, slice(alike)), (last, slice(alike, None))):
+    alone = self.pool == "token"  # whether only the class token is read
+    whole = self.depth - alone  # blocks that compute all tokens
+    for first, part in ((None, slice(whole)), (start, slice(whole, None))):
+      block = functools.partial(make, start, first)
+      numbers, each = range(self.depth)[part], (prompts[part], rates[part])
       x = layers.repeat(
-        self, block, names[few], x, prompts[few], rates[few],
-        scan=self.scan, remat=self.remat,
-      )  # fmt: skip
+        self, block, numbers, x, *each, scan=self.scan, remat=self.remat
+      )
     if not self.fc_norm:
       x = nn.LayerNorm(epsilon=self.eps, name="norm")(x)
     x = x[:, 0] if alone else x[:, start:].mean(1)

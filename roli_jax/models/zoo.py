@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -20,7 +21,7 @@ CLIP = (
   (0.48145466, 0.4578275, 0.40821073),
   (0.26862954, 0.26130258, 0.27577711),
 )
-# Of the rendered letters.
+# Of the rendered letters, which are grey.
 GLYPHS = ((0.35,), (0.39,))
 
 
@@ -30,9 +31,10 @@ class Entry:
 
   Attributes:
     backbone: makes it; takes `hooks` and the options of `models.create`.
-    normalisation: mean and standard deviation per channel that its family was
-      mostly trained with. Those of a file of weights go before.
-    image_size: side of the images that it was trained on.
+    normalisation: mean and standard deviation per channel, of images in
+      [0, 1], that its family was mostly trained with. Those of a file of
+      weights go before.
+    image_size: side in pixels of the images that it was trained on.
   """
 
   backbone: Callable[..., nn.Module]
@@ -40,41 +42,52 @@ class Entry:
   image_size: int = 224
 
 
-def _vit(width, depth, num_heads, patch, **more):
+def _vit(
+  width: int, depth: int, num_heads: int, patch: int, **more: Any
+) -> functools.partial[Vit]:
+  """A ViT whose MLPs are four times as wide as its tokens."""
   return functools.partial(
-    Vit, patch=patch, width=width, depth=depth, num_heads=num_heads,
-    hidden=4 * width, **more,
-  )  # fmt: skip
+    Vit, patch, width, depth, num_heads, 4 * width, **more
+  )
 
 
-_VITS = {
+# Width, depth, number of heads.
+_VITS: dict[str, tuple[int, int, int]] = {
   "ti": (192, 12, 3),
   "s": (384, 12, 6),
   "b": (768, 12, 12),
   "l": (1024, 24, 16),
 }
-_SWINS = {
+# Width of the first stage; depths and numbers of heads of all.
+_SWINS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
   "t": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
   "s": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
   "b": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
 }
-_CONVNEXTS = {
+# Widths and depths of the stages.
+_CONVNEXTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
   "t": ((96, 192, 384, 768), (3, 3, 9, 3)),
   "s": ((96, 192, 384, 768), (3, 3, 27, 3)),
   "b": ((128, 256, 512, 1024), (3, 3, 27, 3)),
   "l": ((192, 384, 768, 1536), (3, 3, 27, 3)),
 }
-_RESNETS = {
+# Depths, whether of bottlenecks, inner width of the first stage.
+_RESNETS: dict[str, tuple[tuple[int, ...], bool, int]] = {
   "resnet18": ((2, 2, 2, 2), False, 64),
   "resnet34": ((3, 4, 6, 3), False, 64),
   "resnet50": ((3, 4, 6, 3), True, 64),
   "resnet101": ((3, 4, 23, 3), True, 64),
   "wide_resnet50_2": ((3, 4, 6, 3), True, 128),
 }
+# dm: DeepMind's, as most of RobustBench's best on CIFAR are.
+_WRNS: dict[str, dict[str, Any]] = {
+  "wrn": {},
+  "dm_wrn": {"act": jax.nn.silu, "same": True},
+}
 
 # Of 8 x 8 grey images. The first has weights that come with the package; the
 # others are toys of each family, to try a whole run with.
-_GLYPHS = {
+_GLYPHS: dict[str, Callable[..., nn.Module]] = {
   "glyph_vit": _vit(
     64,
     4,
@@ -118,18 +131,10 @@ MODELS: dict[str, Entry] = {
     for name, sizes in _RESNETS.items()
   },
   **{
-    f"wrn_{depth}_{factor}": Entry(
-      functools.partial(WideResNet, depth, factor), CIFAR, image_size=32
+    f"{family}_{depth}_{factor}": Entry(
+      functools.partial(WideResNet, depth, factor, **options), CIFAR, 32
     )
-    for depth, factor in ((28, 10), (34, 10), (70, 16))
-  },
-  # Of DeepMind, as most of RobustBench's best on CIFAR are.
-  **{
-    f"dm_wrn_{depth}_{factor}": Entry(
-      functools.partial(WideResNet, depth, factor, act=jax.nn.silu, same=True),
-      CIFAR,
-      image_size=32,
-    )
+    for family, options in _WRNS.items()
     for depth, factor in ((28, 10), (34, 10), (70, 16))
   },
   # As ARES trained it; a file does not tell it from the one with ReLU.
