@@ -14,7 +14,7 @@ import numpy as np
 
 from roli_jax import losses, projections, specs, trees
 from roli_jax.attacks import base, search
-from roli_jax.attacks.search import Classify, Job
+from roli_jax.attacks.search import Ascent, Classify, Job
 from roli_jax.keys import fold
 from roli_jax.threat import per_image
 from roli_jax.types import (
@@ -180,7 +180,8 @@ class Apgd(search.Search[ApgdState]):
       climb, classify, state.x, job.labels, draws, self.eot
     )
     move = self._step_l1 if self.threat.norm == "l1" else self._step
-    state = move(job, state, value.astype(state.x.dtype), grads, wrong)
+    here = (value.astype(state.x.dtype), grads, wrong)
+    state = move(job, state, here)
     i = state.i + 1
     return dataclasses.replace(
       state,
@@ -193,15 +194,9 @@ class Apgd(search.Search[ApgdState]):
     del job
     return search.where(state.found, state.adv, state.best)
 
-  def _step(
-    self,
-    job: Job,
-    state: ApgdState,
-    value: Float[Array, "b"],
-    grads: Images,
-    wrong: Bool[Array, "b"],
-  ) -> ApgdState:
-    """Moves in Linf and L2, from the value and the gradient at the iterate."""
+  def _step(self, job: Job, state: ApgdState, here: Ascent) -> ApgdState:
+    """Moves in Linf and L2, from the ascent at the iterate."""
+    value, grads, wrong = here
     state = _seen(state, value, grads, wrong)
     i, first = state.i, state.i == 0
     checked = jnp.where(first, value, state.checked)
@@ -233,15 +228,9 @@ class Apgd(search.Search[ApgdState]):
       checked=jnp.where(window > 0, state.best_value, checked),
     )
 
-  def _step_l1(
-    self,
-    job: Job,
-    state: ApgdState,
-    value: Float[Array, "b"],
-    grads: Images,
-    wrong: Bool[Array, "b"],
-  ) -> ApgdState:
-    """Moves in L1, from the value and the gradient at the iterate."""
+  def _step_l1(self, job: Job, state: ApgdState, here: Ascent) -> ApgdState:
+    """Moves in L1, from the ascent at the iterate."""
+    value, grads, wrong = here
     radii, next_radii, firsts, lasts, checks = (
       jnp.asarray(table)[state.i]
       for table in _stages(self.num_steps, self.radii)

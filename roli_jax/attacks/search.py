@@ -40,8 +40,10 @@ Classify = Callable[[Images, Keys], Logits]
 
 # The best image of all jobs so far, its merit, and whether the search is over.
 _BestJob = tuple[Images, Float[Array, "b"], Bool[Array, "b"]]
-# The values that are climbed, their gradients, and who is misclassified (1, 0).
+# The values that are climbed, their gradients, and who is misclassified: in a
+# draw 1 or 0, over all draws a bool.
 _Draw = tuple[Float[Array, "b"], Images, Float[Array, "b"]]
+Ascent = tuple[Float[Array, "b"], Images, Bool[Array, "b"]]
 
 
 @trees.tree_class
@@ -391,7 +393,7 @@ def ascent(
   labels: Labels,
   keys: Keys,
   num_draws: int = 1,
-) -> tuple[Float[Array, "b"], Images, Bool[Array, "b"]]:
+) -> Ascent:
   """Returns the value that is climbed, its gradient, and who is misclassified.
 
   Over several draws it returns means, and whether most draws are misclassified.

@@ -25,8 +25,11 @@ P_INIT = 0.8  # the share of an image that the first squares cover
 HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 L1_INSIDE = 1 - 1e-6  # scales the radius: rounding then stays in the ball
 
-# One image, or something as large, within a `jax.vmap` over images.
+# Within a `jax.vmap` over images: one image, or an array as large; its key; and
+# the side of a square.
 Image = Float[Array, "h w c"]
+ImageKey = Key[Array, ""]
+Side = Int[Array, ""]
 # An index of pixels, known when compiled or not.
 Indices = Int[Array | np.ndarray, "h w"]
 
@@ -139,7 +142,7 @@ class Square(search.Search[SquareState]):
     def one(
       image: Float[Array, "*image"],
       x: Float[Array, "*image"],
-      key: Key[Array, ""],
+      key: ImageKey,
       i: Int[Array, ""],
       eps: Float[Array, ""],
     ) -> Image:
@@ -165,7 +168,7 @@ def _picture(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 def _side(
   query: Int[Array, ""], shape: tuple[int, int, int], odd: bool
-) -> Int[Array, ""]:
+) -> Side:
   """Returns the side of the squares at a query, in pixels.
 
   Args:
@@ -183,25 +186,17 @@ def _side(
   return jnp.clip(side, 1, min(height, width))
 
 
-def _corner(
-  key: Key[Array, ""], shape: tuple[int, ...], side: Int[Array, ""]
-) -> Int[Array, "2"]:
-  """Draws the upper left pixel of a square, anywhere within the image."""
+def _draw_square(
+  key: ImageKey, shape: tuple[int, ...], side: Side
+) -> tuple[Int[Array, "h w"], Int[Array, "h w"], Bool[Array, "h w 1"]]:
+  """Draws a square anywhere within an image of that shape.
+
+  Returns:
+    Each pixel's row and column in the square, and whether it is inside.
+  """
   at = jax.random.uniform(key, (2,))
   free = jnp.array(shape[:2]) - side + 1
-  return jnp.floor(at * free).astype(np.int32)
-
-
-def _within(
-  shape: tuple[int, ...], corner: Int[Array, "2"], side: Int[Array, ""]
-) -> tuple[Int[Array, "h w"], Int[Array, "h w"], Bool[Array, "h w 1"]]:
-  """Returns each pixel's row and column in the square, and whether it is in.
-
-  Args:
-    shape: the shape of an image.
-    corner: row and column of the square's upper left pixel.
-    side: the side of the square.
-  """
+  corner = jnp.floor(at * free).astype(np.int32)
   rows = jnp.arange(shape[0])[:, None] - corner[0]
   columns = jnp.arange(shape[1])[None, :] - corner[1]
   rows, columns = jnp.broadcast_arrays(rows, columns)
@@ -216,29 +211,25 @@ def _project(threat: ThreatModel, x: Image, image: Image) -> Image:
   return threat.project(x[None], image[None])[0]
 
 
-def _stripes(threat: ThreatModel, key: Key[Array, ""], image: Image) -> Image:
+def _stripes(threat: ThreatModel, key: ImageKey, image: Image) -> Image:
   """Starts in Linf with vertical stripes at the edge of the ball."""
   signs = jax.random.rademacher(key, (1, *image.shape[1:]), image.dtype)
   return jnp.clip(image + threat.eps * signs, threat.low, threat.high)
 
 
 def _move_linf(
-  threat: ThreatModel,
-  key: Key[Array, ""],
-  image: Image,
-  x: Image,
-  side: Int[Array, ""],
+  threat: ThreatModel, key: ImageKey, image: Image, x: Image, side: Side
 ) -> Image:
   """Moves one square to the edge of the ball, each channel by one sign."""
   place, sign = jax.random.split(key)
-  *_, inside = _within(x.shape, _corner(place, x.shape, side), side)
+  *_, inside = _draw_square(place, x.shape, side)
   signs = jax.random.rademacher(sign, (1, 1, x.shape[2]), x.dtype)
   # Twice eps: from one edge of the ball to the other.
   moved = x + jnp.where(inside, 2 * threat.eps * signs, 0)
   return _project(threat, moved, image)
 
 
-def _tiles(threat: ThreatModel, key: Key[Array, ""], image: Image) -> Image:
+def _tiles(threat: ThreatModel, key: ImageKey, image: Image) -> Image:
   """Starts in L2 and L1 with bumps of random signs, all over the image."""
   height, width, channels = image.shape
   side = max(min(height, width) // 5, 1)
@@ -273,19 +264,15 @@ def _tiles(threat: ThreatModel, key: Key[Array, ""], image: Image) -> Image:
 
 
 def _move_lp(
-  threat: ThreatModel,
-  key: Key[Array, ""],
-  image: Image,
-  x: Image,
-  side: Int[Array, ""],
+  threat: ThreatModel, key: ImageKey, image: Image, x: Image, side: Side
 ) -> Image:
   """Moves the offset of one square to another, where it forms a bump.
 
   The bump also takes the part of the radius that the offset does not use yet.
   """
   to_key, off_key, turn, sign = jax.random.split(key, 4)
-  down, across, to = _within(x.shape, _corner(to_key, x.shape, side), side)
-  *_, off = _within(x.shape, _corner(off_key, x.shape, side), side)
+  down, across, to = _draw_square(to_key, x.shape, side)
+  *_, off = _draw_square(off_key, x.shape, side)
   turned = jax.random.bernoulli(turn)
   down, across = (
     jnp.where(turned, across, down),
@@ -324,11 +311,7 @@ def _move_lp(
 
 
 def _bump(
-  norm: str,
-  down: Indices,
-  across: Indices,
-  side: int | Int[Array, ""],
-  size: int,
+  norm: str, down: Indices, across: Indices, side: int | Side, size: int
 ) -> Float[Array, "h w"]:
   """Returns a square's two halves, one up and one down, of unit length in all.
 
@@ -353,8 +336,8 @@ def _pyramid(
   norm: str,
   down: Indices,
   across: Indices,
-  height: int | Int[Array, ""],
-  width: int | Int[Array, ""],
+  height: int | Side,
+  width: int | Side,
   size: int,
 ) -> Float[Array, "h w"]:
   """Returns steps that rise towards the middle of a rectangle, of unit length.

@@ -401,8 +401,8 @@ def vrf(first: Predict, second: Both) -> Predict:
 
 
 def _mixed(
-  first: Logits,
-  second: Logits,
+  first: AnyArray,
+  second: AnyArray,
   log_first: PerImageColumn,
   log_second: PerImageColumn,
 ) -> Logits:

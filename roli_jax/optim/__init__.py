@@ -61,10 +61,8 @@ def sgd(
   )
 
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-  "adamw": adamw,
-  "sgd": sgd,
-}
+Maker = Callable[..., optax.GradientTransformation]
+OPTIMIZERS: dict[str, Maker] = {"adamw": adamw, "sgd": sgd}
 
 
 def _digrap(
@@ -77,7 +75,7 @@ def _digrap(
 
 
 # Wrappers of an optimizer that keep trained leaves near the pretrained ones.
-ANCHORS: dict[str, Callable[..., optax.GradientTransformation]] = {
+ANCHORS: dict[str, Maker] = {
   "none": lambda inner, anchor: inner,
   "l2sp": l2sp,
   "ftp": ftp,
