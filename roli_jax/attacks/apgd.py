@@ -335,7 +335,7 @@ def _seen(
 def _windows(num_steps: int) -> np.ndarray:
   """Returns the check point's window after 0, ..., num_steps steps, 0 for none.
 
-  The shares 0.22, 0.06 and 0.03 are those of the paper, section 3.3.
+  The shares 0.22, 0.06 and 0.03 of the steps are those of the paper.
   """
   window = max(int(0.22 * num_steps), 1)
   least = max(int(0.06 * num_steps), 1)

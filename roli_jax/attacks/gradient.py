@@ -119,9 +119,7 @@ class Pgd(base.Attack):
     step_size = eps / 4 if self.step_size is None else self.step_size
     step_size = threat.per_image(step_size, images)
 
-    def climb(
-      x: Images,
-    ) -> tuple[Float[Array, ""], Float[Array, "b"]]:
+    def climb(x: Images) -> tuple[jax.Array, jax.Array]:
       logits = logits_fn(x)
       values = surrogate.climb(logits, labels)
       # Logits that rank nothing are a break: nothing is higher.

@@ -20,8 +20,8 @@ from roli_jax.threat import TINY, ThreatModel
 from roli_jax.types import Array, Bool, Float, Images, Int, Key
 
 P_INIT = 0.8  # the share of an image that the first squares cover
-# The queries after which squares cover half as much, for the default of 5000
-# queries; they do not scale with `num_queries`, as in AutoAttack.
+# The queries after which squares cover half as much, made for 10,000 queries;
+# AutoAttack does not rescale them for its 5000 either.
 HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 L1_INSIDE = 1 - 1e-6  # scales the radius: rounding then stays in the ball
 
@@ -100,9 +100,8 @@ class Square(search.Search[SquareState]):
     x = self._propose(job, state)
     draws = fold(job.keys, state.i)
 
-    def look(
-      k: int | jax.Array,
-    ) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+    def look(k: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+      """The margins, and who is misclassified (1 or 0), of one draw, [b]."""
       logits = classify(x, fold(draws, k))
       wrong = ~losses.correct(logits, job.labels)
       return -losses.margin(logits, job.labels), wrong.astype(x.dtype)
