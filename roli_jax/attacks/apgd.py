@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from roli_jax import losses, projections, specs, trees
-from roli_jax.attacks import base, search
-from roli_jax.attacks.search import Ascent, Classify, Job
+from roli_jax.attacks import base, jobs, search
+from roli_jax.attacks.jobs import Job
+from roli_jax.attacks.search import Ascent, Classify
 from roli_jax.keys import fold
 from roli_jax.threat import per_image
 from roli_jax.types import (
@@ -34,7 +35,7 @@ L1_SHRINK = 1.5  # divides the step size while the change stays as sparse
 
 
 @trees.tree_class
-class ApgdState(search.State):
+class ApgdState(jobs.State):
   """The state of b jobs of APGD.
 
   Attributes:
@@ -139,7 +140,7 @@ class Apgd(search.Search[ApgdState]):
     return super().notes(num_classes) + substitutes
 
   def begin(self, job: Job) -> ApgdState:
-    x, fresh = self._start(job), search.fresh_state(job)
+    x, fresh = self._start(job), jobs.fresh_state(job)
     low = fresh["merit"]
     zeros = jnp.zeros_like(low)
     # The official history starts with a zero: all cross-entropies are above.
@@ -166,8 +167,8 @@ class Apgd(search.Search[ApgdState]):
       return x
     if threat.norm == "l1":
       widest = dataclasses.replace(threat, eps=job.eps * self.radii[0])
-      return widest.project(x + search.noise(job, threat.norm), x)
-    return search.noisy_start(job, threat, job.eps)
+      return widest.project(x + jobs.noise(job, threat.norm), x)
+    return jobs.noisy_start(job, threat, job.eps)
 
   def step(self, classify: Classify, job: Job, state: ApgdState) -> ApgdState:
     def climb(logits: Logits) -> Float[Array, "b"]:
@@ -304,7 +305,7 @@ class ApgdMaxLoss(Apgd):
     *,
     stochastic: bool = False,
   ) -> Images:
-    job = search.make_job(self.threat, images, labels, keys)
+    job = jobs.make_job(self.threat, images, labels, keys)
     classify = search.keyed(logits_fn, stochastic)
     state, _ = search.proceed(self, classify, job, self.begin(job), self.length)
     return state.best

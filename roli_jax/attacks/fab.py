@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from roli_jax import losses, projections, trees
-from roli_jax.attacks import base, search
-from roli_jax.attacks.search import Classify, Job
+from roli_jax.attacks import base, jobs, search
+from roli_jax.attacks.jobs import Job
+from roli_jax.attacks.search import Classify
 from roli_jax.keys import fold
 from roli_jax.threat import TINY, near_one, per_image
 from roli_jax.types import Array, Bool, Float, Images, Keys
@@ -27,7 +28,7 @@ _Boundary = tuple[Float[Array, "b"], Float[Array, "b"], Images]
 
 
 @trees.tree_class
-class FabState(search.State):
+class FabState(jobs.State):
   """The state of b jobs of FAB.
 
   Attributes:
@@ -87,10 +88,10 @@ class Fab(search.Search[FabState]):
 
   def begin(self, job: Job) -> FabState:
     radius = jnp.where(job.restart == 0, 0, job.eps / 2)
-    fresh = search.fresh_state(job)
+    fresh = jobs.fresh_state(job)
     return FabState(
       **fresh,
-      x=search.noisy_start(job, self.within(job), radius),
+      x=jobs.noisy_start(job, self.within(job), radius),
       distance=jnp.full_like(fresh["merit"], jnp.inf),
     )
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from roli_jax import losses, trees
-from roli_jax.attacks import base, search
-from roli_jax.attacks.search import Classify, Job
+from roli_jax.attacks import base, jobs, search
+from roli_jax.attacks.jobs import Job
+from roli_jax.attacks.search import Classify
 from roli_jax.keys import fold
 from roli_jax.threat import TINY, ThreatModel
 from roli_jax.types import Array, Bool, Float, Images, Int, Key
@@ -35,7 +36,7 @@ Indices = Int[Array | np.ndarray, "h w"]
 
 
 @trees.tree_class
-class SquareState(search.State):
+class SquareState(jobs.State):
   """The state of b jobs of Square.
 
   Attributes:
@@ -91,7 +92,7 @@ class Square(search.Search[SquareState]):
 
   def begin(self, job: Job) -> SquareState:
     tossed = jax.vmap(jax.random.uniform)(fold(job.keys, "share"))
-    fresh = search.fresh_state(job) | {"done": tossed >= self.share}
+    fresh = jobs.fresh_state(job) | {"done": tossed >= self.share}
     return SquareState(**fresh, x=fresh["adv"], margin=-fresh["merit"])
 
   def step(
