@@ -12,32 +12,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roli_jax import losses, projections, trees
-from roli_jax.attacks import search
-from roli_jax.attacks.search import Classify, Job
+from roli_jax import losses, projections, specs, trees
+from roli_jax.attacks import base, jobs, search
+from roli_jax.attacks.jobs import Job
+from roli_jax.attacks.search import Ascent, Classify
 from roli_jax.keys import fold
-from roli_jax.threat import TINY, per_image
-from roli_jax.types import Array, Float, Images, Keys, Labels, Logits, LogitsFn
+from roli_jax.threat import per_image
+from roli_jax.types import (
+  Array,
+  Bool,
+  Float,
+  Images,
+  Keys,
+  Labels,
+  Logits,
+  LogitsFn,
+)
 
-RHO = 0.75  # the share of rising steps that keeps the step size
-MOMENTUM = 0.75
-L1_SHRINK = 1.5  # of the step size, while the change stays as sparse
+RHO = 0.75  # the share of rising steps that keeps the step size (rho)
+MOMENTUM = 0.75  # the weight of the new step against the last one (alpha)
+L1_SHRINK = 1.5  # divides the step size while the change stays as sparse
 
 
 @trees.tree_class
-class ApgdState(search.State):
-  """Attributes beyond a search's:
+class ApgdState(jobs.State):
+  """The state of b jobs of APGD.
 
-  x: the iterate, which the next step evaluates.
-  previous: the one before it.
-  best: the iterate of the highest value, with its gradient.
-  step_size: in the norm of the threat model.
-  rises: steps since the last check point that raised the value.
-  last: the value before.
-  halved: whether the last check point halved the step size.
-  checked: the best value at the last check point.
-  share: of the values that an L1 step moves.
-  changed: values of the best iterate that differ from the clean image.
+  Attributes:
+    x: float [b, *image], the iterate, which the next step evaluates.
+    previous: float [b, *image], the iterate before it.
+    best: float [b, *image], the iterate of the highest value.
+    best_grads: float [b, *image], its gradient.
+    best_value: float [b], its value; -inf before the first evaluation.
+    step_size: float [b], in the norm of the threat model.
+    rises: int32 [b], steps since the last check point that raised the value.
+    last: float [b], the value of the iterate before.
+    halved: bool [b], whether the last check point halved the step size.
+    checked: float [b], the best value at the last check point.
+    share: float [b], the share of an image's values that an L1 step moves.
+    changed: float [b], how many values of the best iterate differ from the
+      clean image, at the last check point in L1.
   """
 
   x: Any
@@ -56,34 +70,35 @@ class ApgdState(search.State):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Apgd(search.Search):
-  """APGD as AutoAttack runs it, in its own details too.
+class Apgd(search.Search[ApgdState]):
+  """APGD as AutoAttack runs it, with two details of the official code.
 
   The history of losses that decides on the step size begins with a zero in
-  place of the start's; after a return to the best iterate the momentum still
-  comes from the last one. Both are as in the official code, whose numbers are
-  the standard. A job ends at the first misclassified iterate, not after all
-  steps: who is robust does not depend on it.
+  place of the loss at the start. After a return to the best iterate the
+  momentum still comes from the last one. Both are kept, since the official
+  numbers are the standard. Other than there, a job ends at the first
+  misclassified iterate; which images are robust does not depend on it.
 
   In L1 the radius shrinks over three stages (3, 2 and 1 times eps, for 30, 30
-  and 40% of the steps), each from the best iterate of the one before; what
-  counts is the last. There is no momentum, and a step moves as many values as
-  the best iterate's change suggests.
+  and 40% of the steps). Each starts at the best iterate of the stage before,
+  and only the last one can break an image. There is no momentum, and a step
+  moves fewer values as the best iterate's change becomes sparser.
 
   Attributes:
-    num_steps: of a job; one more point is evaluated (in L1 one more a stage).
-    loss: what is climbed, `ce`, `dlr` or `margin`; towards the target, where
-      there are targets. DLR needs three classes, or four towards a target;
-      with fewer it is the margin.
+    num_steps: steps of a job, >= the number of radii; 100 by default. One more
+      point is evaluated (in L1 one more in each stage).
+    loss: the loss that is climbed, `ce`, `dlr` or `margin`; with targets its
+      targeted form. DLR needs three classes, or four towards a target; with
+      fewer the margin takes its place.
     random_start: whether it starts at a random image of the ball, as AutoAttack
       does, or at the clean one.
-    radii: of the stages in L1, in units of eps.
+    radii: the radii of the stages in L1, in units of eps, the last one 1.
   """
 
-  num_steps: int = search.static(100)
-  loss: str = search.static("ce")
-  random_start: bool = search.static(True)
-  radii: tuple[float, ...] = search.static((3.0, 2.0, 1.0))
+  num_steps: int = base.static(100)
+  loss: str = base.static("ce")
+  random_start: bool = base.static(True)
+  radii: tuple[float, ...] = base.static((3.0, 2.0, 1.0))
 
   def __post_init__(self):
     super().__post_init__()
@@ -91,14 +106,11 @@ class Apgd(search.Search):
       raise ValueError(
         f"num_steps must be >= {len(self.radii)}, got {self.num_steps}"
       )
-    if self.loss not in losses.TOWARDS:
-      raise ValueError(
-        f"unknown loss {self.loss!r}; there are {sorted(losses.TOWARDS)}"
-      )
+    specs.lookup(losses.TOWARDS, self.loss, "loss")
 
   @property
   def name(self) -> str:
-    """`apgd_ce`, `apgd_dlr`; towards targets `apgd_t`, with DLR's loss."""
+    """`apgd_<loss>`; towards targets `apgd_t` for DLR, else `apgd_t_<loss>`."""
     if not self.num_targets:
       return f"apgd_{self.loss}"
     return "apgd_t" if self.loss == "dlr" else f"apgd_t_{self.loss}"
@@ -113,13 +125,13 @@ class Apgd(search.Search):
     return self.eot, self.eot
 
   def for_training(self, surrogate: str) -> "ApgdMaxLoss":
-    """Each image's point of highest loss, of the loss that it has."""
-    del surrogate  # it starts at a random image and can't raise KL
+    """Returns APGD on the same loss that keeps each image's highest point."""
+    del surrogate  # `losses.TOWARDS` has no KL: it raises the loss it has
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     return ApgdMaxLoss(**fields | {"stop": False})
 
   def notes(self, num_classes: int) -> list[str]:
-    needed = 4 if self.num_targets else 3
+    needed = 4 if self.num_targets else 3  # logits that the ratio compares
     substitutes = []
     if self.loss == "dlr" and num_classes < needed:
       substitutes = [
@@ -128,17 +140,13 @@ class Apgd(search.Search):
     return super().notes(num_classes) + substitutes
 
   def begin(self, job: Job) -> ApgdState:
-    x = self._start(job)
-    zeros = jnp.zeros(len(x), x.dtype)
-    low = jnp.full(len(x), -jnp.inf, x.dtype)
+    x, fresh = self._start(job), jobs.fresh_state(job)
+    low = fresh["merit"]
+    zeros = jnp.zeros_like(low)
     # The official history starts with a zero: all cross-entropies are above.
     last = low if self.loss == "ce" and not self.num_targets else zeros
     return ApgdState(
-      i=jnp.zeros(len(x), jnp.int32),
-      adv=job.images,
-      found=jnp.zeros(len(x), bool),
-      done=jnp.zeros(len(x), bool),
-      merit=low,
+      **fresh,
       x=x,
       previous=x,
       best=x,
@@ -157,16 +165,13 @@ class Apgd(search.Search):
     x, threat = jnp.asarray(job.images), self.within(job)
     if not self.random_start:
       return x
-    noise = search.noise(job, threat.norm)
     if threat.norm == "l1":
       widest = dataclasses.replace(threat, eps=job.eps * self.radii[0])
-      return widest.project(x + noise, x)
-    length = threat.distance(noise, jnp.zeros_like(noise))
-    ratio = job.eps / (length + TINY)
-    return jnp.clip(x + per_image(ratio, x) * noise, threat.low, threat.high)
+      return widest.project(x + jobs.noise(job, threat.norm), x)
+    return jobs.noisy_start(job, threat, job.eps)
 
   def step(self, classify: Classify, job: Job, state: ApgdState) -> ApgdState:
-    def climb(logits):
+    def climb(logits: Logits) -> Float[Array, "b"]:
       if self.num_targets:
         return losses.TOWARDS[self.loss](logits, job.labels, job.targets)
       return losses.SURROGATES[self.loss].climb(logits, job.labels)
@@ -175,11 +180,9 @@ class Apgd(search.Search):
     value, grads, wrong = search.ascent(
       climb, classify, state.x, job.labels, draws, self.eot
     )
-    value = value.astype(state.x.dtype)
-    if self.threat.norm == "l1":
-      state = self._step_l1(job, state, value, grads, wrong)
-    else:
-      state = self._step(job, state, value, grads, wrong)
+    move = self._step_l1 if self.threat.norm == "l1" else self._step
+    here = (value.astype(state.x.dtype), grads, wrong)
+    state = move(job, state, here)
     i = state.i + 1
     return dataclasses.replace(
       state,
@@ -190,10 +193,11 @@ class Apgd(search.Search):
 
   def pick(self, job: Job, state: ApgdState) -> Images:
     del job
-    found = search.at_pixels(state.found, state.x)
-    return jnp.where(found, state.adv, state.best)
+    return search.where(state.found, state.adv, state.best)
 
-  def _step(self, job, state, value, grads, wrong):
+  def _step(self, job: Job, state: ApgdState, here: Ascent) -> ApgdState:
+    """Moves in Linf and L2, from the ascent at the iterate."""
+    value, grads, wrong = here
     state = _seen(state, value, grads, wrong)
     i, first = state.i, state.i == 0
     checked = jnp.where(first, value, state.checked)
@@ -205,9 +209,9 @@ class Apgd(search.Search):
     stuck = ~state.halved & (checked >= state.best_value)
     halves = (window > 0) & (few | stuck)
     step_size = jnp.where(halves, state.step_size / 2, state.step_size)
-    at = search.at_pixels(halves, state.x)
-    x = jnp.where(at, state.best, state.x)
-    grads = jnp.where(at, state.best_grads, grads)
+    x, grads = search.where(
+      halves, (state.best, state.best_grads), (state.x, grads)
+    )
 
     threat = self.within(job)
     size = per_image(step_size, x)
@@ -225,8 +229,10 @@ class Apgd(search.Search):
       checked=jnp.where(window > 0, state.best_value, checked),
     )
 
-  def _step_l1(self, job, state, value, grads, wrong):
-    radii, firsts, lasts, checks = (
+  def _step_l1(self, job: Job, state: ApgdState, here: Ascent) -> ApgdState:
+    """Moves in L1, from the ascent at the iterate."""
+    value, grads, wrong = here
+    radii, next_radii, firsts, lasts, checks = (
       jnp.asarray(table)[state.i]
       for table in _stages(self.num_steps, self.radii)
     )
@@ -245,16 +251,15 @@ class Apgd(search.Search):
     size = jnp.where(checks, size, state.step_size)
     values = int(np.prod(state.x.shape[1:]))
     share = jnp.where(checks, changed / values / 1.5, state.share)
-    at = search.at_pixels(checks & sparser, state.x)
-    x = jnp.where(at, state.best, state.x)
-    grads = jnp.where(at, state.best_grads, grads)
+    x, grads = search.where(
+      checks & sparser, (state.best, state.best_grads), (state.x, grads)
+    )
 
-    ways = _sparse_signs(grads, share)
-    moved = x + per_image(size, x) * ways
+    moved = x + per_image(size, x) * _sparse_signs(grads, share)
     # After a stage's last point: the best one, brought into the next ball.
-    moved = jnp.where(search.at_pixels(lasts, x), state.best, moved)
+    moved = search.where(lasts, state.best, moved)
     following = dataclasses.replace(
-      self.threat, eps=jnp.where(lasts, self._after(job, radii), radius)
+      self.threat, eps=job.eps * next_radii.astype(value.dtype)
     )
     return dataclasses.replace(
       state,
@@ -264,25 +269,18 @@ class Apgd(search.Search):
       changed=jnp.where(checks, changed, state.changed),
     )
 
-  def _after(self, job, radii):
-    """The radius of the stage after the one of each job."""
-    after = job.eps * self.radii[-1]
-    for now, following in zip(self.radii, self.radii[1:], strict=False):
-      after = jnp.where(radii == now, job.eps * following, after)
-    return after
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ApgdMaxLoss(Apgd):
-  """APGD as training wants it: each image's point of highest loss.
+  """APGD for training, which returns each image's point of highest loss.
 
-  Also of images that are misclassified as they are, and after all steps. In L1
-  the point is of the last stage, whose ball is the threat model's. One call
-  makes one job of each image.
+  It takes all steps, also of images that are misclassified as they are. In L1
+  the point is the best one of the last stage, whose ball is the threat model's.
+  One call runs one job of each image.
   """
 
-  stop: bool = search.static(False)
+  stop: bool = base.static(False)
   is_search: ClassVar[bool] = False
   is_long: ClassVar[bool] = False
 
@@ -294,7 +292,7 @@ class ApgdMaxLoss(Apgd):
       )
 
   def for_training(self, surrogate: str) -> "ApgdMaxLoss":
-    """Itself."""
+    """Returns this attack."""
     del surrogate
     return self
 
@@ -307,79 +305,98 @@ class ApgdMaxLoss(Apgd):
     *,
     stochastic: bool = False,
   ) -> Images:
-    eps = jnp.asarray(self.threat.eps, images.dtype)
-    job = search.Job(
-      images=images,
-      labels=labels,
-      targets=labels,
-      restart=jnp.zeros(len(images), jnp.int32),
-      eps=jnp.broadcast_to(eps, (len(images),)),
-      keys=keys,
-    )
+    job = jobs.make_job(self.threat, images, labels, keys)
     classify = search.keyed(logits_fn, stochastic)
     state, _ = search.proceed(self, classify, job, self.begin(job), self.length)
     return state.best
 
 
-def _seen(state, value, grads, wrong):
-  """The state after the iterate's evaluation."""
-  wins = value > state.best_value
-  at = search.at_pixels(wins, state.x)
-  hit = search.at_pixels(wrong, state.x)
+def _seen(
+  state: ApgdState,
+  value: Float[Array, "b"],
+  grads: Images,
+  wrong: Bool[Array, "b"],
+) -> ApgdState:
+  """Enters the iterate's value, gradient and verdict into the state."""
+  best, best_grads, best_value = search.where(
+    value > state.best_value,
+    (state.x, grads, value),
+    (state.best, state.best_grads, state.best_value),
+  )
   return dataclasses.replace(
     state,
-    adv=jnp.where(hit, state.x, state.adv),
+    adv=search.where(wrong, state.x, state.adv),
     found=state.found | wrong,
-    best=jnp.where(at, state.x, state.best),
-    best_grads=jnp.where(at, grads, state.best_grads),
-    best_value=jnp.where(wins, value, state.best_value),
+    best=best,
+    best_grads=best_grads,
+    best_value=best_value,
   )
 
 
 def _windows(num_steps: int) -> np.ndarray:
-  """After each number of steps, the check point's window, or 0 for none."""
+  """Returns the check point's window after 0, ..., num_steps steps, 0 for none.
+
+  The shares 0.22, 0.06 and 0.03 of the steps are those of the paper.
+  """
   window = max(int(0.22 * num_steps), 1)
   least = max(int(0.06 * num_steps), 1)
   shorter = max(int(0.03 * num_steps), 1)
   table = np.zeros(num_steps + 1, np.int32)
-  at = window
-  while at <= num_steps:
-    table[at] = window
+  steps = window
+  while steps <= num_steps:
+    table[steps] = window
     window = max(window - shorter, least)
-    at += window
+    steps += window
   return table
 
 
 def _stages(
   num_steps: int, radii: tuple[float, ...]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """The stages of APGD in L1, by its points.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Lays out the stages of APGD in L1 over the points that it evaluates.
 
   Returns:
-    For each point its radius in units of eps; whether it is the first of its
-    stage; whether it is the last of a stage that another one follows; whether
-    the step size is looked at after it.
+    Arrays of one value a point: its radius, and that of the next point, float32
+    in units of eps; whether it is the first of its stage; whether it is the
+    last of a stage that another one follows; whether it is a check point, after
+    which the step size is decided. All but the last stage take 30% of the steps
+    each, rounded up.
   """
   early = -(-3 * num_steps // 10)
   lengths = [early] * (len(radii) - 1)
   lengths.append(num_steps - sum(lengths))
-  table = [
-    (radius, j == 0, j == length and k < len(radii) - 1,
-     j % max(int(0.04 * length), 1) == 0)
-    for k, (radius, length) in enumerate(zip(radii, lengths, strict=True))
-    for j in range(length + 1)
-  ]  # fmt: skip
-  radius, first, last, checks = map(np.array, zip(*table, strict=True))
-  return radius.astype(np.float32), first, last, checks
+  stages = []
+  for k, (radius, length) in enumerate(zip(radii, lengths, strict=True)):
+    points = np.arange(length + 1)
+    last = (points == length) & (k < len(radii) - 1)
+    after = radii[min(k + 1, len(radii) - 1)]
+    stages.append(
+      (
+        np.full(len(points), radius, np.float32),
+        np.where(last, after, radius).astype(np.float32),
+        points == 0,
+        last,
+        points % max(int(0.04 * length), 1) == 0,
+      )
+    )
+  radius_of, next_radius_of, firsts, lasts, checks = map(
+    np.concatenate, zip(*stages, strict=True)
+  )
+  return radius_of, next_radius_of, firsts, lasts, checks
 
 
-def _changed(images, origin):
-  """How many values of each image differ from the clean one's."""
+def _changed(images: Images, origin: Images) -> Float[Array, "b"]:
+  """Counts the values of each image that differ from the clean one's."""
   return (images != origin).reshape(len(images), -1).sum(1).astype(images.dtype)
 
 
 def _sparse_signs(grads: Images, share: Float[Array, "b"]) -> Images:
-  """Signs of each image's largest gradients, of unit L1 norm in all."""
+  """Returns the signs of each image's largest gradients, of unit L1 norm.
+
+  Args:
+    grads: the gradients.
+    share: the share of an image's values that are not 0, in [0, 1].
+  """
   flat = grads.reshape(len(grads), -1)
   lengths = jnp.abs(flat)
   values = flat.shape[1]

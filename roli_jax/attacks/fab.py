@@ -11,23 +11,30 @@ import jax
 import jax.numpy as jnp
 
 from roli_jax import losses, projections, trees
-from roli_jax.attacks import base, search
-from roli_jax.attacks.search import Classify, Job
+from roli_jax.attacks import base, jobs, search
+from roli_jax.attacks.jobs import Job
+from roli_jax.attacks.search import Classify
 from roli_jax.keys import fold
 from roli_jax.threat import TINY, near_one, per_image
-from roli_jax.types import Array, Bool, Images
+from roli_jax.types import Array, Bool, Float, Images, Keys
 
-BIAS = 0.1  # the most that a step is drawn towards the clean image (alpha_max)
-OVERSHOOT = 1.05  # of the step across the boundary (eta)
-BACK = 0.9  # of the offset, kept after the boundary was crossed (beta)
+BIAS = 0.1  # largest weight of the step from the clean image (alpha_max)
+OVERSHOOT = 1.05  # factor that carries a step across the boundary (eta)
+BACK = 0.9  # share of the offset that is kept after a crossing (beta)
+
+# The distance of a class's linearised boundary, the gap of logits to it, and
+# the gradient of that gap.
+_Boundary = tuple[Float[Array, "b"], Float[Array, "b"], Images]
 
 
 @trees.tree_class
-class FabState(search.State):
-  """Attributes beyond a search's:
+class FabState(jobs.State):
+  """The state of b jobs of FAB.
 
-  x: the iterate.
-  distance: of `adv` from the clean image, inf where there is none.
+  Attributes:
+    x: float [b, *image], the iterate.
+    distance: float [b], from the clean image to `adv`, in the norm of the
+      threat model; inf where none was found.
   """
 
   x: Any
@@ -36,24 +43,24 @@ class FabState(search.State):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Fab(search.Search):
+class Fab(search.Search[FabState]):
   """FAB, towards target classes (FAB-T) or the nearest boundary of any.
 
-  The radius plays no part in where it goes: it counts as a break where the
-  distance is at most eps, and the least distance is a result of its own.
-  Restarts but the first begin at a random point of radius eps / 2.
+  The radius does not steer the search. An image is broken where its distance is
+  at most eps, and the least distance is a result too. All restarts but the
+  first begin at a random point at distance eps / 2.
 
   Attributes:
-    num_steps: of a job.
+    num_steps: steps of a job, >= 1; 100 by default.
     stop: whether a job ends once it is within eps. By default it does not, and
       the distance is the least of all steps.
-    reach: a job ends at once whose linearised boundary is further than so many
-      times eps; `inf` lets none end.
+    reach: in units of eps; a job ends after its first step if its linearised
+      boundary is further away. `inf`, the default, ends none.
   """
 
-  stop: bool = search.static(False)
-  num_steps: int = search.static(100)
-  reach: float = search.static(float("inf"))
+  stop: bool = base.static(False)
+  num_steps: int = base.static(100)
+  reach: float = base.static(float("inf"))
   finds_distance: ClassVar[bool] = True
 
   def __post_init__(self):
@@ -73,29 +80,20 @@ class Fab(search.Search):
 
   @property
   def step_passes(self) -> tuple[int, int]:
-    """Untargeted, backward passes are one for each class: counted as one."""
+    """Two forward passes and a backward one.
+
+    An untargeted step makes one backward pass for each class; it counts as one.
+    """
     return 2, 1
 
   def begin(self, job: Job) -> FabState:
-    x = jnp.asarray(job.images)
-    none = jnp.full(len(x), jnp.inf, x.dtype)
+    radius = jnp.where(job.restart == 0, 0, job.eps / 2)
+    fresh = jobs.fresh_state(job)
     return FabState(
-      i=jnp.zeros(len(x), jnp.int32),
-      adv=x,
-      found=jnp.zeros(len(x), bool),
-      done=jnp.zeros(len(x), bool),
-      merit=-none,
-      x=self._start(job),
-      distance=none,
+      **fresh,
+      x=jobs.noisy_start(job, self.within(job), radius),
+      distance=jnp.full_like(fresh["merit"], jnp.inf),
     )
-
-  def _start(self, job: Job) -> Images:
-    x, threat = jnp.asarray(job.images), self.within(job)
-    noise = search.noise(job, threat.norm)
-    length = threat.distance(noise, jnp.zeros_like(noise))
-    ratio = job.eps / 2 / (length + TINY)
-    ratio = jnp.where(job.restart == 0, 0, ratio)
-    return jnp.clip(x + per_image(ratio, x) * noise, threat.low, threat.high)
 
   def retract(self, state: FabState, rows: Bool[Array, "b"]) -> FabState:
     state = super().retract(state, rows)
@@ -130,15 +128,14 @@ class Fab(search.Search):
     wrong = ~losses.correct(classify(x, draws), job.labels)
     distance = threat.distance(x, x0)
     nearer = wrong & (distance < state.distance)
-    best = jnp.where(nearer, distance, state.distance)
-    crossed = search.at_pixels(wrong, x)
+    adv, best = search.where(nearer, (x, distance), (state.adv, state.distance))
     too_far = (state.i == 0) & (lengths[0] > self.reach * job.eps)
     i, found = state.i + 1, (state.found | wrong) & ~too_far
     return dataclasses.replace(
       state,
       i=i,
-      x=jnp.where(crossed, x0 + BACK * (x - x0), x),
-      adv=jnp.where(search.at_pixels(nearer, x), x, state.adv),
+      x=search.where(wrong, x0 + BACK * (x - x0), x),
+      adv=adv,
       distance=best,
       found=found,
       done=(self.stop & (best <= job.eps)) | (i >= self.length) | too_far,
@@ -146,14 +143,18 @@ class Fab(search.Search):
     )
 
   def pick(self, job: Job, state: FabState) -> Images:
-    inside = search.at_pixels(state.distance <= job.eps, state.x)
-    return jnp.where(inside, state.adv, job.images)
+    return search.where(state.distance <= job.eps, state.adv, job.images)
 
 
-def _towards(classify, job, x, draws):
-  """The target's logit minus the label's, and its gradient."""
+def _towards(
+  classify: Classify, job: Job, x: Images, draws: Keys
+) -> tuple[Float[Array, "b"], Images]:
+  """Returns the target's logit minus the label's, and its gradient in x.
 
-  def value(x):
+  Both are scaled by the same power of two for each image, see `near_one`.
+  """
+
+  def value(x: Images) -> tuple[Float[Array, ""], Float[Array, "b"]]:
     gap = losses.margin_towards(classify(x, draws), job.labels, job.targets)
     return gap.sum(), gap
 
@@ -162,36 +163,32 @@ def _towards(classify, job, x, draws):
   return gap, normal
 
 
-def _nearest(classify, job, x, draws, norm):
-  """The same for the class whose linearised boundary is nearest.
+def _nearest(
+  classify: Classify, job: Job, x: Images, draws: Keys, norm: str
+) -> tuple[Float[Array, "b"], Images]:
+  """As `_towards`, for the class whose linearised boundary is nearest.
 
-  One class after the other, so that memory does not grow with their number.
+  It looks at one class after the other, so that memory does not grow with their
+  number.
   """
   logits, pull = jax.vjp(lambda x: classify(x, draws), x)
-  own = jax.nn.one_hot(job.labels, logits.shape[1], dtype=logits.dtype)
-  own_logit = losses.own(logits, job.labels)
+  label = jax.nn.one_hot(job.labels, logits.shape[1], dtype=logits.dtype)
+  label_logit = losses.own(logits, job.labels)
 
-  def look(k, carry):
-    nearest, gap, normal = carry
+  def look(k: jax.Array, nearest: _Boundary) -> _Boundary:
     one_hot = jax.nn.one_hot(k, logits.shape[1], dtype=logits.dtype)
-    towards = one_hot.reshape(1, -1) - own
-    own_normal, own_gap = near_one(
-      base.finite(pull(towards)[0]), logits[:, k] - own_logit
-    )
-    flat = own_normal.reshape(len(x), -1)
+    towards = one_hot.reshape(1, -1) - label
+    gap = jnp.subtract(logits[:, k], label_logit)
+    normal, gap = near_one(base.finite(pull(towards)[0]), gap)
+    flat = normal.reshape(len(x), -1)
     dual = {
       "linf": lambda: jnp.abs(flat).sum(1),
       "l2": lambda: jnp.sqrt(jnp.square(flat).sum(1)),
       "l1": lambda: jnp.abs(flat).max(1),
     }[norm]()
-    distance = jnp.abs(own_gap) / (dual + TINY)
+    distance = jnp.abs(gap) / (dual + TINY)
     distance = jnp.where(k == job.labels, jnp.inf, distance)
-    wins = distance < nearest
-    return (
-      jnp.where(wins, distance, nearest),
-      jnp.where(wins, own_gap, gap),
-      jnp.where(search.at_pixels(wins, x), own_normal, normal),
-    )
+    return search.where(distance < nearest[0], (distance, gap, normal), nearest)
 
   far = jnp.full(len(x), jnp.inf, x.dtype)
   none = (far, jnp.zeros_like(far), jnp.zeros_like(x))

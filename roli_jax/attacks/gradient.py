@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roli_jax import losses, threat, trees
+from roli_jax import losses, specs, threat
 from roli_jax.attacks import base
 from roli_jax.keys import fold
 from roli_jax.threat import ThreatModel
@@ -26,6 +26,9 @@ from roli_jax.types import (
 KEEP = ("sample", "batch", "last")
 TRADES_START = 1e-3  # standard deviation of TRADES' start, in pixel values
 
+# Images and the value of what each of them climbs.
+Candidates = tuple[Images, Float[Array, "b"]]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +45,15 @@ class Pgd(base.Attack):
       values compile nothing.
     step_size: in the norm of the threat model; None stands for eps / 4, as in
       RoLI (2/255 at 8/255).
-    num_restarts: independent starts, of which each image keeps the one of the
-      highest loss.
+    num_restarts: independent starts, >= 1, of which each image keeps the one
+      of the highest loss.
     random_start: start at a uniform draw from the ball; with the loss `kl`,
       which has no gradient at the clean image, at a Gaussian draw of 0.001
       around it (Zhang et al. 2019, algorithm 1). False starts at the image.
-    keep: which iterate is returned. `sample`: each image's own of the highest
-      loss. `batch`: the one of the highest mean loss over the batch, as in the
-      RoLI reference; an image's result then depends on its batch. `last`.
+    keep: which iterate is returned. `sample`: for each image the one of its
+      highest loss. `batch`: the one of the highest mean loss over the batch, as
+      in the RoLI reference; an image's result then depends on its batch.
+      `last`: the last one.
     loss: the surrogate that is raised, a name in `losses.SURROGATES`. `kl`
       takes the clean logits in place of labels.
   """
@@ -57,19 +61,15 @@ class Pgd(base.Attack):
   threat: ThreatModel
   num_steps: int | Int[Array, ""] = 10
   step_size: PerImage | None = None
-  num_restarts: int = dataclasses.field(default=1, metadata=trees.STATIC)
-  random_start: bool = dataclasses.field(default=True, metadata=trees.STATIC)
-  keep: str = dataclasses.field(default="sample", metadata=trees.STATIC)
-  loss: str = dataclasses.field(default="ce", metadata=trees.STATIC)
+  num_restarts: int = base.static(1)
+  random_start: bool = base.static(True)
+  keep: str = base.static("sample")
+  loss: str = base.static("ce")
   is_long: ClassVar[bool] = False
 
   def __post_init__(self):
-    if self.keep not in KEEP:
-      raise ValueError(f"unknown keep {self.keep!r}; there are {KEEP}")
-    if self.loss not in losses.SURROGATES:
-      raise ValueError(
-        f"unknown loss {self.loss!r}; there are {sorted(losses.SURROGATES)}"
-      )
+    specs.lookup(dict.fromkeys(KEEP), self.keep, "keep")
+    specs.lookup(losses.SURROGATES, self.loss, "loss")
     if isinstance(self.num_steps, int) and self.num_steps < 0:
       raise ValueError(f"num_steps must be >= 0, got {self.num_steps}")
     if self.num_restarts < 1:
@@ -84,7 +84,7 @@ class Pgd(base.Attack):
 
   @property
   def name(self) -> str:
-    """As it stands in rows; another loss makes it another attack."""
+    """The name in result rows: `pgd`, or `pgd_<loss>` for a loss but `ce`."""
     return "pgd" if self.loss == "ce" else f"pgd_{self.loss}"
 
   @property
@@ -94,17 +94,17 @@ class Pgd(base.Attack):
 
   @property
   def _compares(self) -> bool:
-    """Whether the last iterate's loss is asked for."""
+    """Whether the last iterate's loss is needed, which costs one pass."""
     return self.keep != "last" or self.num_restarts > 1
 
   def scaled(self, ratio: float | Float[Array, ""]) -> "Pgd":
-    """The same attack at `ratio` times the radius and the step size."""
+    """Returns the attack at `ratio` times the radius and the step size."""
     threat = dataclasses.replace(self.threat, eps=self.threat.eps * ratio)
     step_size = None if self.step_size is None else self.step_size * ratio
     return dataclasses.replace(self, threat=threat, step_size=step_size)
 
   def for_training(self, surrogate: str) -> "Pgd":
-    """The same attack, on KL if the objective asks for that."""
+    """Returns this attack, raising KL if the objective asks for that."""
     return dataclasses.replace(self, loss="kl") if surrogate == "kl" else self
 
   def __call__(
@@ -119,21 +119,23 @@ class Pgd(base.Attack):
     step_size = eps / 4 if self.step_size is None else self.step_size
     step_size = threat.per_image(step_size, images)
 
-    def climb(x):
+    def climb(x: Images) -> tuple[jax.Array, jax.Array]:
       logits = logits_fn(x)
       values = surrogate.climb(logits, labels)
       # Logits that rank nothing are a break: nothing is higher.
       kept = jnp.where(losses.is_ranking(logits), values, jnp.inf)
       return values.sum(), kept  # each image's gradient is its own
 
-    def step(_, carry):
+    def step(
+      _: jax.Array, carry: tuple[Images, Candidates]
+    ) -> tuple[Images, Candidates]:
       x, best = carry
       grads, values = jax.grad(climb, has_aux=True)(x)
       best = self._better(best, x, values)
       x = x + step_size * self.threat.steepest(base.finite(grads), x)
       return self.threat.project(x, images), best
 
-    def restart(i, best):
+    def restart(i: int | jax.Array, best: Candidates | None) -> Candidates:
       own_keys = fold(keys, i)
       start = self._start(images, own_keys)
       none = (start, jnp.full(len(images), -jnp.inf))
@@ -151,7 +153,7 @@ class Pgd(base.Attack):
       best = jax.lax.fori_loop(1, self.num_restarts, restart, best)
     return best[0]
 
-  def _start(self, images, keys):
+  def _start(self, images: Images, keys: Keys) -> Images:
     if not self.random_start:
       return images
     if self.loss == "kl":
@@ -159,16 +161,17 @@ class Pgd(base.Attack):
       return self.threat.project(images + TRADES_START * noise(keys), images)
     return self.threat.sample(keys, images)
 
-  def _better(self, best, x, values):
-    """Of two candidates with their values, the one to keep; a tie keeps."""
+  def _better(
+    self, best: Candidates, x: Images, values: Float[Array, "b"]
+  ) -> Candidates:
+    """The better of two candidates of each image; a tie keeps the first."""
     best_x, best_values = best
     wins = values > best_values
     if self.keep == "batch":
       loss = losses.SURROGATES[self.loss].loss
       higher = loss(values).mean() > loss(best_values).mean()
       wins = jnp.broadcast_to(higher, values.shape)
-    at_pixels = wins.reshape(-1, *(1,) * (x.ndim - 1))
-    return jnp.where(at_pixels, x, best_x), jnp.where(wins, values, best_values)
+    return base.where(wins, (x, values), (best_x, best_values))
 
 
 @jax.tree_util.register_dataclass
@@ -178,24 +181,24 @@ class Fgsm(base.Attack):
 
   Attributes:
     threat: the ball and the box.
-    loss: the surrogate that is raised.
-    random_start: whether the step is taken from a uniform draw, and is 1.25
-      times as long (Wong et al. 2020, FGSM-RS): for training.
+    loss: the surrogate that is raised, a name in `losses.SURROGATES`.
+    random_start: whether the step starts at a uniform draw from the ball, and
+      is 1.25 times as long (Wong et al. 2020, FGSM-RS): for training.
   """
 
   threat: ThreatModel
-  loss: str = dataclasses.field(default="ce", metadata=trees.STATIC)
-  random_start: bool = dataclasses.field(default=False, metadata=trees.STATIC)
+  loss: str = base.static("ce")
+  random_start: bool = base.static(False)
   passes: ClassVar[tuple[int, int]] = (1, 1)
   is_long: ClassVar[bool] = False
 
   @property
   def name(self) -> str:
-    """As it stands in rows."""
+    """The name in result rows."""
     return "fgsm_rs" if self.random_start else "fgsm"
 
   def for_training(self, surrogate: str) -> "Fgsm":
-    """The same attack, on KL if the objective asks for that."""
+    """Returns this attack, raising KL if the objective asks for that."""
     return dataclasses.replace(self, loss="kl") if surrogate == "kl" else self
 
   def __call__(

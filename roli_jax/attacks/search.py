@@ -1,21 +1,23 @@
 """Attacks that search step by step: what they share.
 
 A search is a set of *jobs* for each image, one for each target class and
-restart. A job is a state and a step, both of which hold one row a job and
-never look across rows. Whoever runs them may thus stop, pack, and go on as it
-likes: an image's result is its own.
+restart. States hold one row a job, and a step never looks across rows. The
+caller may thus stop, pack and resume jobs in any order: the result of an image
+does not depend on the others.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roli_jax import losses, trees
+from roli_jax import losses
 from roli_jax.attacks import base
+from roli_jax.attacks.base import where
+from roli_jax.attacks.jobs import Job, State, make_job
 from roli_jax.keys import fold, per_image, root
 from roli_jax.threat import ThreatModel
 from roli_jax.types import (
@@ -30,81 +32,38 @@ from roli_jax.types import (
   Logits,
 )
 
-S = TypeVar("S", bound="State")
+S = TypeVar("S", bound=State)
 
 # `(images, keys) -> logits`; a deterministic function ignores the keys.
 Classify = Callable[[Images, Keys], Logits]
 
-
-@trees.tree_class
-class Job:
-  """What is searched for; arrays of one row a job.
-
-  (Their shapes stand here and not in annotations: a loop over parts of a pool
-  has one axis more.)
-
-  Attributes:
-    images: the clean ones.
-    labels: their classes.
-    targets: the classes aimed at, where a search aims.
-    restart: which of its target's jobs it is.
-    eps: the radius of each.
-    keys: of each.
-    noise: what the start is made from; None draws it from the keys.
-  """
-
-  images: Any
-  labels: Any
-  targets: Any
-  restart: Any
-  eps: Any
-  keys: Any
-  noise: Any = None
-
-
-@trees.tree_class
-class State:
-  """How far each job is.
-
-  Attributes:
-    i: steps taken.
-    adv: a misclassified image of the threat model, where one was found.
-    found: whether one was.
-    done: whether the job has ended.
-    merit: how good `pick` is, to choose among an image's jobs.
-  """
-
-  i: Any
-  adv: Any
-  found: Any
-  done: Any
-  merit: Any
-
-
-def static(default: Any) -> Any:
-  """A field that is part of a search's structure: another value recompiles."""
-  return dataclasses.field(default=default, metadata=trees.STATIC)
+# The best image of all jobs so far, its merit, and whether the search is over.
+_BestJob = tuple[Images, Float[Array, "b"], Bool[Array, "b"]]
+# The values that are climbed, their gradients, and who is misclassified: in a
+# draw 1 or 0, over all draws a bool.
+_Draw = tuple[Float[Array, "b"], Images, Float[Array, "b"]]
+Ascent = tuple[Float[Array, "b"], Images, Bool[Array, "b"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Search(base.Attack):
+class Search(base.Attack, Generic[S]):
   """An attack that searches; subclasses are frozen dataclasses and pytrees.
 
   Attributes:
     threat: the ball and the box; data, other radii compile nothing.
-    num_restarts: jobs for each target, from starts of their own.
-    num_targets: classes aimed at, in the order of their clean logits, at most
-      all but the label; 0 aims at none.
+    num_restarts: jobs for each target, each from another start, >= 1.
+    num_targets: how many classes are aimed at, those of the highest clean
+      logits beside the label; 0 aims at none.
     stop: whether an image's search ends as soon as it is misclassified.
-    eot: draws of a randomised function that each step's loss and gradient are
-      means of (expectation over transformation, Athalye et al. 2018).
+    eot: draws of a randomised function over which each step averages its loss
+      and gradient, >= 1 (expectation over transformation, Athalye et al. 2018).
   """
 
   threat: ThreatModel
-  num_restarts: int = static(1)
-  num_targets: int = static(0)
-  stop: bool = static(True)
-  eot: int = static(1)
+  num_restarts: int = base.static(1)
+  num_targets: int = base.static(0)
+  stop: bool = base.static(True)
+  eot: int = base.static(1)
   is_search: ClassVar[bool] = True
 
   def __post_init__(self):
@@ -116,12 +75,12 @@ class Search(base.Attack):
 
   @property
   def length(self) -> int:
-    """Steps of a job."""
+    """The number of steps of a job."""
     raise NotImplementedError
 
   @property
   def step_passes(self) -> tuple[int, int]:
-    """Forward and backward passes of a step."""
+    """Forward and backward passes of one step of a job."""
     raise NotImplementedError
 
   @property
@@ -132,11 +91,11 @@ class Search(base.Attack):
     return jobs * self.length * forward, jobs * self.length * backward
 
   def targets(self, num_classes: int) -> int:
-    """How many classes are aimed at, of so many that there are."""
+    """The number of classes aimed at, at most all but the label."""
     return min(self.num_targets, num_classes - 1)
 
   def jobs(self, num_classes: int) -> int:
-    """How many jobs an image has."""
+    """The number of jobs of an image."""
     return max(1, self.targets(num_classes)) * self.num_restarts
 
   def reachable(
@@ -144,16 +103,20 @@ class Search(base.Attack):
     logits: Float[Array | np.ndarray, "b k"],
     targets: Integer[Array | np.ndarray, "b"],
   ) -> Bool[Array | np.ndarray, "b"]:
-    """For which images jobs towards these classes make sense.
+    """Returns for which images a job towards its target can succeed.
 
-    Not towards a class whose clean logit is -inf: it is masked.
+    It can't towards a class whose clean logit is -inf: that class is masked.
+
+    Args:
+      logits: the clean logits.
+      targets: the class aimed at in each image.
     """
     if not self.num_targets:
-      return targets == targets
+      return targets == targets  # all true, in the library of the targets
     return logits[np.arange(len(targets)), targets] > -np.inf
 
   def notes(self, num_classes: int) -> list[str]:
-    """What is done in another way than the name says, for so few classes."""
+    """Returns notes on where few classes change what the attack does."""
     count = self.targets(num_classes)
     if count == self.num_targets:
       return []
@@ -162,25 +125,30 @@ class Search(base.Attack):
     ]
 
   def within(self, job: Job) -> ThreatModel:
-    """The threat model with each job's own radius."""
+    """Returns the threat model with the radius of each job."""
     return dataclasses.replace(self.threat, eps=job.eps)
 
-  def begin(self, job: Job) -> Any:
-    """The state of jobs that have not taken a step."""
+  def begin(self, job: Job) -> S:
+    """Returns the state of jobs that have not taken a step."""
     raise NotImplementedError
 
-  def step(self, classify: Classify, job: Job, state: Any) -> Any:
-    """One step of each job."""
+  def step(self, classify: Classify, job: Job, state: S) -> S:
+    """Takes one step of each job and returns its state."""
     raise NotImplementedError
 
-  def retract(self, state: Any, rows: Bool[Array, "b"]) -> Any:
-    """The state of jobs whose claim proved false, ready to go on."""
+  def retract(self, state: S, rows: Bool[Array, "b"]) -> S:
+    """Lets jobs go on whose image proved to be no break.
+
+    Args:
+      state: the jobs.
+      rows: which of them go on, as if they had found nothing.
+    """
     return dataclasses.replace(
       state, found=state.found & ~rows, done=state.done & ~rows
     )
 
-  def pick(self, job: Job, state: Any) -> Images:
-    """The image that each job offers: misclassified, if one was found."""
+  def pick(self, job: Job, state: S) -> Images:
+    """Returns the best image of each job: misclassified, if one was found."""
     raise NotImplementedError
 
   def __call__(
@@ -192,15 +160,15 @@ class Search(base.Attack):
     *,
     stochastic: bool = False,
   ) -> Images:
-    """For each image the best of its jobs, one after the other.
+    """Runs the jobs of each image one after the other and returns the best.
 
-    Images that are misclassified as they are come back as they are.
+    Images that are misclassified as they are come back unchanged.
 
     Args:
       logits_fn: `images -> logits`, or `(images, key) -> logits`.
-      images: the clean ones, within the box.
-      labels: their classes.
-      keys: of each image.
+      images: the clean ones, within the box, [b, *image].
+      labels: their classes, [b].
+      keys: one random key for each image, [b].
       stochastic: whether `logits_fn` takes a key.
     """
     classify = keyed(logits_fn, stochastic)
@@ -208,19 +176,16 @@ class Search(base.Attack):
     right = losses.correct(logits, labels)
     num_classes = logits.shape[-1]
     rivals = losses.rivals(logits, labels, max(1, self.targets(num_classes)))
-    eps = jnp.broadcast_to(
-      jnp.asarray(self.threat.eps, images.dtype), labels.shape
-    )
 
-    def run(j, carry):
+    def run(j: jax.Array, carry: _BestJob) -> _BestJob:
       best, merit, over = carry
-      job = Job(
-        images=images,
-        labels=labels,
+      job = make_job(
+        self.threat,
+        images,
+        labels,
+        fold(keys, j),
         targets=rivals[:, j // self.num_restarts],
-        restart=jnp.full(labels.shape, j % self.num_restarts),
-        eps=eps,
-        keys=fold(keys, j),
+        restart=j % self.num_restarts,
       )
       state = self.begin(job)
       state = dataclasses.replace(
@@ -228,27 +193,25 @@ class Search(base.Attack):
       )
       state, _ = proceed(self, classify, job, state, self.length)
       wins = ~over & (state.merit > merit)
-      best = jnp.where(at_pixels(wins, best), self.pick(job, state), best)
-      return (
-        best,
-        jnp.where(wins, state.merit, merit),
-        over | (state.found & self.stop),
+      best, merit = where(
+        wins, (self.pick(job, state), state.merit), (best, merit)
       )
+      return best, merit, over | (state.found & self.stop)
 
     none = (jnp.asarray(images), jnp.full(labels.shape, -jnp.inf), ~right)
     return jax.lax.fori_loop(0, self.jobs(num_classes), run, none)[0]
 
 
 def trajectory(
-  attack: Search,
+  attack: Search[S],
   logits_fn: Callable[[Images], Logits],
   images: Images,
   labels: Labels,
   *,
   noise: Images | None = None,
   targets: Labels | None = None,
-) -> Any:
-  """Where one job of each image ends, from given noise: for comparisons.
+) -> S:
+  """Runs one job of each image to its end, from given noise: for comparisons.
 
   The searches follow official AutoAttack step by step. From its noise, and
   with `stop=False`, they reach its numbers.
@@ -256,70 +219,70 @@ def trajectory(
   Args:
     attack: the search.
     logits_fn: `images -> logits`.
-    images: the clean ones, of any float dtype.
-    labels: their classes.
-    noise: that the start is made from, before it is scaled to the radius:
-      uniform in [-1, 1] for linf, else normal. None: zeros.
-    targets: classes aimed at, by an attack that aims.
+    images: the clean ones, of any float dtype, [b, *image].
+    labels: their classes, [b].
+    noise: scaled to the radius to make the start, [b, *image]: uniform in
+      [-1, 1] for linf, else normal. None: zeros.
+    targets: the classes aimed at, [b], by an attack with targets.
 
   Returns:
     The final state.
   """
   images = jnp.asarray(images)
-  count = len(images)
-  job = Job(
-    images=images,
-    labels=labels,
-    targets=labels if targets is None else targets,
-    restart=jnp.zeros(count, jnp.int32),
-    eps=jnp.full(count, attack.threat.eps, images.dtype),
-    keys=per_image(root(0), jnp.arange(count)),
+  job = make_job(
+    attack.threat,
+    images,
+    labels,
+    per_image(root(0), jnp.arange(len(images))),
+    targets=targets,
     noise=jnp.zeros_like(images) if noise is None else noise,
   )
-  state, _ = proceed(
-    attack, keyed(logits_fn, False), job, attack.begin(job), attack.length
-  )
-  return state
+  classify = keyed(logits_fn, False)
+  return proceed(attack, classify, job, attack.begin(job), attack.length)[0]
 
 
 def proceed(
-  search: Search, classify: Classify, job: Job, state: S, most: Any
+  search: Search[S],
+  classify: Classify,
+  job: Job,
+  state: S,
+  most: int | Int[Array, ""],
 ) -> tuple[S, Int[Array, ""]]:
-  """At most so many further steps of the jobs that have not ended.
+  """Runs jobs until all have ended, or have taken the given number of steps.
+
+  Args:
+    search: the attack.
+    classify: the function under attack.
+    job: the jobs.
+    state: their progress.
+    most: the largest number of further steps.
 
   Returns:
-    The states, and for how many steps the slowest job went on.
+    The states, and how many steps the slowest job took.
   """
 
-  def go_on(carry):
+  def go_on(carry: tuple[Int[Array, ""], S]) -> Bool[Array, ""]:
     count, state = carry
     return (count < most) & ~state.done.all()
 
-  def step(carry):
+  def step(carry: tuple[Int[Array, ""], S]) -> tuple[Int[Array, ""], S]:
     count, state = carry
-    return count + 1, where(
-      state.done, state, search.step(classify, job, state)
-    )
+    stepped = search.step(classify, job, state)
+    return count + 1, where(state.done, state, stepped)
 
-  count, state = jax.lax.while_loop(go_on, step, (0, state))
-  return state, jnp.asarray(count)
-
-
-def where(rows: Bool[Array, "b"], yes: Any, no: Any) -> Any:
-  """Of two trees, the one's rows where the mask says so, else the other's."""
-  return jax.tree.map(lambda a, b: jnp.where(at_pixels(rows, a), a, b), yes, no)
-
-
-def at_pixels(rows: Bool[Array, "b"], like: Any) -> Bool[Array, "..."]:
-  """One value a row, shaped to broadcast."""
-  return rows.reshape(-1, *(1,) * (like.ndim - 1))
+  count, state = jax.lax.while_loop(go_on, step, (jnp.int32(0), state))
+  return state, count
 
 
 def keyed(logits_fn: Callable[..., Logits], stochastic: bool) -> Classify:
-  """The function as one of images and their keys.
+  """Returns the function as one of images and their keys.
 
-  A randomised function sees each image alone: what it draws for one does not
-  depend on who stands beside it.
+  A randomised function sees each image alone, so that its draw for one image
+  does not depend on the rest of the batch.
+
+  Args:
+    logits_fn: `images -> logits`, or `(images, key) -> logits`.
+    stochastic: whether it takes a key.
   """
   if not stochastic:
     return lambda images, keys: logits_fn(images)
@@ -333,22 +296,37 @@ def ascent(
   labels: Labels,
   keys: Keys,
   num_draws: int = 1,
-) -> tuple[Float[Array, "b"], Images, Bool[Array, "b"]]:
-  """What is climbed, its gradient in the pixels, and who is misclassified.
+) -> Ascent:
+  """Returns the value that is climbed, its gradient, and who is misclassified.
 
-  Of several draws the means, and whether most are misclassified. (Official
-  AutoAttack takes the mean of the gradients alone, the rest of the last draw.)
-  Values of a gradient that are not finite are 0.
+  Over several draws it returns means, and whether most draws are misclassified.
+  (Official AutoAttack averages the gradients alone, and takes the rest from the
+  last draw.)
+
+  Args:
+    climb: `logits -> [b]`, the value of each image.
+    classify: the function under attack.
+    images: where the gradient is taken, [b, *image].
+    labels: their classes.
+    keys: one random key for each image.
+    num_draws: how many draws of a randomised function, >= 1.
+
+  Returns:
+    Values [b], gradients in the pixels [b, *image] with 0 in place of values
+    that are not finite, and the mask of misclassified images [b].
   """
 
-  def values(x, keys):
-    logits = classify(x, keys)
+  def values(
+    x: Images, draw_keys: Keys
+  ) -> tuple[Float[Array, ""], tuple[Float[Array, "b"], Bool[Array, "b"]]]:
+    logits = classify(x, draw_keys)
     value = climb(logits)
     return value.sum(), (value, ~losses.correct(logits, labels))
 
-  def draw(k, total):
-    own = fold(keys, k)
-    grads, (value, wrong) = jax.grad(values, has_aux=True)(images, own)
+  def draw(k: int | jax.Array, total: _Draw | None) -> _Draw:
+    grads, (value, wrong) = jax.grad(values, has_aux=True)(
+      images, fold(keys, k)
+    )
     drawn = (value, grads, wrong.astype(value.dtype))
     return drawn if total is None else jax.tree.map(jnp.add, total, drawn)
 
@@ -357,17 +335,3 @@ def ascent(
     total = jax.lax.fori_loop(1, num_draws, draw, total)
   value, grads, wrong = jax.tree.map(lambda x: x / num_draws, total)
   return value, base.finite(grads), wrong > 0.5
-
-
-def noise(job: Job, norm: str) -> Images:
-  """What starts are made from: given, or uniform for linf, else normal."""
-  if job.noise is not None:
-    return jnp.asarray(job.noise)
-  shape, dtype = job.images.shape[1:], job.images.dtype
-
-  def draw(key):
-    if norm == "linf":
-      return jax.random.uniform(key, shape, dtype, -1.0, 1.0)
-    return jax.random.normal(key, shape, dtype)
-
-  return jax.vmap(draw)(job.keys)

@@ -13,23 +13,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from roli_jax import losses, trees
-from roli_jax.attacks import search
-from roli_jax.attacks.search import Classify, Job
+from roli_jax.attacks import base, jobs, search
+from roli_jax.attacks.jobs import Job
+from roli_jax.attacks.search import Classify
 from roli_jax.keys import fold
 from roli_jax.threat import TINY, ThreatModel
-from roli_jax.types import Images
+from roli_jax.types import Array, Bool, Float, Images, Int, Key
 
 P_INIT = 0.8  # the share of an image that the first squares cover
+# The queries after which squares cover half as much, made for 10,000 queries;
+# AutoAttack does not rescale them for its 5000 either.
 HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-L1_INSIDE = 1 - 1e-6  # of the radius, so that rounding does not leave the ball
+L1_INSIDE = 1 - 1e-6  # scales the radius: rounding then stays in the ball
+
+# Within a `jax.vmap` over images: one image, or an array as large; its key; and
+# the side of a square.
+Image = Float[Array, "h w c"]
+ImageKey = Key[Array, ""]
+Side = Int[Array, ""]
+# An index of pixels, known when compiled or not.
+Indices = Int[Array | np.ndarray, "h w"]
 
 
 @trees.tree_class
-class SquareState(search.State):
-  """Attributes beyond a search's:
+class SquareState(jobs.State):
+  """The state of b jobs of Square.
 
-  x: the image of the least margin.
-  margin: of it; the label's logit minus the best other.
+  Attributes:
+    x: float [b, *image], the image of the least margin so far.
+    margin: float [b], its margin, the label's logit minus the best other; inf
+      before the first query.
   """
 
   x: Any
@@ -38,20 +51,20 @@ class SquareState(search.State):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Square(search.Search):
-  """Square on the margin, each image with squares of its own.
+class Square(search.Search[SquareState]):
+  """Square on the margin, with other squares for each image.
 
-  (Official AutoAttack shares the squares among all images of a batch.) What
-  is no picture is taken for one: [d] as d x 1 pixels, [h, w] as grey.
+  (Official AutoAttack shares the squares among all images of a batch.) Arrays
+  of fewer axes count as images: [d] as d x 1 pixels, [h, w] as one channel.
 
   Attributes:
-    num_queries: after the first one.
-    share: of the images that are attacked at all, drawn by their keys; less
-      than 1 makes it a probe for masked gradients.
+    num_queries: queries after the first one, >= 0; 5000 by default.
+    share: the share of the images that are attacked at all, in [0, 1], drawn by
+      their keys; less than 1 makes it a probe for masked gradients.
   """
 
-  num_queries: int = search.static(5000)
-  share: float = search.static(1.0)
+  num_queries: int = base.static(5000)
+  share: float = base.static(1.0)
 
   def __post_init__(self):
     super().__post_init__()
@@ -66,7 +79,7 @@ class Square(search.Search):
 
   @property
   def num_steps(self) -> int:
-    """As rows have it: queries."""
+    """The queries after the first: the number of steps in result rows."""
     return self.num_queries
 
   @property
@@ -78,18 +91,9 @@ class Square(search.Search):
     return self.eot, 0
 
   def begin(self, job: Job) -> SquareState:
-    x = jnp.asarray(job.images)
     tossed = jax.vmap(jax.random.uniform)(fold(job.keys, "share"))
-    far = jnp.full(len(x), jnp.inf, x.dtype)
-    return SquareState(
-      i=jnp.zeros(len(x), jnp.int32),
-      adv=x,
-      found=jnp.zeros(len(x), bool),
-      done=tossed >= self.share,
-      merit=-far,
-      x=x,
-      margin=far,
-    )
+    fresh = jobs.fresh_state(job) | {"done": tossed >= self.share}
+    return SquareState(**fresh, x=fresh["adv"], margin=-fresh["merit"])
 
   def step(
     self, classify: Classify, job: Job, state: SquareState
@@ -97,9 +101,9 @@ class Square(search.Search):
     x = self._propose(job, state)
     draws = fold(job.keys, state.i)
 
-    def look(k):
-      own = fold(draws, k)
-      logits = classify(x, own)
+    def look(k: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+      """The margins, and who is misclassified (1 or 0), of one draw, [b]."""
+      logits = classify(x, fold(draws, k))
       wrong = ~losses.correct(logits, job.labels)
       return -losses.margin(logits, job.labels), wrong.astype(x.dtype)
 
@@ -110,14 +114,13 @@ class Square(search.Search):
       )
     margin, wrong = total[0] / self.eot, total[1] > 0.5 * self.eot
     takes = (margin < state.margin) | wrong | (state.i == 0)
-    at = search.at_pixels(takes, x)
+    best_x, best = search.where(takes, (x, margin), (state.x, state.margin))
     i, found = state.i + 1, state.found | wrong
-    best = jnp.where(takes, margin, state.margin)
     return dataclasses.replace(
       state,
       i=i,
-      x=jnp.where(at, x, state.x),
-      adv=jnp.where(search.at_pixels(wrong, x), x, state.adv),
+      x=best_x,
+      adv=search.where(wrong, x, state.adv),
       margin=best,
       found=found,
       done=(found & self.stop) | (i >= self.length),
@@ -126,8 +129,7 @@ class Square(search.Search):
 
   def pick(self, job: Job, state: SquareState) -> Images:
     del job
-    found = search.at_pixels(state.found, state.x)
-    return jnp.where(found, state.adv, state.x)
+    return search.where(state.found, state.adv, state.x)
 
   def _propose(self, job: Job, state: SquareState) -> Images:
     shape = _picture(job.images.shape[1:])
@@ -137,7 +139,13 @@ class Square(search.Search):
       else (_tiles, _move_lp)
     )
 
-    def one(image, x, key, i, eps):
+    def one(
+      image: Float[Array, "*image"],
+      x: Float[Array, "*image"],
+      key: ImageKey,
+      i: Int[Array, ""],
+      eps: Float[Array, ""],
+    ) -> Image:
       threat = dataclasses.replace(self.threat, eps=eps)
       image, x = image.reshape(shape), x.reshape(shape)
       first = start(threat, jax.random.fold_in(key, 0), image)
@@ -151,15 +159,23 @@ class Square(search.Search):
 
 
 def _picture(shape: tuple[int, ...]) -> tuple[int, int, int]:
-  """Height, width and channels of what may be no picture."""
+  """Returns height, width and channels; axes that are missing have length 1."""
   if len(shape) > 3:
     raise ValueError(f"square wants images [h, w, c], got {shape}")
   height, width, channels = (*shape, 1, 1, 1)[:3]
   return height, width, channels
 
 
-def _side(query, shape, odd: bool):
-  """The side of the squares at a query: smaller and smaller."""
+def _side(
+  query: Int[Array, ""], shape: tuple[int, int, int], odd: bool
+) -> Side:
+  """Returns the side of the squares at a query, in pixels.
+
+  Args:
+    query: the number of the query, from 0.
+    shape: the shape of an image.
+    odd: whether the side is an odd number, at least 3, as for L2 and L1.
+  """
   height, width, _ = shape
   halvings = sum((query > at).astype(np.int32) for at in HALVED_AT)
   area = P_INIT * height * width / 2.0**halvings
@@ -170,19 +186,17 @@ def _side(query, shape, odd: bool):
   return jnp.clip(side, 1, min(height, width))
 
 
-def _signs(key, shape, dtype):
-  return jax.random.rademacher(key, shape, dtype)
+def _draw_square(
+  key: ImageKey, shape: tuple[int, ...], side: Side
+) -> tuple[Int[Array, "h w"], Int[Array, "h w"], Bool[Array, "h w 1"]]:
+  """Draws a square anywhere within an image of that shape.
 
-
-def _corner(key, shape, side):
-  """Where a square of that side lies, anywhere within the picture."""
+  Returns:
+    Each pixel's row and column in the square, and whether it is inside.
+  """
   at = jax.random.uniform(key, (2,))
   free = jnp.array(shape[:2]) - side + 1
-  return jnp.floor(at * free).astype(np.int32)
-
-
-def _within(shape, corner, side):
-  """Coordinates from the corner, and whether a pixel is in the square."""
+  corner = jnp.floor(at * free).astype(np.int32)
   rows = jnp.arange(shape[0])[:, None] - corner[0]
   columns = jnp.arange(shape[1])[None, :] - corner[1]
   rows, columns = jnp.broadcast_arrays(rows, columns)
@@ -190,33 +204,38 @@ def _within(shape, corner, side):
   return rows, columns, inside[..., None]
 
 
-def _alone(project, x, image):
-  """A projection of batches, for one image."""
-  return project(x[None], image[None])[0]
+def _project(threat: ThreatModel, x: Image, image: Image) -> Image:
+  """Projects one image; in L1 into a ball that is smaller by a rounding."""
+  if threat.norm == "l1":
+    threat = dataclasses.replace(threat, eps=threat.eps * L1_INSIDE)
+  return threat.project(x[None], image[None])[0]
 
 
-def _stripes(threat: ThreatModel, key, image):
-  """Vertical stripes at the edge of the ball."""
-  signs = _signs(key, (1, *image.shape[1:]), image.dtype)
+def _stripes(threat: ThreatModel, key: ImageKey, image: Image) -> Image:
+  """Starts in Linf with vertical stripes at the edge of the ball."""
+  signs = jax.random.rademacher(key, (1, *image.shape[1:]), image.dtype)
   return jnp.clip(image + threat.eps * signs, threat.low, threat.high)
 
 
-def _move_linf(threat: ThreatModel, key, image, x, side):
-  """One square to the ball's edge, the same way in all of its pixels."""
+def _move_linf(
+  threat: ThreatModel, key: ImageKey, image: Image, x: Image, side: Side
+) -> Image:
+  """Moves one square to the edge of the ball, each channel by one sign."""
   place, sign = jax.random.split(key)
-  *_, inside = _within(x.shape, _corner(place, x.shape, side), side)
-  signs = _signs(sign, (1, 1, x.shape[2]), x.dtype)
+  *_, inside = _draw_square(place, x.shape, side)
+  signs = jax.random.rademacher(sign, (1, 1, x.shape[2]), x.dtype)
+  # Twice eps: from one edge of the ball to the other.
   moved = x + jnp.where(inside, 2 * threat.eps * signs, 0)
-  return _alone(threat.project, moved, image)
+  return _project(threat, moved, image)
 
 
-def _tiles(threat: ThreatModel, key, image):
-  """Bumps of random signs and directions, all over the picture."""
+def _tiles(threat: ThreatModel, key: ImageKey, image: Image) -> Image:
+  """Starts in L2 and L1 with bumps of random signs, all over the image."""
   height, width, channels = image.shape
   side = max(min(height, width) // 5, 1)
   grid = (height // side, width // side)
   turn, sign = jax.random.split(key)
-  signs = _signs(sign, (*grid, channels), image.dtype)
+  signs = jax.random.rademacher(sign, (*grid, channels), image.dtype)
   turned = jax.random.bernoulli(turn, shape=grid)
   rows, columns = (
     np.arange(n) - (n - side * m) // 2
@@ -237,18 +256,23 @@ def _tiles(threat: ThreatModel, key, image):
   )
   offset = jnp.where(covered[..., None], bump[..., None] * signs[tile], 0)
   offset = offset.astype(image.dtype)
-  if threat.norm == "l1":
-    return _alone(_inside(threat).project, image + offset, image)
-  length = jnp.sqrt(jnp.square(offset).sum())
-  moved = image + threat.eps * offset / (length + TINY)
-  return _alone(threat.project, moved, image)
+  if threat.norm == "l2":
+    length = jnp.sqrt(jnp.square(offset).sum())
+    eps = jnp.asarray(threat.eps, image.dtype)
+    offset = eps * offset / (length + TINY)
+  return _project(threat, image + offset, image)
 
 
-def _move_lp(threat: ThreatModel, key, image, x, side):
-  """The offset of one square goes to another, as a bump with what is left."""
-  to, off, turn, sign = jax.random.split(key, 4)
-  down, across, to = _within(x.shape, _corner(to, x.shape, side), side)
-  *_, off = _within(x.shape, _corner(off, x.shape, side), side)
+def _move_lp(
+  threat: ThreatModel, key: ImageKey, image: Image, x: Image, side: Side
+) -> Image:
+  """Moves the offset of one square to another, where it forms a bump.
+
+  The bump also takes the part of the radius that the offset does not use yet.
+  """
+  to_key, off_key, turn, sign = jax.random.split(key, 4)
+  down, across, to = _draw_square(to_key, x.shape, side)
+  *_, off = _draw_square(off_key, x.shape, side)
   turned = jax.random.bernoulli(turn)
   down, across = (
     jnp.where(turned, across, down),
@@ -256,10 +280,13 @@ def _move_lp(threat: ThreatModel, key, image, x, side):
   )
   size = max(x.shape[:2])
   bump = _bump(threat.norm, down, across, side, size).astype(x.dtype)
-  signs = _signs(sign, (1, 1, x.shape[2]), x.dtype)
+  signs = jax.random.rademacher(sign, (1, 1, x.shape[2]), x.dtype)
   offset, channels = x - image, x.shape[2]
 
-  def length(values, axes=(0, 1)):  # of each channel
+  def length(
+    values: Image, axes: tuple[int, ...] = (0, 1)
+  ) -> Float[Array, "1 1 #c"]:
+    """The norm of each channel, or over all three axes of the whole."""
     if threat.norm == "l1":
       return jnp.abs(values).sum(axes, keepdims=True)
     return jnp.sqrt(jnp.square(values).sum(axes, keepdims=True))
@@ -278,25 +305,22 @@ def _move_lp(threat: ThreatModel, key, image, x, side):
     budget = jnp.sqrt(left + freed**2)
   new = new * budget / (TINY + length(new))
   offset = jnp.where(to, new, jnp.where(off, 0, offset))
-  if threat.norm == "l1":
-    return _alone(_inside(threat).project, image + offset, image)
-  ratio = threat.eps / (TINY + length(offset, (0, 1, 2)))
-  return _alone(threat.project, image + offset * ratio, image)
+  if threat.norm == "l2":
+    offset = offset * (threat.eps / (TINY + length(offset, (0, 1, 2))))
+  return _project(threat, image + offset, image)
 
 
-def _inside(threat: ThreatModel) -> ThreatModel:
-  return dataclasses.replace(threat, eps=threat.eps * L1_INSIDE)
-
-
-def _bump(norm: str, down, across, side, size: int):
-  """The two halves of a square, one up and one down, of unit length in all.
+def _bump(
+  norm: str, down: Indices, across: Indices, side: int | Side, size: int
+) -> Float[Array, "h w"]:
+  """Returns a square's two halves, one up and one down, of unit length in all.
 
   Args:
-    norm: of the length.
-    down: rows within the square; outside of it anything comes out.
-    across: columns.
-    side: of the square.
-    size: the largest side that there may be.
+    norm: the norm that the length is measured in, `l2` or `l1`.
+    down: each pixel's row in the square; values outside of it mean nothing.
+    across: each pixel's column in the square.
+    side: the side of the square.
+    size: an upper bound of the side, known when compiled.
   """
   upper = side // 2
   values = jnp.where(
@@ -308,14 +332,33 @@ def _bump(norm: str, down, across, side, size: int):
   return values / (jnp.sqrt(halves) if norm == "l2" else halves)
 
 
-def _pyramid(norm, down, across, height, width, size):
-  """Steps that rise towards the middle of a rectangle, of unit length."""
+def _pyramid(
+  norm: str,
+  down: Indices,
+  across: Indices,
+  height: int | Side,
+  width: int | Side,
+  size: int,
+) -> Float[Array, "h w"]:
+  """Returns steps that rise towards the middle of a rectangle, of unit length.
+
+  Args:
+    norm: as in `_bump`, like `size`.
+    down: each pixel's row in the rectangle.
+    across: each pixel's column.
+    height: the height of the rectangle.
+    width: its width.
+    size: an upper bound of both.
+  """
   power = 2 if norm == "l2" else 4
-  rings = np.cumsum([0.0] + [1 / (m + 1) ** power for m in range(size + 1)])
-  rings = jnp.asarray(rings)
+  heights = [0.0] + [1 / (m + 1) ** power for m in range(size + 1)]
+  rings = jnp.asarray(np.cumsum(heights))
   steps = jnp.maximum(height // 2, width // 2) + 1
 
-  def at(down, across):
+  def at(
+    down: Int[Array | np.ndarray, "#h #w"],
+    across: Int[Array | np.ndarray, "#h #w"],
+  ) -> Float[Array, "h w"]:
     ring = jnp.maximum(
       jnp.abs(down - height // 2), jnp.abs(across - width // 2)
     )
@@ -325,9 +368,3 @@ def _pyramid(norm, down, across, height, width, size):
   values = jnp.where((rows < height) & (columns < width), at(rows, columns), 0)
   length = jnp.sqrt(jnp.square(values).sum()) if norm == "l2" else values.sum()
   return at(down, across) / jnp.maximum(length, TINY)
-
-
-def sides(shape: tuple[int, int], norm: str, query: int) -> int:
-  """The side of the squares at a query of images of height and width."""
-  odd = norm != "linf"
-  return int(_side(jnp.asarray(query), (*shape, 1), odd))

@@ -1,14 +1,14 @@
-"""Two classifiers as one: mixed in their weights, or in what they say.
+"""Two classifiers as one: mixed in their weights, or in their outputs.
 
 The first is the zero-shot model, or the robust backbone with its linear probe;
-the second is the one that was fine-tuned from it. What comes out are log
-probabilities: logits to attacks and judges like any others.
+the second was fine-tuned from it. The outputs are log probabilities, which
+attacks and evaluation treat as logits.
 
 An ensemble is attacked as a whole, through both models and the weight between
-them: what fools one of the two may leave the other right, and attacks on one
-overstate the robustness of both. Yet the way through VRF's weight is bent, and
-now and then an attack on one model finds what that on the whole misses. Judge
-the ensemble on both, and on a black-box attack.
+them: an image that fools one model may leave the other right, so that attacks
+on one overstate the robustness of both. Yet gradients through VRF's weight can
+mislead, and an attack on one model may break an image that the attack on the
+whole misses. Evaluate the ensemble under both, and under a black-box attack.
 """
 
 import math
@@ -30,16 +30,20 @@ HeldLabels = Integer[Array | np.ndarray, "held"]
 Predict = Callable[[Any, Images], Logits]
 Both = Callable[[Any, Images], tuple[Features, Logits]]
 
-COLDEST, HOTTEST = 0.1, 10.0  # temperatures that are looked at, as in the code
+COLDEST, HOTTEST = 0.1, 10.0  # the range of temperatures, as in the code
 RULES = ("code", "paper")
+
+AnyArray = Array | np.ndarray
+# One weight for all images, or one for each.
+PerImageColumn = float | Float[Array, ""] | Float[Array, "b 1"]
 
 
 def wse(first: PyTree, second: PyTree, alpha: Number) -> PyTree:
-  """(1 - alpha) first + alpha second, leaf by leaf (WiSE-FT, weight space).
+  """Returns (1 - alpha) first + alpha second, leaf by leaf (WiSE-FT).
 
   Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", section 3.
-  Running statistics are mixed like weights where the trees hold them. The
-  models of the paper have none: that is our reading.
+  Running statistics are mixed like weights where the trees hold them. That is
+  our reading: the models of the paper have none.
 
   Args:
     first: a tree of floats, such as `(params, stats)`.
@@ -52,11 +56,11 @@ def wse(first: PyTree, second: PyTree, alpha: Number) -> PyTree:
   _check_share(alpha)
   trees.check_same(second, first, "the second model")
 
-  def mixed(x, y):
+  def mix(x: jax.Array | np.ndarray, y: jax.Array | np.ndarray) -> jax.Array:
     share = jnp.asarray(alpha, x.dtype)
     return (1 - share) * x + share * y
 
-  return jax.tree.map(mixed, first, second)
+  return jax.tree.map(mix, first, second)
 
 
 def ose(
@@ -66,7 +70,7 @@ def ose(
   t_first: Number = 1,
   t_second: Number = 1,
 ) -> Logits:
-  """log((1 - alpha) softmax(first / t) + alpha softmax(second / t)).
+  """Returns log((1 - alpha) softmax(first / t) + alpha softmax(second / t)).
 
   The output-space ensemble that VRF is compared with: one weight for all
   images.
@@ -75,7 +79,7 @@ def ose(
     first_logits: the zero-shot model's logits, [b, k].
     second_logits: the fine-tuned model's logits, [b, k].
     alpha: in [0, 1]; 0 is the first, 1 the second. Data, like temperatures.
-    t_first: the temperature of the first.
+    t_first: the first model's temperature, > 0.
     t_second: the second model's temperature, > 0.
   """
   _check_share(alpha)
@@ -88,17 +92,17 @@ def ose(
 
 
 def temperature(logits: Logits, labels: Labels) -> float:
-  """The T at which the mean of max softmax(logits / T) equals the accuracy.
+  """Finds the T at which the mean of max softmax(logits / T) is the accuracy.
 
-  Within [0.1, 10]; the nearer end where no T in between will do, as for a
-  model that is always right. The mean confidence falls with T, so halving
-  finds it. The authors' code (VRF, Zhu et al. 2024) takes steps of regula falsi
-  to a gap of 0.001, and goes beyond the ends.
+  Within [0.1, 10]; the nearer end where no T in between has that property, as
+  for a model that is always right. The mean confidence falls with T, so
+  bisection finds it. The authors' code (VRF, Zhu et al. 2024) takes steps of
+  regula falsi to a gap of 0.001, and goes beyond the ends.
 
   Args:
-    logits: of images that the model was not fitted to, and never of the test
-      set.
-    labels: their classes.
+    logits: [b, k], of images that the model was not trained on, and never of
+      the test set.
+    labels: their classes, [b].
 
   Raises:
     ValueError: no images, or logits that are +inf or NaN.
@@ -114,9 +118,10 @@ def temperature(logits: Logits, labels: Labels) -> float:
   accuracy = (logits.argmax(1) == labels).mean()
   below = logits - logits.max(1, keepdims=True)
 
-  def is_confident(log_t):
+  def is_confident(log_t: float) -> bool:
     """Whether the mean confidence exceeds the accuracy."""
-    return (1 / np.exp(below / math.exp(log_t)).sum(1)).mean() > accuracy
+    confidence = 1 / np.exp(below / math.exp(log_t)).sum(1)
+    return bool(confidence.mean() > accuracy)
 
   low, high = math.log(COLDEST), math.log(HOTTEST)
   if not is_confident(low):
@@ -131,20 +136,21 @@ def temperature(logits: Logits, labels: Labels) -> float:
 
 @trees.tree_class
 class VrfState:
-  """What VRF knows beside its two models.
+  """The arrays and settings of VRF beside its two models.
 
-  A pytree: the bank, temperatures, a, b and alpha are data, so that others
-  compile nothing; k and the kind of distance are structure.
+  A pytree: the bank, temperatures, a, b and alpha are data, so that other
+  values compile nothing; k and `squared` are structure.
 
   Attributes:
-    bank: [m, d], unit features of training images that the fine-tuned model
-      gets right and the zero-shot one wrong.
-    t_zs: the temperature of the zero-shot model's logits.
-    t_ft: the temperature of the fine-tuned model's logits.
-    a: the distance at which both models weigh the same.
-    b: how gently the weight falls around it, above 0.
-    alpha: of the fine-tuned model, at any distance, where k is 0; else None.
-    k: which of the nearest members is measured to; 0: no distance is.
+    bank: float32 [m, d], unit features of training images that the fine-tuned
+      model gets right and the zero-shot one wrong.
+    t_zs: float [], the temperature of the zero-shot model's logits, > 0.
+    t_ft: float [], the temperature of the fine-tuned model's logits, > 0.
+    a: float [], the distance at which both models have the same weight.
+    b: float [], the width over which the weight falls around it, > 0.
+    alpha: float [], the weight of the fine-tuned model at any distance, in
+      [0, 1], if k is 0; else None.
+    k: the distance is that to the k-th nearest member; 0 measures none.
     squared: whether distances are squared.
   """
 
@@ -184,11 +190,11 @@ def vrf_fit(
   held_labels: HeldLabels | None = None,
   alpha: Number | None = None,
 ) -> VrfState:
-  """Variance reduction fine-tuning: whom to trust, by the distance to a bank.
+  """Fits variance reduction fine-tuning (VRF), whose weight is by distance.
 
   Zhu et al. 2024, arXiv 2411.06966, eq. 3: the bank holds the training
   images that the fine-tuned model gets right and the zero-shot model wrong.
-  Near these the fine-tuned model is to be trusted.
+  Near these the fine-tuned model gets the larger weight.
 
   Defaults are those of the authors' code, tuned on ImageNet: squared distances
   in [0, 4], and with them a and b. The paper writes distances in [0, 2]. On
@@ -196,23 +202,24 @@ def vrf_fit(
 
   Args:
     zs_logits: the zero-shot model's logits of all training images, [n, k].
-    ft_logits: the fine-tuned model's logits.
-    labels: the classes of these images.
-    ft_feats: the fine-tuned model's pooled features of them.
-    k: which nearest member to measure to; None: by the rule.
+    ft_logits: the fine-tuned model's logits of them, [n, k].
+    labels: the classes of these images, [n].
+    ft_feats: the fine-tuned model's pooled features of them, [n, d].
+    k: the distance is that to the k-th nearest member, >= 1; None: by the rule.
     rule: `code`: round(1000 m / n) for m members among n images. It is 0.1% of
       the bank where n is about a million, as in ImageNet, and beyond most of
       the bank where n is a thousand. `paper`: floor(share m). Either is at
       least 1 and at most m.
-    share: what the rule `paper` takes of the bank, in (0, 1].
-    a: see `VrfState`.
-    b: see `VrfState`.
+    share: the share of the bank in the rule `paper`, in (0, 1].
+    a: see `VrfState`; 1.5 by default.
+    b: see `VrfState`; 0.6 by default.
     squared: whether distances are squared.
     t_zs: the temperature of the zero-shot model; None: found on held images.
-    t_ft: the fine-tuned model's temperature.
-    zs_held: logits of images that are neither trained on nor tested on.
-    ft_held: the fine-tuned model's on these.
-    held_labels: their classes.
+    t_ft: the fine-tuned model's temperature; None: found on held images.
+    zs_held: the zero-shot model's logits of images that are neither trained nor
+      tested on, [held, k].
+    ft_held: the fine-tuned model's logits of these images, [held, k].
+    held_labels: their classes, [held].
     alpha: in [0, 1], the weight of the fine-tuned model on all images where
       the bank has no k members (our reading; the ensemble is then `ose`).
       None: such a bank is an error.
@@ -254,8 +261,10 @@ def vrf_fit(
   )
 
 
-def _found(t, logits, labels, name):
-  """The temperature as given, or as held images say."""
+def _found(
+  t: Number | None, logits: Held | None, labels: HeldLabels | None, name: str
+) -> Number:
+  """Returns the given temperature, or finds it on held images."""
   if t is not None:
     return t
   if logits is None or labels is None:
@@ -267,7 +276,9 @@ def _found(t, logits, labels, name):
   return temperature(logits, labels)
 
 
-def _check_fit(zs_logits, ft_logits, labels, ft_feats):
+def _check_fit(
+  zs_logits: AnyArray, ft_logits: AnyArray, labels: AnyArray, ft_feats: AnyArray
+) -> None:
   sizes = {len(ft_logits), len(labels), len(ft_feats)}
   if zs_logits.shape != ft_logits.shape or len(sizes) > 1 or 0 in sizes:
     raise ValueError(
@@ -278,9 +289,9 @@ def _check_fit(zs_logits, ft_logits, labels, ft_feats):
 
 
 def vrf_distance(state: VrfState, ft_feats: Features) -> Float[Array, "b"]:
-  """From each image's unit features to the k-th nearest member of the bank.
+  """Measures from each image's unit features to the bank's k-th nearest member.
 
-  2 - 2 cos where squared, its root otherwise. Features that are all 0 have no
+  It is 2 - 2 cos where squared, else its root. Features that are all 0 have no
   direction, and count as orthogonal to every member. Gradients are finite
   everywhere, and 0 at a member.
   """
@@ -305,19 +316,19 @@ def vrf_predict(
   a: Number | None = None,
   b: Number | None = None,
 ) -> Logits:
-  """log(w softmax(ft / t_ft) + (1 - w) softmax(zs / t_zs)), w by the distance.
+  """Returns log(w softmax(ft / t_ft) + (1 - w) softmax(zs / t_zs)).
 
-  Differentiable almost everywhere in logits and features, and thus open to
-  attacks as a whole. Who measures on some of the classes picks their logits
-  before.
+  The weight is w = sigmoid((a - distance) / b). Differentiable almost
+  everywhere in logits and features, and thus open to attacks as a whole. To
+  measure on some of the classes, pick their logits before the call.
 
   Args:
-    state: from `vrf_fit`.
+    state: the state of `vrf_fit`.
     zs_logits: the zero-shot model's logits, [b, k].
-    ft_logits: the fine-tuned model's logits.
-    ft_feats: the fine-tuned model's pooled features.
-    a: in place of the state's.
-    b: in place of the state's.
+    ft_logits: the fine-tuned model's logits, [b, k].
+    ft_feats: the fine-tuned model's pooled features, [b, d].
+    a: replaces the state's a; None keeps it.
+    b: replaces the state's b, > 0; None keeps it.
   """
   if a is not None:
     state = replace(state, a=a)
@@ -335,7 +346,8 @@ def vrf_predict(
   )
 
 
-# Of equal functions they are equal, and share what is compiled where those do.
+# Dataclasses, so that ensembles of equal functions are equal and share a
+# compiled program.
 @dataclass(frozen=True)
 class _Ensemble:
   first: Predict
@@ -349,25 +361,23 @@ class _Ensemble:
 
 class _OutputSpace(_Ensemble):
   def __call__(self, params: Any, images: Images) -> Logits:
-    of_first, of_second, *weights = params
-    return ose(
-      self.first(of_first, images), self.second(of_second, images), *weights
-    )
+    first, second, *weights = params
+    return ose(self.first(first, images), self.second(second, images), *weights)
 
 
 class _Vrf(_Ensemble):
   def __call__(self, params: Any, images: Images) -> Logits:
-    of_first, of_second, state = params
-    feats, logits = self.second(of_second, images)
-    return vrf_predict(state, self.first(of_first, images), logits, feats)
+    first, second, state = params
+    feats, logits = self.second(second, images)
+    return vrf_predict(state, self.first(first, images), logits, feats)
 
 
 def output_space(first: Predict, second: Predict) -> Predict:
-  """`(params, images) -> log probabilities` of `ose`.
+  """Returns `(params, images) -> log probabilities` of `ose`.
 
   Args:
     first: `(variables, images) -> logits` of the zero-shot model.
-    second: the fine-tuned model's forward pass.
+    second: `(variables, images) -> logits` of the fine-tuned model.
 
   Returns:
     A function whose params are `(first's variables, second's, alpha)`, or with
@@ -377,7 +387,7 @@ def output_space(first: Predict, second: Predict) -> Predict:
 
 
 def vrf(first: Predict, second: Both) -> Predict:
-  """`(params, images) -> log probabilities` of `vrf_predict`.
+  """Returns `(params, images) -> log probabilities` of `vrf_predict`.
 
   Args:
     first: `(variables, images) -> logits` of the zero-shot model.
@@ -390,8 +400,13 @@ def vrf(first: Predict, second: Both) -> Predict:
   return _Vrf(first, second)
 
 
-def _mixed(first, second, log_first, log_second):
-  """The log of two softmaxes' weighted sum, from the logs of the weights."""
+def _mixed(
+  first: AnyArray,
+  second: AnyArray,
+  log_first: PerImageColumn,
+  log_second: PerImageColumn,
+) -> Logits:
+  """Returns the log of two softmaxes' weighted sum, from the weights' logs."""
   if first.shape != second.shape:
     raise ValueError(
       "expected logits of the same images and classes, got"
@@ -403,14 +418,14 @@ def _mixed(first, second, log_first, log_second):
   )
 
 
-def _unit(feats):
-  """Rows of unit length; those of length 0 as they are."""
+def _unit(feats: Features) -> Features:
+  """Scales rows to unit length; those of length 0 stay."""
   squares = jnp.square(feats).sum(1, keepdims=True)
   return feats / jnp.sqrt(jnp.where(squares > 0, squares, 1))
 
 
 def _is_number(value: Any) -> bool:
-  """Whether it can be looked at: traced values can't."""
+  """Whether the value is known: that of a traced array is not."""
   return isinstance(value, int | float | np.ndarray | np.generic)
 
 

@@ -1,11 +1,11 @@
-"""What a step lowers, given the model and not its logits alone.
+"""Losses that a training step lowers, given the model and not logits alone.
 
 An objective of `losses` sees clean and adversarial logits. A *criterion* runs
-the model itself: twice, in another mode, beside another model. Each objective
-is one, by `of`. A *penalty* adds to any of them.
+the model itself: twice, in another mode, or beside another model. `of` turns an
+objective into a criterion. A *penalty* is added to any criterion.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from roli_jax import losses, specs
@@ -36,29 +36,35 @@ def build(
   *,
   epoch_steps: int = 1,
 ) -> Criterion:
-  """The criterion that a config means.
+  """Builds the criterion of a config.
 
   Args:
     spec: `{"name": one of LOSSES, ...}`, with the options of all of them.
-    penalty: `{"name": one of PENALTIES, ...}` with the options of all of them;
-      None, or `none`: nothing is added.
-    epoch_steps: the steps that see every training image once.
+    penalty: `{"name": one of PENALTIES, ...}`, with the options of all of them;
+      None, or the name `none`: nothing is added.
+    epoch_steps: the number of steps of an epoch, >= 1; 1 by default.
+
+  Raises:
+    ValueError: an unknown name, or an option out of its range.
   """
 
-  def made(registry, spec, what):
-    own = specs.accepted_fields(
-      registry, {**spec, "epoch_steps": epoch_steps}, what
-    )
-    return specs.build(registry, own, what)
+  def make(
+    registry: Mapping[str, Callable[..., Any]],
+    options: Mapping[str, Any],
+    what: str,
+  ) -> Any:
+    given = {**options, "epoch_steps": epoch_steps}
+    accepted = specs.accepted_fields(registry, given, what)
+    return specs.build(registry, accepted, what)
 
-  base = of(made(LOSSES, spec, "loss"))
+  base = of(make(LOSSES, spec, "loss"))
   if penalty is None or penalty["name"] == "none":
     return base
-  return Penalised(base, made(PENALTIES, penalty, "penalty"))
+  return Penalised(base, make(PENALTIES, penalty, "penalty"))
 
 
 def needs_start(criterion: Criterion) -> bool:
-  """Whether it says nothing in a stage that starts from a random head."""
+  """Whether it is meaningless in a stage that starts from a random head."""
   return isinstance(criterion, Penalised) and criterion.penalty.needs_start
 
 

@@ -1,6 +1,6 @@
 """AutoLoRa (Xu et al. 2024): clean images teach a branch, attacked ones do not.
 
-Facts are of the authors' code, Finetuning_Methods/AutoLoRa in
+The authors' code is Finetuning_Methods/AutoLoRa in
 GodXuxilie/RobustSSL_Benchmark.
 """
 
@@ -22,20 +22,20 @@ class AutoLora:
   Clean images see the backbone with its branch of LoRA, adversarial ones the
   backbone alone, which is also what attacks and tests see. The clean logits'
   gradient reaches the branch and the head, the adversarial ones' the backbone
-  and the head; that of KL goes both ways, as the authors have it.
+  and the head; that of KL goes both ways, as in the authors' code.
 
   A is the accuracy on clean training images, with the branch, in the epoch
-  before. The authors measure it at each epoch's start in a pass of its own and
-  in evaluation mode. Ours is counted on the way, as the images train; in the
-  first epoch it is that of the images so far.
+  before. The authors measure it at each epoch's start in a separate pass and in
+  evaluation mode. Ours counts during training; in the first epoch it is the
+  accuracy on the images so far.
 
-  Left out is the authors' rule for the learning rate, which they halve at fixed
-  epochs, going back to the best checkpoint, where robust accuracy in validation
-  has rarely risen since the last of them.
+  The authors' rule for the learning rate is left out: at fixed epochs they
+  halve it and return to the best checkpoint, if robust accuracy in validation
+  has rarely risen since the last of these epochs.
 
   Attributes:
-    beta: >= 0, of the last term at A = 1; the authors use 6.
-    epoch_steps: the steps of an epoch.
+    beta: the weight of the last term at A = 1, >= 0; the authors use 6.
+    epoch_steps: the number of steps of an epoch, >= 1.
   """
 
   beta: float | int = 6.0
@@ -84,9 +84,15 @@ class AutoLora:
     return LossOutput(values=values, logits=adv, stats=moved, memory=memory)
 
   def counted(self, memory: PyTree, clean: Logits, labels: Labels) -> PyTree:
-    """The memory after a step, with the accuracy A that its weights are of.
+    """Returns the memory after a step, with the accuracy A for its weights.
 
     An epoch's accuracy holds from its last step on.
+
+    Args:
+      memory: the counts `correct`, `seen` and `steps`, int32 [], and
+        `accuracy`, float [], before the step.
+      clean: the clean logits, [b, k].
+      labels: the classes, [b].
     """
     steps = memory["steps"] + 1
     correct = memory["correct"] + losses.correct(clean, labels).sum()

@@ -1,4 +1,4 @@
-"""What a criterion is given, what it says, and how an objective is one."""
+"""Criteria: their inputs and outputs, and objectives as criteria."""
 
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
@@ -19,15 +19,16 @@ from roli_jax.types import (
 
 @trees.tree_class
 class Batch:
-  """A batch as a step sees it.
+  """The inputs of a criterion in one step.
 
   Attributes:
-    clean: the images.
-    adv: what the attack made of them; the clean ones where nothing is attacked.
-    labels: their classes.
-    indices: who each image is.
-    key: what the criterion draws from in this step.
-    dropout: what dropout draws from in this step.
+    clean: float [b, h, w, c] in [0, 1], the clean images.
+    adv: float [b, h, w, c], the adversarial images; the clean ones where no
+      image is attacked.
+    labels: int [b], their classes.
+    indices: int [b], the numbers of the images in the training set.
+    key: a key [], for the criterion's draws in this step.
+    dropout: a key [], for dropout in this step.
   """
 
   clean: Images
@@ -40,13 +41,13 @@ class Batch:
 
 @trees.tree_class
 class LossOutput:
-  """What a criterion says of a batch.
+  """The outputs of a criterion for one batch.
 
   Attributes:
-    values: each image's loss, lowered in the mean.
-    logits: the logits of the images that were trained on, for counts.
-    stats: running statistics after the batch.
-    memory: the criterion's, after the batch.
+    values: float [b], each image's loss, whose mean is lowered.
+    logits: float [b, k], of the images that were trained on, for counts.
+    stats: the tree of running statistics after the batch.
+    memory: the criterion's tree of arrays after the batch.
   """
 
   values: Float[Array, "b"]
@@ -57,12 +58,12 @@ class LossOutput:
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-  """A pass in training: `(params, stats, images) -> (logits, stats)`.
+  """A forward pass in training: `(params, stats, images) -> (logits, stats)`.
 
   Attributes:
     model: the classifier.
     train: whether it is in training mode.
-    key: what dropout draws from.
+    key: a key [], for dropout.
   """
 
   model: Model
@@ -77,7 +78,7 @@ class Forward:
 
 @runtime_checkable
 class Criterion(Protocol):
-  """What training lowers; a frozen dataclass.
+  """A loss that training lowers; a frozen dataclass.
 
   Attributes:
     surrogate: the name of the loss that the inner attack raises by default.
@@ -95,7 +96,11 @@ class Criterion(Protocol):
   def needs_clean(self) -> bool: ...
 
   def init_memory(self, params: Params, stats: PyTree) -> PyTree:
-    """What it keeps from step to step, from the model before the first.
+    """Returns the tree that it keeps from step to step, before the first.
+
+    Args:
+      params: the parameters at the start of the stage.
+      stats: the running statistics at the start of the stage.
 
     Raises:
       ValueError: it can't train such a model.
@@ -109,12 +114,22 @@ class Criterion(Protocol):
     stats: PyTree,
     memory: PyTree,
     batch: Batch,
-  ) -> LossOutput: ...
+  ) -> LossOutput:
+    """Computes each image's loss.
+
+    Args:
+      forward: the forward pass of training.
+      params: the parameters.
+      stats: the running statistics before the batch.
+      memory: the tree of `init_memory`, or of the step before.
+      batch: the images, their labels and the step's keys.
+    """
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
 class OnLogits:
-  """An objective, which logits decide.
+  """An objective, which is a function of logits, as a criterion.
 
   Attributes:
     objective: one of `losses.OBJECTIVES`.
@@ -155,5 +170,5 @@ class OnLogits:
 
 
 def of(objective: losses.Objective | Criterion) -> Criterion:
-  """The criterion that an objective is; a criterion is its own."""
+  """Returns an objective as a criterion, and a criterion unchanged."""
   return objective if isinstance(objective, Criterion) else OnLogits(objective)

@@ -1,15 +1,14 @@
-"""Keeps what the model says of shifted images: our own design.
+"""Keeps the model's predictions on shifted images: our own design.
 
 Inspired by Yuan et al. 2025 (arXiv:2509.05328), of which we know the abstract
-alone: that the distance from the pretrained model's function is penalised on
-simulated shifted images, and that predictions on perturbed images be stable.
+alone: it penalises the distance from the pretrained model's function on
+simulated shifted images, and asks for stable predictions on perturbed images.
 Every choice here is ours: simulators, distances, where they are measured, which
-model is the reference, weights and defaults. Nothing of it is tuned.
+model is the reference, weights and defaults. None of them is tuned.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +19,17 @@ from roli_jax.types import Array, Float, Images, Keys, Logits, Params, PyTree
 
 
 def symmetric_kl(logits: Logits, target: Logits) -> Float[Array, "b"]:
-  """The mean of KL both ways."""
+  """Returns the mean of KL both ways."""
   return (losses.kl(logits, target) + losses.kl(target, logits)) / 2
 
 
 def centred_l2(logits: Logits, target: Logits) -> Float[Array, "b"]:
-  """The squared distance of logits whose mean is subtracted."""
+  """Returns the squared distance of logits after subtracting their means."""
   apart = logits - target
   return jnp.sum((apart - apart.mean(-1, keepdims=True)) ** 2, -1)
 
 
-# `(logits, target) -> [b]`.
-DISTANCES: dict[str, Callable[..., Any]] = {
+DISTANCES: dict[str, Callable[[Logits, Logits], Float[Array, "b"]]] = {
   "kl": losses.kl,
   "symmetric_kl": symmetric_kl,
   "l2": centred_l2,
@@ -39,20 +37,20 @@ DISTANCES: dict[str, Callable[..., Any]] = {
 
 
 def _adversarial(batch: Batch, image_keys: Keys, std: float | int) -> Images:
-  """The images that the step trains on."""
+  """Returns the images that the step trains on."""
   del image_keys, std
   return batch.adv
 
 
 def _noise(batch: Batch, image_keys: Keys, std: float | int) -> Images:
-  """Clean images under Gaussian noise, within [0, 1] again."""
+  """Adds Gaussian noise to clean images and clips them to [0, 1]."""
   shape = batch.clean.shape[1:]
   noise = jax.vmap(lambda key: jax.random.normal(key, shape))(image_keys)
   return jnp.clip(batch.clean + std * noise, 0, 1)
 
 
 def _mixup(batch: Batch, image_keys: Keys, std: float | int) -> Images:
-  """Clean images, each mixed with the reversed batch's in a uniform ratio."""
+  """Mixes clean images with those of the reversed batch in uniform ratios."""
   del std
   ratios = jax.vmap(jax.random.uniform)(image_keys)
   ratios = ratios.reshape(-1, *[1] * (batch.clean.ndim - 1))
@@ -60,7 +58,7 @@ def _mixup(batch: Batch, image_keys: Keys, std: float | int) -> Images:
 
 
 # `(batch, a key for each image, std) -> images`.
-SIMULATORS: dict[str, Callable[..., Any]] = {
+SIMULATORS: dict[str, Callable[[Batch, Keys, float | int], Images]] = {
   "adversarial": _adversarial,
   "noise": _noise,
   "mixup": _mixup,
@@ -74,20 +72,20 @@ class FunctionSpace:
   p(x) = softmax f(x) without a gradient, p(x~) with one. q and q0 are softmax
   f(x~) / T of the model and of the model that the stage began with. For RoLI
   that is the robust backbone under its adversarial linear probe; with
-  adversarial x~ the first term keeps what the probe says under attack.
+  adversarial x~ the first term keeps the probe's predictions under attack.
 
-  All passes are in evaluation mode: what is compared is what is tested, and no
-  running statistics move.
+  All passes are in evaluation mode: the compared function is the tested one,
+  and no running statistics move.
 
   Attributes:
-    simulator: what x~ is: `adversarial`, the images that are trained on;
-      `noise`, Gaussian of `std`; `mixup`, convex mixtures.
+    simulator: makes x~: `adversarial`, the images that are trained on; `noise`,
+      clean ones plus Gaussian noise; `mixup`, convex mixtures of clean ones.
     distance: D: `kl`, KL(q0 || q); `symmetric_kl`, the mean of both ways; `l2`,
       the squared distance of centred logits, the same for all T.
-    lam_fun: >= 0. 0: no reference is kept.
-    lam_cons: >= 0.
+    lam_fun: the weight of the first term, >= 0; 0 keeps no reference model.
+    lam_cons: the weight of the second term, >= 0.
     temperature: T > 0.
-    std: the standard deviation of noise, >= 0; a white pixel is 1.
+    std: the standard deviation of noise in units of an image in [0, 1], >= 0.
   """
 
   simulator: str = "adversarial"
@@ -129,26 +127,26 @@ class FunctionSpace:
     memory: PyTree,
     batch: Batch,
   ) -> tuple[Float[Array, "b"], PyTree]:
-    see = forward.model.logits
+    predict = forward.model.logits
     shifted = self.shifted(batch)
-    logits = see(params, stats, shifted)
+    logits = predict(params, stats, shifted)
     values = jnp.zeros(len(shifted), logits.dtype)
     if self.lam_fun:
-      began, began_stats = memory["reference"]
-      before = see(began, began_stats, shifted)
-      values += self.lam_fun * self.apart(logits, before)
+      start_params, start_stats = memory["reference"]
+      reference = predict(start_params, start_stats, shifted)
+      values += self.lam_fun * self.apart(logits, reference)
     if self.lam_cons:
-      said = jax.lax.stop_gradient(see(params, stats, batch.clean))
-      values += self.lam_cons * losses.kl(logits, said)
+      clean = jax.lax.stop_gradient(predict(params, stats, batch.clean))
+      values += self.lam_cons * losses.kl(logits, clean)
     return values, memory
 
   def shifted(self, batch: Batch) -> Images:
-    """x~: an image's draw is its own."""
+    """Returns x~; each image has a random key of its own."""
     key = keys.stream(batch.key, "function_space")
     image_keys = keys.per_image(key, batch.indices)
     return SIMULATORS[self.simulator](batch, image_keys, self.std)
 
   def apart(self, logits: Logits, target: Logits) -> Float[Array, "b"]:
-    """T^2 D, whose gradient keeps its size as T grows."""
+    """Returns T^2 D, whose gradient keeps its size as T grows."""
     t = self.temperature
     return t**2 * DISTANCES[self.distance](logits / t, target / t)

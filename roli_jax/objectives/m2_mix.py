@@ -18,19 +18,20 @@ IMAGES = {"clean": "clean", "adv": "adv"}
 class M2Mix:
   """weight / (epoch + 1) times `mixup.m2_mix_loss` of images and their classes.
 
-  For a model of `heads.Cosine`. An image's embedding is its feature, projected
-  and brought to length 1, in evaluation mode as the authors have it. Its text's
-  is ours: the class's column in the head that the stage began with, at length
-  1; texts do not train. Neither are pairs of one class in a batch negatives.
-  The loss is the batch's: each image has the same.
+  For a model with a head `heads.Cosine`. An image's embedding is its feature,
+  projected and scaled to length 1, in evaluation mode as in the authors' code.
+  The embedding of its text is our choice: the class's column in the head that
+  the stage began with, scaled to length 1. Texts do not train. Pairs of one
+  class in a batch are not negatives either. The loss is that of the batch, the
+  same for each image.
 
   Attributes:
-    weight: >= 0; the authors use 0.001 to 0.05.
-    beta: the parameter of the Beta draw of the ratio, > 0.
-    tau: temperature, > 0.
+    weight: the weight in epoch 0, >= 0; the authors use 0.001 to 0.05.
+    beta: the parameter of the Beta distribution of the ratio, > 0.
+    tau: the temperature, > 0.
     reduction: see `mixup.m2_mix_loss`.
-    images: `clean` or `adv`, those that are trained on.
-    epoch_steps: the steps of an epoch, which `weight` goes by.
+    images: `clean`, or `adv` for the images that are trained on.
+    epoch_steps: the number of steps of an epoch, >= 1.
   """
 
   weight: float | int = 0.01

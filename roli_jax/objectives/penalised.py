@@ -1,4 +1,4 @@
-"""A criterion with something added to it."""
+"""A criterion plus a penalty."""
 
 import dataclasses
 from typing import Protocol, runtime_checkable
@@ -9,13 +9,13 @@ from roli_jax.types import Array, Float, Params, PyTree
 
 @runtime_checkable
 class Penalty(Protocol):
-  """What is added to each image's loss; a frozen dataclass, weight included.
+  """A term that is added to each image's loss; a frozen dataclass.
 
   Attributes:
-    needs_attack: whether it is about adversarial images.
+    needs_attack: whether it uses adversarial images.
     needs_clean: whether clean images go through the model.
     needs_start: whether it compares with the model at the stage's start, which
-      says nothing under a random head.
+      is meaningless under a random head.
   """
 
   @property
@@ -39,7 +39,7 @@ class Penalty(Protocol):
     memory: PyTree,
     batch: Batch,
   ) -> tuple[Float[Array, "b"], PyTree]:
-    """Each image's penalty, and the memory after the batch."""
+    """Returns each image's weighted penalty, and the memory after the batch."""
     ...
 
 
@@ -49,7 +49,7 @@ class Penalised:
 
   Attributes:
     base: the criterion.
-    penalty: what is added.
+    penalty: the term that is added.
 
   Raises:
     ValueError: a penalty on adversarial images where none are made.

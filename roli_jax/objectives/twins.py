@@ -1,6 +1,6 @@
 """TWINS (Liu et al. 2023): batch normalisation as pretrained, and adapting.
 
-Facts are of the authors' code, ziquanliu/CVPR2023-TWINS.
+The authors' code is ziquanliu/CVPR2023-TWINS.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ class Twins:
   """lam CE(frozen half) + CE(adaptive half), on adversarial images.
 
   Half of a batch is normalised by the running statistics that the stage began
-  with, which stay; the other half by its own, and these move the model's. All
-  parameters are the same for both. (The authors' code gives each half scales
-  and biases of normalisation of its own.)
+  with, which stay fixed; the other half by its batch statistics, which move the
+  running ones. Both halves share all parameters. (In the authors' code each
+  half has scales and biases of normalisation of its own.)
 
   Attacks and tests see the model's running statistics, the moving ones, as in
   the authors' code. They move whatever the method and the model's options.
@@ -29,7 +29,8 @@ class Twins:
   first and the last images.
 
   Attributes:
-    lam: >= 0; the authors' default is 0.3, their scripts use 0.4 and 1.
+    lam: the weight of the frozen half, >= 0; the authors' default is 0.3, their
+      scripts use 0.4 and 1.
   """
 
   lam: float | int = 0.3

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -11,22 +12,33 @@ from roli_jax.optim import reference, schedules
 from roli_jax.optim.digrap import digrap
 from roli_jax.optim.ftp import ftp
 from roli_jax.optim.spd import l2sp, spd
+from roli_jax.types import PyTree
 
-# Of a path, what exempts a leaf from weight decay: biases are, scales of
-# norms are not, as in the RoLI reference.
+# The paths of leaves without weight decay: biases, but not the scales of norms,
+# as in the RoLI reference.
 NO_DECAY = (".*bias",)
 
 
 def adamw(
-  learning_rate,
-  decay,
-  weight_decay,
-  b1=0.9,
-  b2=0.999,
-  eps=1e-8,
-  eps_style="standard",
-):
-  """AdamW (Loshchilov and Hutter 2019), or the RoLI reference's."""
+  learning_rate: schedules.Schedule,
+  decay: Callable[[PyTree], PyTree],
+  weight_decay: float | int,
+  b1: float | int = 0.9,
+  b2: float | int = 0.999,
+  eps: float | int = 1e-8,
+  eps_style: str = "standard",
+) -> optax.GradientTransformation:
+  """AdamW (Loshchilov and Hutter 2019), or the RoLI reference's.
+
+  Args:
+    learning_rate: the rate by step.
+    decay: from parameters to a tree of bools, which of them decay.
+    weight_decay: >= 0.
+    b1: the decay rate of the first moment, in [0, 1).
+    b2: the decay rate of the second moment, in [0, 1).
+    eps: added to the denominator, > 0.
+    eps_style: `standard`; `reference`, where `reference.adamw` adds it.
+  """
   styles = {"standard": None, "reference": reference.adamw}
   other = specs.lookup(styles, eps_style, "eps_style")
   if other:
@@ -36,7 +48,12 @@ def adamw(
   )
 
 
-def sgd(learning_rate, decay, weight_decay, momentum=0.9):
+def sgd(
+  learning_rate: schedules.Schedule,
+  decay: Callable[[PyTree], PyTree],
+  weight_decay: float | int,
+  momentum: float | int = 0.9,
+) -> optax.GradientTransformation:
   """SGD with momentum and L2 regularisation, as in PyTorch."""
   return optax.chain(
     optax.add_decayed_weights(weight_decay, decay),
@@ -44,15 +61,21 @@ def sgd(learning_rate, decay, weight_decay, momentum=0.9):
   )
 
 
-OPTIMIZERS: dict[str, Callable[..., Any]] = {"adamw": adamw, "sgd": sgd}
+Maker = Callable[..., optax.GradientTransformation]
+OPTIMIZERS: dict[str, Maker] = {"adamw": adamw, "sgd": sgd}
 
 
-def _digrap(inner, anchor=None, *, mu=1e-2):
+def _digrap(
+  inner: optax.GradientTransformation,
+  anchor: PyTree = None,
+  *,
+  mu: float | int = 1e-2,
+) -> optax.GradientTransformation:
   return optax.chain(digrap(anchor, mu=mu), inner)
 
 
-# What holds trained leaves to the pretrained ones, around an optimizer.
-ANCHORS: dict[str, Callable[..., Any]] = {
+# Wrappers of an optimizer that keep trained leaves near the pretrained ones.
+ANCHORS: dict[str, Maker] = {
   "none": lambda inner, anchor: inner,
   "l2sp": l2sp,
   "ftp": ftp,
@@ -65,7 +88,7 @@ HEADS = ("exclude", "anchor_at_probe")
 def build(
   spec: Mapping[str, Any], labels: Any, shape: schedules.Schedule
 ) -> optax.GradientTransformationExtraArgs:
-  """The optimizer of a stage, over its trained leaves.
+  """Builds the optimizer of a stage, over its trained leaves.
 
   The peak learning rate is data in the state (`at_rate`), not structure: one
   compiled step serves a whole grid of rates.
@@ -74,21 +97,28 @@ def build(
     spec: `{"name": "adamw" or "sgd", "weight_decay": 0.01, "no_decay":
       patterns of paths, "clip_norm": the largest norm of all trained leaves'
       gradient together (0: any), "multipliers": ((group, factor), ...) of the
-      rate, "anchor": {"name": one of ANCHORS, ...its own}, "head": one of
-      HEADS, ...the optimizer's own}`. An anchor holds backbones to what they
-      are at the start, what a method adds to zero, and the head to the start
-      if it is `anchor_at_probe`.
-    labels: the group of each trained leaf; None where a leaf is frozen.
+      rate, "anchor": {"name": one of ANCHORS, ...its options}, "head": one of
+      HEADS, ...the optimizer's options}`. An anchor holds a backbone to its
+      weights at the start, the leaves that a method adds to zero, and the head
+      to its start if it is `anchor_at_probe`.
+    labels: a tree of the trained leaves' groups; None where a leaf is frozen.
     shape: the learning rate by step, as a share of its peak.
+
+  Raises:
+    ValueError: an unknown name or group, or a value out of its range.
   """
-  own = specs.accepted_fields(
+  optimizer_spec = specs.accepted_fields(
     OPTIMIZERS, {"weight_decay": 0.0, **spec}, "optimizer"
   )
   patterns = tuple(spec.get("no_decay", NO_DECAY))
   clip_norm = spec.get("clip_norm", 0.0)
   multipliers = dict(spec.get("multipliers", ()))
   groups = sorted(set(trees.paths(labels).values()))
-  near = specs.accepted_fields(ANCHORS, _given(spec.get("anchor")), "anchor")
+  anchor_fields = spec.get("anchor") or {}
+  given = {k: v for k, v in anchor_fields.items() if v is not None}
+  anchor_spec = specs.accepted_fields(
+    ANCHORS, {"name": "none", **given}, "anchor"
+  )
   holds_head = specs.lookup(
     dict(zip(HEADS, (False, True), strict=True)),
     spec.get("head", HEADS[0]),
@@ -100,21 +130,23 @@ def build(
   for group in multipliers:
     specs.lookup(dict.fromkeys(("backbone", "peft", "head")), group, "group")
 
-  def hold(tx, at=None):
-    return specs.build(ANCHORS, near, "anchor", inner=tx, anchor=at)
+  def hold(
+    tx: optax.GradientTransformation, anchor: PyTree = None
+  ) -> optax.GradientTransformation:
+    return specs.build(ANCHORS, anchor_spec, "anchor", inner=tx, anchor=anchor)
 
-  hold(optax.identity())  # refuses what can't be meant, held or not
+  hold(optax.identity())  # checks the options even where no group is held
 
-  def decay(params):
+  def decay(params: PyTree) -> PyTree:
     rules = [(pattern, False) for pattern in patterns] + [(".*", True)]
     return trees.label(params, rules)
 
-  def make(learning_rate):
-    def of(group):
+  def make(learning_rate: jax.Array | float) -> optax.GradientTransformation:
+    def make_group(group: str) -> optax.GradientTransformation:
       factor = multipliers.get(group, 1.0)
       tx = specs.build(
         OPTIMIZERS,
-        own,
+        optimizer_spec,
         "optimizer",
         learning_rate=lambda step: factor * learning_rate * shape(step),
         decay=decay,
@@ -123,7 +155,7 @@ def build(
         return tx
       return hold(tx, optax.tree.zeros_like if group == "peft" else None)
 
-    tx = optax.partition({group: of(group) for group in groups}, labels)
+    tx = optax.partition({group: make_group(group) for group in groups}, labels)
     if clip_norm:
       tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
     return tx
@@ -131,13 +163,7 @@ def build(
   return optax.inject_hyperparams(make)(learning_rate=0.0)
 
 
-def _given(fields):
-  """What is said of them; none without a name."""
-  known = {k: v for k, v in (fields or {}).items() if v is not None}
-  return {"name": "none", **known}
-
-
 def at_rate(opt_state: Any, learning_rate: float) -> Any:
-  """The same state at another peak learning rate."""
+  """Returns the state of `build`'s optimizer at another peak learning rate."""
   peak = jnp.full_like(opt_state.hyperparams["learning_rate"], learning_rate)
   return opt_state._replace(hyperparams={"learning_rate": peak})

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,43 +11,47 @@ import optax
 
 from roli_jax import specs
 from roli_jax.optim import anchor as anchors
+from roli_jax.types import Array, Float, Int, PyTree
 
-_TINY = 1e-8  # of a row's length, and the least radius
+_TINY = 1e-8  # added to a row's length; also the least radius
 
-# Of a row, from its entries and how they are summed.
-NORMS = {
+# The lengths of rows, from a tensor and the function that sums over its rows.
+Length = Callable[[jax.Array, anchors.RowSum], jax.Array]
+NORMS: dict[str, Length] = {
   "mars": lambda x, total: total(jnp.abs(x)),
   "l2": lambda x, total: jnp.sqrt(total(x**2)),
 }
 
 
 class FtpState(NamedTuple):
-  """Each tensor's radius and what its gradient is made of.
+  """The state of `ftp`; trees are like the parameters, in >= float32.
 
   Attributes:
-    count: steps taken.
-    anchor: the pretrained weights.
-    radius: of each tensor's ball, a scalar (gamma).
-    m: first moment of the radius' gradient.
-    v: second moment.
-    displaced: the last displacement before it was projected.
-    shrink: one over the lengths of its rows.
+    count: int32 [], steps taken.
+    anchor: a tree of float [*shape], the pretrained weights.
+    radius: a tree of float [], the radius of each tensor's ball (gamma).
+    m: a tree of float [], the first moment of the radius' gradient.
+    v: a tree of float [], the second moment.
+    displaced: a tree of float [*shape], the last displacement before it was
+      projected.
+    shrink: a tree of one over the lengths of that displacement's rows, with
+      axes of length 1 where rows extend.
     inner: the state of the wrapped optimizer.
   """
 
-  count: Any
-  anchor: Any
-  radius: Any
-  m: Any
-  v: Any
-  displaced: Any
-  shrink: Any
-  inner: Any
+  count: Any  # an array; `tuple.count` has another type
+  anchor: PyTree
+  radius: PyTree
+  m: PyTree
+  v: PyTree
+  displaced: PyTree
+  shrink: PyTree
+  inner: PyTree
 
 
 def ftp(
   inner: optax.GradientTransformation,
-  anchor: Any = None,
+  anchor: PyTree = None,
   *,
   k: float | int = 1.0,
   mu: float | int = 1e-2,
@@ -72,17 +77,17 @@ def ftp(
   1e-8 at most. Memory: the inner optimizer's, and twice the parameters.
 
   Args:
-    inner: proposes a step.
+    inner: the optimizer that proposes a step.
     anchor: theta_0, a tree like the parameters, or a function of them that
       makes one (`optax.tree.zeros_like`); None: those that `init` sees.
-    k: in [0, 1], how much of a gradient that shrinks the ball counts; 1 holds
-      on the most, at 0 no gradient shrinks it.
-    mu: the radius' learning rate, >= 0.
-    hyper_b1: of its first moment.
-    hyper_b2: of its second.
+    k: in [0, 1], scales a gradient that shrinks the ball; 1 keeps the weights
+      closest to the anchor, at 0 no gradient shrinks the ball.
+    mu: the learning rate of the radii, >= 0.
+    hyper_b1: the decay rate of the radii's first moment, in [0, 1).
+    hyper_b2: the decay rate of their second moment, in [0, 1).
     hyper_eps: the epsilon of the radii's Adam, > 0.
-    gamma_init: the first radius, > 0; inf: there is no ball, and it is `inner`.
-    norm: of a row: `mars`, the sum of absolute values, or `l2`.
+    gamma_init: the first radius, > 0; inf: no ball, the steps are `inner`'s.
+    norm: the length of a row: `mars`, the sum of absolute values, or `l2`.
     row_axes: `(path, leaf) -> axes` that a row extends over, or a tree of axes
       like the parameters; None: `anchor.default_axes`.
 
@@ -100,54 +105,60 @@ def ftp(
   adam = anchors.Adam(mu, hyper_b1, hyper_b2, hyper_eps)
   inner = optax.with_extra_args_support(inner)
 
-  def init(params):
+  def init(params: PyTree) -> FtpState:
     fixed = anchors.start(anchor, params)
-    totals = anchors.axes_of(row_axes, fixed)
-
-    def scalars(value):
-      return jax.tree.map(lambda x: jnp.full((), value, x.dtype), fixed)
-
+    totals = anchors.row_sums(row_axes, fixed)
     return FtpState(
-      count=jnp.zeros((), jnp.int32),
+      count=jnp.int32(0),
       anchor=fixed,
-      radius=scalars(gamma_init),
-      m=scalars(0.0),
-      v=scalars(0.0),
-      displaced=jax.tree.map(jnp.zeros_like, fixed),
+      radius=anchors.scalars(fixed, gamma_init),
+      m=anchors.scalars(fixed, 0),
+      v=anchors.scalars(fixed, 0),
+      displaced=optax.tree.zeros_like(fixed),
       shrink=jax.tree.map(lambda x, total: 0 * total(x), fixed, totals),
       inner=inner.init(params),
     )
 
-  def update(updates, state, params=None, **extra):
+  def update(
+    updates: PyTree, state: FtpState, params: PyTree = None, **extra: Any
+  ) -> tuple[PyTree, FtpState]:
     anchors.check(params, "ftp")
     grads = updates
     updates, inner_state = inner.update(updates, state.inner, params, **extra)
     t = optax.safe_increment(state.count)
-
-    out = jax.tree.map(
-      functools.partial(_project, length, adam, k, t),
-      grads, updates, params, state.anchor, state.radius, state.m, state.v,
-      state.displaced, state.shrink, anchors.axes_of(row_axes, state.anchor),
-    )  # fmt: skip
+    project = functools.partial(_project, length, adam, k, t)
+    totals = anchors.row_sums(row_axes, state.anchor)
+    # All of the state but the count and the inner optimizer's.
+    out = jax.tree.map(project, grads, updates, params, *state[1:-1], totals)
     steps, radius, m, v, displaced, shrink = anchors.transposed(out, params, 6)
     return steps, FtpState(
-      count=t,
-      anchor=state.anchor,
-      radius=radius,
-      m=m,
-      v=v,
-      displaced=displaced,
-      shrink=shrink,
-      inner=inner_state,
+      t, state.anchor, radius, m, v, displaced, shrink, inner_state
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _project(
-  length, adam, k, t, g, u, theta, fixed, radius, m, v, displaced, shrink, total
-):
-  """A tensor's step into its ball, and what the state keeps of it."""
+  length: Length,
+  adam: anchors.Adam,
+  k: float | int,
+  t: Int[Array, ""],
+  g: jax.Array,
+  u: jax.Array,
+  theta: jax.Array,
+  fixed: jax.Array,
+  radius: Float[Array, ""],
+  m: Float[Array, ""],
+  v: Float[Array, ""],
+  displaced: jax.Array,
+  shrink: jax.Array,
+  total: anchors.RowSum,
+) -> tuple[jax.Array, ...]:
+  """Projects a tensor's step into its ball.
+
+  Returns:
+    The step, and the new radius, m, v, displaced and shrink of `FtpState`.
+  """
   here = theta.astype(fixed.dtype)
   c = here - fixed + u.astype(fixed.dtype)
   n = length(c, total) + _TINY

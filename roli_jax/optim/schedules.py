@@ -28,22 +28,15 @@ def warmup(
     num_steps: the number of steps of the whole stage, >= 1.
     warmup: the share of them that rises, in [0, 1]; 0 starts at the peak.
     decay: `cosine`, `linear` or `constant`.
-    every: so many steps have the rate of the first of them, as if they were
-      one: those of an epoch, in the RoLI reference. The last may be cut short.
-    starts_at_zero: the first step has rate 0 and step w the peak.
+    every: how many steps in a row share a rate, >= 1: those of an epoch, in the
+      RoLI reference. The last such group may be shorter.
+    starts_at_zero: the first step has rate 0, and step w the peak rate.
   """
-  if every > 1:
-    epochs = -(-num_steps // every)
-    by_epoch = _warmup(epochs, warmup, decay, starts_at_zero)
-    return lambda step: by_epoch(step // every)
-  return _warmup(num_steps, warmup, decay, starts_at_zero)
-
-
-def _warmup(num_steps, warmup, decay, starts_at_zero):
   if not 0 <= warmup <= 1:
     raise ValueError(f"warmup is a share in [0, 1], got {warmup}")
-  warmup_steps = round(warmup * num_steps)
-  after = max(num_steps - warmup_steps, 1)
+  num_rates = -(-num_steps // every)
+  warmup_steps = round(warmup * num_rates)
+  after = max(num_rates - warmup_steps, 1)
   decays = {
     "cosine": optax.cosine_decay_schedule(1.0, after),
     "linear": optax.linear_schedule(1.0, 0.0, after),
@@ -55,7 +48,8 @@ def _warmup(num_steps, warmup, decay, starts_at_zero):
   )
   if starts_at_zero:
     rise = optax.linear_schedule(0.0, 1.0, max(warmup_steps, 1))
-  return optax.join_schedules([rise, fall], [warmup_steps])
+  by_rate = optax.join_schedules([rise, fall], [warmup_steps])
+  return by_rate if every == 1 else lambda step: by_rate(step // every)
 
 
 def ramp(num_steps: int, begin: float = 0.0, end: float = 0.0) -> Schedule:

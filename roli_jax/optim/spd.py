@@ -9,8 +9,9 @@ import optax
 
 from roli_jax import specs
 from roli_jax.optim import anchor as anchors
+from roli_jax.types import PyTree
 
-# Of a displacement: one length for the tensor, or one for each row.
+# From a displacement, one length for the tensor, or one for each row.
 NORMS = {
   "fro": lambda x, total: jnp.sqrt((x**2).sum()),
   "mars": lambda x, total: total(jnp.abs(x)) + 1e-8,
@@ -18,21 +19,22 @@ NORMS = {
 
 
 class AnchoredState(NamedTuple):
-  """Attributes:
+  """The state of `spd` and `l2sp`.
 
-  anchor: the pretrained weights.
-  inner: the state of the wrapped optimizer.
+  Attributes:
+    anchor: a tree like the parameters in >= float32, the pretrained weights.
+    inner: the state of the wrapped optimizer.
   """
 
-  anchor: Any
-  inner: Any
+  anchor: PyTree
+  inner: PyTree
 
 
 def spd(
   inner: optax.GradientTransformation,
-  anchor: Any = None,
+  anchor: PyTree = None,
   *,
-  lam: Any = 1.0,
+  lam: PyTree = 1.0,
   norm: str = "fro",
   row_axes: anchors.RowAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -50,8 +52,8 @@ def spd(
   contracts below the old distance, and lam * r > 1 leads past the anchor.
 
   Args:
-    inner: proposes a step.
-    anchor: as in `ftp`; zeros for what PEFT adds.
+    inner: the optimizer that proposes a step.
+    anchor: as in `ftp`; zeros for leaves that PEFT adds.
     lam: >= 0, a number, or a tree of them like the parameters; 0 is `inner`.
     norm: `fro`, one length a tensor; `mars`, that of each row, by sums of
       absolute values, as the authors' later code offers.
@@ -61,19 +63,28 @@ def spd(
     ValueError: a negative lam, an unknown norm; in `init`, an anchor of
       another structure; in `update`, no params.
   """
-  _check_strengths("lam", lam)
+  _check_strengths(lam)
   length = specs.lookup(NORMS, norm, "norm")
   inner = optax.with_extra_args_support(inner)
 
-  def init(params):
+  def init(params: PyTree) -> AnchoredState:
     return AnchoredState(anchors.start(anchor, params), inner.init(params))
 
-  def update(updates, state, params=None, **extra):
+  def update(
+    updates: PyTree, state: AnchoredState, params: PyTree = None, **extra: Any
+  ) -> tuple[PyTree, AnchoredState]:
     anchors.check(params, "spd")
     grads = updates
     updates, inner_state = inner.update(updates, state.inner, params, **extra)
 
-    def decay(g, u, theta, fixed, strength, total):
+    def decay(
+      g: jax.Array,
+      u: jax.Array,
+      theta: jax.Array,
+      fixed: jax.Array,
+      strength: float | int | jax.Array,
+      total: anchors.RowSum,
+    ) -> jax.Array:
       d = theta.astype(fixed.dtype) - fixed
       c = d + u.astype(fixed.dtype)
       before, after = length(d, total), length(c, total)
@@ -84,7 +95,7 @@ def spd(
       return (u.astype(fixed.dtype) - lost).astype(theta.dtype)
 
     strengths = _each(lam, params)
-    totals = anchors.axes_of(row_axes, state.anchor)
+    totals = anchors.row_sums(row_axes, state.anchor)
     steps = jax.tree.map(
       decay, grads, updates, params, state.anchor, strengths, totals
     )
@@ -94,7 +105,10 @@ def spd(
 
 
 def l2sp(
-  inner: optax.GradientTransformation, anchor: Any = None, *, lam: Any = 1e-2
+  inner: optax.GradientTransformation,
+  anchor: PyTree = None,
+  *,
+  lam: PyTree = 1e-2,
 ) -> optax.GradientTransformationExtraArgs:
   """Adds lam (theta - theta_0) to the gradient (Li et al. 2018, L2-SP, eq. 2).
 
@@ -102,23 +116,30 @@ def l2sp(
   adaptive optimizer rescales it with the rest.
 
   Args:
-    inner: the state of the optimizer that gets the sum.
+    inner: the optimizer that gets the sum.
     anchor: as in `ftp`.
     lam: >= 0, a number, or a tree of them like the parameters; 0 is `inner`.
 
   Raises:
     ValueError: as in `spd`.
   """
-  _check_strengths("lam", lam)
+  _check_strengths(lam)
   inner = optax.with_extra_args_support(inner)
 
-  def init(params):
+  def init(params: PyTree) -> AnchoredState:
     return AnchoredState(anchors.start(anchor, params), inner.init(params))
 
-  def update(updates, state, params=None, **extra):
+  def update(
+    updates: PyTree, state: AnchoredState, params: PyTree = None, **extra: Any
+  ) -> tuple[PyTree, AnchoredState]:
     anchors.check(params, "l2sp")
 
-    def pull(g, theta, fixed, strength):
+    def pull(
+      g: jax.Array,
+      theta: jax.Array,
+      fixed: jax.Array,
+      strength: float | int | jax.Array,
+    ) -> jax.Array:
       back = strength * (theta.astype(fixed.dtype) - fixed)
       return (g.astype(fixed.dtype) + back).astype(g.dtype)
 
@@ -131,13 +152,13 @@ def l2sp(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_strengths(name, values):
-  for value in jax.tree.leaves(values):
-    anchors.check_range(name, value, 0.0, math.inf)
+def _check_strengths(strengths: PyTree) -> None:
+  for strength in jax.tree.leaves(strengths):
+    anchors.check_range("lam", strength, 0.0, math.inf)
 
 
-def _each(values, params):
-  """A tree of numbers like params, from one of them or one for all."""
+def _each(values: PyTree, params: PyTree) -> PyTree:
+  """Returns a tree of numbers like params, from such a tree or one number."""
   if isinstance(values, int | float):
     return jax.tree.map(lambda _: values, params)
   return jax.tree.map(lambda _, value: value, params, values)

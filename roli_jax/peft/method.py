@@ -1,4 +1,4 @@
-"""What a fine-tuning method is: where it enters, and which leaves it trains."""
+"""Methods of fine-tuning: their modules, and the leaves that they train."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,12 +20,12 @@ class Method:
   """A way to fine-tune.
 
   Attributes:
-    name: as in `peft.METHODS`.
-    groups: path pattern -> `backbone`, `peft`, `head` or `frozen`; the first
-      match wins, and every leaf must be covered.
-    hooks: how it enters a backbone.
-    scale: of LoRA's products; 0 where they are no part of what is tested.
-    train_mode: whether the backbone itself is in training mode: it drops paths
+    name: a name in `peft.METHODS`.
+    groups: pairs of a pattern of paths and `backbone`, `peft`, `head` or
+      `frozen`; the first match wins, and every leaf must be covered.
+    hooks: the modules that it adds to a backbone; none by default.
+    scale: the factor of LoRA's products; 0 if the tested model has none.
+    train_mode: whether the backbone is in training mode, where it drops paths
       and may move running statistics. Methods that freeze most of it keep it
       in evaluation mode, as in the RoLI reference.
   """
@@ -37,20 +37,20 @@ class Method:
   train_mode: bool = False
 
   def labels(self, params: Params) -> Any:
-    """The group of every trained leaf; None for the frozen ones."""
+    """Returns the group of every trained leaf, None for the frozen ones."""
     groups = [(p, None if g == FROZEN else g) for p, g in self.groups]
     return trees.label(params, groups)
 
   def trains(self, params: Params) -> Any:
-    """Whether each leaf is trained."""
+    """Returns for each leaf whether it is trained."""
     return trees.label(params, [(p, g != FROZEN) for p, g in self.groups])
 
   def split(self, params: Params) -> tuple[Params, Params]:
-    """The trained leaves and the frozen ones; None for the absent."""
+    """Splits parameters into trained and frozen ones, with None elsewhere."""
     return trees.split(params, self.trains(params))
 
   def apply_to(self, model: models.Model) -> models.Model:
-    """The model with the method's modules in its backbone.
+    """Returns the model with the method's modules in its backbone.
 
     Raises:
       ValueError: the backbone has no place for them.
@@ -84,24 +84,24 @@ class _With:
     return self.make(*args, **dict(self.options), **kwargs)
 
 
-def _with(make, **options):
+def _with(make: Callable[..., Any], **options: Any) -> _With:
   return _With(make, tuple(sorted(options.items())))
 
 
 def linear() -> Method:
-  """The head alone."""
+  """Trains the head alone."""
   return Method("linear", (_HEAD, _REST))
 
 
 def full() -> Method:
-  """All leaves."""
+  """Trains all leaves."""
   return Method("full", (_HEAD, ("backbone/.*", "backbone")), train_mode=True)
 
 
 def bias() -> Method:
-  """The biases that there are, of convolutions, layers and normalisations.
+  """Trains the head and all biases of convolutions, layers and normalisations.
 
-  Of a Swin also those by relative position, as in the RoLI reference.
+  In a Swin also the biases by relative position, as in the RoLI reference.
   """
   return Method("bias", (_HEAD, ("backbone/.*bias", "backbone"), _REST))
 
@@ -112,17 +112,18 @@ def lora(
   init: str = "standard",
   dropout: float | int = 0.0,
 ) -> Method:
-  """LoRA: of the queries and values of every block (Hu et al. 2022).
+  """LoRA on the queries and values of every block (Hu et al. 2022).
 
-  In a ConvNeXt, of the two pointwise layers; in a ResNet, of every convolution
-  on the blocks' second branch, whose kernel is taken as a matrix.
+  In a ConvNeXt it is on the two pointwise layers; in a ResNet on every
+  convolution of the blocks' second branch, whose kernel is taken as a matrix.
 
   Args:
-    rank: of the product, >= 1.
-    alpha: its scale, times the rank.
+    rank: the rank of the product a b, >= 1.
+    alpha: the product is scaled by alpha / rank, > 0.
     init: `standard`: a is uniform and b zero. `both_zero`, of the RoLI
-      reference: a saddle that nothing leaves.
-    dropout: of what goes into it, in training; not of convolutions.
+      reference: a saddle point, where both gradients are 0.
+    dropout: the rate of dropout before a in training, in [0, 1); convolutions
+      have none.
 
   Raises:
     ValueError: a value out of its range.
@@ -131,36 +132,36 @@ def lora(
   start = specs.lookup(starts, init, "lora init")
   scale = _lora_scale("lora", rank, alpha)
   _check_dropout("lora", dropout)
-  hooks = _lora_hooks(dropout, rank=rank, scale=scale, init=start)
+  hooks = _lora_hooks(dropout, rank=rank, scale=scale, a_init=start)
   return Method("lora", (_HEAD, _PEFT, _REST), hooks, scale)
 
 
 def autolora(rank: int = 8, alpha: float | int = 8) -> Method:
-  """All leaves, and a branch of LoRA that is there in training alone.
+  """Trains all leaves and a branch of LoRA that exists in training alone.
 
   For the loss `autolora` (Xu et al. 2024), whose clean images see the branch.
-  Attacks, validation and tests do not, since they have no keys for dropout: the
-  backbone and the head are what is tested.
+  Attacks, validation and tests do not, since they have no keys for dropout:
+  they see the backbone and the head.
 
-  The branch is as that of `lora`. The authors' is in all convolutions of a
+  The branch is the same as in `lora`. The authors' is in all convolutions of a
   ResNet's blocks, its a begins as N(0, 1), and its alpha is 1.
 
   Args:
-    rank: of the product, >= 1; the authors' is 8.
-    alpha: its scale, times the rank.
+    rank: the rank of the product a b, >= 1; the authors use 8.
+    alpha: the product is scaled by alpha / rank, > 0.
 
   Raises:
     ValueError: a value out of its range.
   """
   scale = _lora_scale("autolora", rank, alpha)
   hooks = _lora_hooks(
-    0.0, rank=rank, scale=scale, init=modules.UNIFORM, passing=True
+    0.0, rank=rank, scale=scale, a_init=modules.UNIFORM, passing=True
   )
   groups = (_HEAD, _PEFT, ("backbone/.*", "backbone"))
   return Method("autolora", groups, hooks, train_mode=True)
 
 
-def _lora_scale(method, rank, alpha):
+def _lora_scale(method: str, rank: int, alpha: float | int) -> float:
   _check(method, rank=rank)
   if not alpha > 0:
     raise ValueError(f"{method}.alpha must be > 0, got {alpha}")
@@ -183,13 +184,13 @@ def _lora_dense(features: int, *, name: str, **options: Any) -> nn.Module:
 def adapter(reduction: int = 8, init: str = "near_identity") -> Method:
   """An adapter after the second branch of every block (Pfeiffer et al. 2021).
 
-  In a ViT and a Swin that is after the MLP; in a convolutional net it sees each
-  place of the map by itself.
+  In a ViT and a Swin that is after the MLP; in a convolutional net it maps each
+  place of the feature map by itself.
 
   Args:
-    reduction: of the width inside, >= 1.
-    init: `near_identity`: it adds nothing at the start, and all of it learns.
-      `all_zero`, of the RoLI reference: one bias of each learns.
+    reduction: the width is divided by it inside the adapter, >= 1.
+    init: `near_identity`: it adds 0 at the start, and all weights learn.
+      `all_zero`, of the RoLI reference: only the last bias of each learns.
 
   Raises:
     ValueError: a value out of its range.
@@ -197,7 +198,7 @@ def adapter(reduction: int = 8, init: str = "near_identity") -> Method:
   starts = {"near_identity": modules.UNIFORM, "all_zero": modules.ZEROS}
   start = specs.lookup(starts, init, "adapter init")
   _check("adapter", reduction=reduction)
-  branch = _with(modules.Adapter, reduction=reduction, init=start)
+  branch = _with(modules.Adapter, reduction=reduction, down_init=start)
   return Method("adapter", (_HEAD, _PEFT, _REST), Hooks(branch=branch))
 
 
@@ -207,12 +208,12 @@ def vpt(
   dropout: float | int = 0.1,
   order: str = "fixed",
 ) -> Method:
-  """Visual prompts, of a ViT or a Swin (Jia et al. 2022).
+  """Visual prompts for a ViT or a Swin (Jia et al. 2022).
 
   Args:
-    tokens: in each block, >= 1.
-    deep: whether every block has its own, or only the first.
-    dropout: of prompts, in training.
+    tokens: the number of prompts in each block, >= 1.
+    deep: whether every block has prompts, or only the first.
+    dropout: the rate of dropout of prompts in training, in [0, 1).
     order: `fixed`; `as_is`, of the RoLI reference: a Swin's windows get the
       prompts of other images of the batch, see `Hooks.mixed`.
 
@@ -228,13 +229,13 @@ def vpt(
   return Method("vpt", (_HEAD, _PEFT, _REST), hooks)
 
 
-def _check(method, **counts):
+def _check(method: str, **counts: int) -> None:
   for name, count in counts.items():
     if count < 1:
       raise ValueError(f"{method}.{name} must be >= 1, got {count}")
 
 
-def _check_dropout(method, rate):
+def _check_dropout(method: str, rate: float | int) -> None:
   if not 0 <= rate < 1:
     raise ValueError(f"{method}.dropout is a share in [0, 1), got {rate}")
 

@@ -1,4 +1,4 @@
-"""What methods put into a backbone; their arrays are in the collection `peft`.
+"""Modules that methods add to a backbone, with arrays in the collection `peft`.
 
 LoRA: Hu et al. 2022. Adapters: Pfeiffer et al. 2021, after the MLP alone.
 Prompts: Jia et al. 2022 (VPT).
@@ -13,29 +13,34 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from roli_jax.models.layers import gelu
-from roli_jax.types import Array, Float
+from roli_jax.types import Array, Float, Key
 
 ZEROS = nn.initializers.zeros
 # U(+-1 / sqrt(fan in)), as PyTorch begins a linear layer.
 UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
-Init = Callable[..., Any]
+# `(key, shape) -> array`, as in `nn.initializers`.
+Init = Callable[..., jax.Array]
 
 
 def _leaf(module: nn.Module, name: str, init: Init, *shape: int) -> Any:
-  """An array of a method, of its own where the module's are the backbone's."""
+  """Returns an array of the collection `peft`, made by `init` at the start."""
   return module.variable(
     "peft", name, lambda: init(module.make_rng("params"), shape)
   ).value
 
 
-def _dropped(module: nn.Module, x: Any, rate: float | int) -> Any:
-  """x with dropout, in training."""
+def _dropped(
+  module: nn.Module, x: Float[Array, "*any"], rate: float | int
+) -> Float[Array, "*any"]:
+  """Applies dropout in training, which is where there are keys for it."""
   trains = module.has_rng("dropout")
   return nn.Dropout(rate, deterministic=not trains)(x)
 
 
-def _affine(x, kernel, bias):
+def _affine(
+  x: Float[Array, "... d"], kernel: Float[Array, "d e"], bias: Float[Array, "e"]
+) -> Float[Array, "... e"]:
   return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -46,19 +51,19 @@ class LoraDense(nn.Module):
   of `nn.Dense`.)
 
   Attributes:
-    features: the width after it.
-    rank: of the product.
-    scale: of it.
-    init: how a starts.
-    dropout: of x before a, in training.
-    passing: whether the product is there in training alone, which is where
-      there are keys for dropout.
+    features: the width of the output, e.
+    rank: the rank of the product a b, with a [d, rank] and b [rank, e], >= 1.
+    scale: the factor of the product.
+    a_init: the initializer of a.
+    dropout: the rate of dropout of x before a in training, in [0, 1).
+    passing: whether the product exists in training alone, which is where there
+      are keys for dropout.
   """
 
   features: int
   rank: int
   scale: float | int
-  init: Init = UNIFORM
+  a_init: Init = UNIFORM
   dropout: float | int = 0.0
   passing: bool = False
 
@@ -68,7 +73,7 @@ class LoraDense(nn.Module):
       "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features)
     )
     bias = self.param("bias", ZEROS, (self.features,))
-    a = _leaf(self, "a", self.init, x.shape[-1], self.rank)
+    a = _leaf(self, "a", self.a_init, x.shape[-1], self.rank)
     b = _leaf(self, "b", ZEROS, self.rank, self.features)
     plain = _affine(x, kernel, bias)
     if self.passing and not self.has_rng("dropout"):
@@ -81,14 +86,21 @@ def lora_kernel(
   kernel: Float[Array, "i j c d"],
   rank: int,
   scale: float | int,
-  init: Init,
+  a_init: Init,
   passing: bool = False,
 ) -> Float[Array, "i j c d"]:
-  """A convolution's kernel plus scale a b, a [i j c, rank], b [rank, d].
+  """Returns a convolution's kernel plus scale a b.
 
-  If `passing`, the kernel alone where there are no keys for dropout.
+  Args:
+    module: the convolution, which gets the arrays a [i j c, rank], b [rank, d].
+    kernel: its kernel.
+    rank: the rank of the product, >= 1.
+    scale: the factor of the product.
+    a_init: the initializer of a; b starts at zero.
+    passing: whether the product exists in training alone, which is where there
+      are keys for dropout.
   """
-  a = _leaf(module, "a", init, math.prod(kernel.shape[:3]), rank)
+  a = _leaf(module, "a", a_init, math.prod(kernel.shape[:3]), rank)
   b = _leaf(module, "b", ZEROS, rank, kernel.shape[3])
   if passing and not module.has_rng("dropout"):
     return kernel
@@ -99,28 +111,28 @@ class Adapter(nn.Module):
   """y + up(gelu(down(y))); up starts at zero.
 
   Attributes:
-    reduction: of the width inside, which is at least 1.
-    init: how the weights of down start.
+    reduction: the width inside is d / reduction, rounded down, at least 1.
+    down_init: the initializer of down's kernel.
   """
 
   reduction: int
-  init: Init = UNIFORM
+  down_init: Init = UNIFORM
 
   @nn.compact
   def __call__(self, y: Float[Array, "... d"]) -> Float[Array, "... d"]:
     width = y.shape[-1]
-    down = _Dense(max(width // self.reduction, 1), self.init, name="down")
+    down = _Dense(max(width // self.reduction, 1), self.down_init, name="down")
     up = _Dense(width, ZEROS, name="up")
     return y + up(gelu(down(y)))
 
 
 class _Dense(nn.Module):
   width: int
-  init: Init
+  kernel_init: Init
 
   @nn.compact
-  def __call__(self, x):
-    kernel = _leaf(self, "kernel", self.init, x.shape[-1], self.width)
+  def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... e"]:
+    kernel = _leaf(self, "kernel", self.kernel_init, x.shape[-1], self.width)
     bias = _leaf(self, "bias", ZEROS, self.width)
     return _affine(x, kernel, bias)
 
@@ -132,9 +144,9 @@ class Prompts(nn.Module):
   for the patch embedding, in all blocks.
 
   Attributes:
-    tokens: how many.
-    fan: see `Hooks.tokens`.
-    dropout: in training, each image by itself.
+    tokens: the number of prompts p, >= 1.
+    fan: fan in plus fan out of the patch embedding, see `Hooks.tokens`.
+    dropout: the rate of dropout in training, drawn for each image by itself.
   """
 
   tokens: int
@@ -145,7 +157,7 @@ class Prompts(nn.Module):
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b p d"]:
     bound = math.sqrt(6 / self.fan)
 
-    def init(key, shape):
+    def init(key: Key[Array, ""], shape: tuple[int, ...]) -> jax.Array:
       return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
     prompt = _leaf(self, "prompt", init, self.tokens, x.shape[-1])

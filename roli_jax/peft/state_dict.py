@@ -1,4 +1,4 @@
-"""What a method has added to a backbone: in files, and folded into it."""
+"""The leaves that a method adds to a backbone: in files, and folded into it."""
 
 import dataclasses
 import pathlib
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from roli_jax import convert, specs, trees
+from roli_jax import convert, models, specs, trees
 from roli_jax.convert import Bundle, with_classes
 from roli_jax.convert import bundle as bundles
 from roli_jax.peft.method import METHODS, Method
@@ -49,21 +49,21 @@ def load(
   tokens: int = 10,
   deep: bool = True,
 ) -> Bundle:
-  """The bundle with what a method has added to it, and its classifier.
+  """Returns the bundle with a method's tensors and classifier loaded into it.
 
   Args:
-    bundle: of the backbone.
-    state_dict: of a ViT `blocks.i.attn.query_lora.A` [rank, d], `.B` [d, rank]
-      and `value_lora`; `blocks.i.adapter.down.weight` [d / reduction, d],
-      `.bias`, `up`; `prompts.i.prompt` [tokens, d]. Of a Swin
-      `layers.s.blocks.j` and `prompts.s.j`. Of others as `state_dict` names
-      them. `classifier.weight` [k, d] and `.bias`.
+    bundle: the backbone.
+    state_dict: the tensors by name. For a ViT `blocks.i.attn.query_lora.A`
+      [rank, d], `.B` [d, rank] and `value_lora`; `blocks.i.adapter.down.weight`
+      [d / reduction, d], `.bias`, `up`; `prompts.i.prompt` [tokens, d]. For a
+      Swin `layers.s.blocks.j` and `prompts.s.j`. For others the names that
+      `state_dict` gives. `classifier.weight` [k, d] and `.bias` [k].
     method: `lora`, `adapter`, `vpt`, or `linear` for the classifier alone.
-    rank: of LoRA.
-    alpha: of LoRA.
-    reduction: of adapters.
-    tokens: of VPT, in each block.
-    deep: of VPT.
+    rank: see `lora`.
+    alpha: see `lora`.
+    reduction: see `adapter`.
+    tokens: see `vpt`.
+    deep: see `vpt`.
 
   Raises:
     ValueError: tensors that are missing, left over or of another shape, both
@@ -75,11 +75,11 @@ def load(
     "adapter": {"reduction": reduction},
     "vpt": {"tokens": tokens, "deep": deep},
   }
-  own = specs.lookup(options, method, "method")
+  fields = specs.lookup(options, method, "method")
   arrays = {key: np.asarray(value) for key, value in state_dict.items()}
   bundles.check_arrays(arrays, f"the {method} state dict")
   classifier = arrays.get("classifier.bias", np.zeros(2))
-  model = METHODS[method](**own).apply_to(
+  model = METHODS[method](**fields).apply_to(
     with_classes(bundle.model, len(classifier))
   )
   like, _ = jax.eval_shape(model.init, jax.random.key(0))
@@ -99,7 +99,7 @@ def load(
 
 
 def state_dict(bundle: Bundle) -> dict[str, np.ndarray]:
-  """What a method has added, and the classifier: what `load` takes."""
+  """Returns a method's tensors and the classifier's, in the form of `load`."""
   params = bundle.params
   leaves = trees.paths({"peft": params.peft, "head": params.head})
   return {
@@ -109,17 +109,17 @@ def state_dict(bundle: Bundle) -> dict[str, np.ndarray]:
 
 
 def restore(path: pathlib.Path) -> tuple[Bundle, Method]:
-  """The checkpoint of a run, whatever its method, and the method.
+  """Restores the checkpoint of a run, whatever its method, and the method.
 
   Args:
-    path: of a step or a stage of a run, or above a single stage.
+    path: the directory of a step or a stage, or one above a single stage.
 
   Raises:
     ValueError: there is none, or more than one stage.
   """
   found: list[Method] = []
 
-  def enter(model, meta):
+  def enter(model: models.Model, meta: Mapping[str, Any]) -> models.Model:
     found.append(specs.build(METHODS, meta["method"], "method"))
     return found[0].apply_to(model)
 
@@ -127,9 +127,9 @@ def restore(path: pathlib.Path) -> tuple[Bundle, Method]:
 
 
 def merge(bundle: Bundle, method: Method) -> Bundle:
-  """The plain backbone that computes the same: LoRA is folded into kernels.
+  """Folds LoRA into the kernels: a plain backbone that computes the same.
 
-  A bundle that nothing was added to is left as it is.
+  A bundle without leaves of a method is returned unchanged.
 
   Raises:
     ValueError: adapters and prompts, which no kernel can hold.
@@ -157,26 +157,26 @@ def merge(bundle: Bundle, method: Method) -> Bundle:
 
 
 def without(bundle: Bundle) -> Bundle:
-  """The backbone and the head, without what a method has added."""
+  """Returns the backbone and the head, without the leaves of a method."""
   model = METHODS["linear"]().apply_to(bundle.model)
   params = dataclasses.replace(bundle.params, peft={})
   return dataclasses.replace(bundle, model=model, params=params)
 
 
 def _name(path: str) -> str:
-  """What the state dict calls a leaf; our own name where there is no other."""
+  """Returns a leaf's name in the state dict: its path if there is no other."""
   path = path.replace("head/", "classifier/").removeprefix("peft/")
   named = path.replace("/", ".")
   for pattern, name in _NAMES:
     match = re.fullmatch(pattern, path)
     if match:
       named = match.expand(name)
-  for ours, their in _WORDS.items():
-    named = named.replace(ours, their)
+  for ours, theirs in _WORDS.items():
+    named = named.replace(ours, theirs)
   return named
 
 
 def _turned(key: str, array: np.ndarray) -> np.ndarray:
-  """As PyTorch's linear layers have it, outputs first, and back."""
+  """Transposes matrices: PyTorch's linear layers have the outputs first."""
   is_matrix = key.endswith((".weight", "_lora.A", "_lora.B"))
   return array.T if is_matrix and array.ndim == 2 else array
