@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ import numpy as np
 from roli_jax import models
 from roli_jax.clip.tokenizer import Tokenizer
 from roli_jax.convert import Bundle
-from roli_jax.types import Array, Float, PyTree
+from roli_jax.types import Array, Float, Int, PyTree
 
-# The authors' default; they take 80 of them on ImageNet.
+# The authors' default; on ImageNet they take 80 templates.
 TEMPLATES = ("a photo of a {}.",)
 _BATCH = 256  # texts at a time
 
@@ -32,9 +33,9 @@ def class_vectors(
 
   Args:
     text: the text tower, see `convert.text_tower`.
-    params: its parameters.
-    tokenizer: makes tokens of its vocabulary.
-    classes: their names, in the order of labels.
+    params: the tower's parameters.
+    tokenizer: makes tokens of the tower's vocabulary.
+    classes: the names of the classes, in the order of labels.
     templates: prompts with `{}` in place of a name, each for every class.
 
   Raises:
@@ -56,8 +57,11 @@ def class_vectors(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(text, params, ids):
-  return models.heads.unit(text.apply({"params": params}, ids))
+def _embed(
+  text: models.Text, params: PyTree, ids: Int[Array | np.ndarray, "n context"]
+) -> Float[Array, "n embed"]:
+  embeddings: Any = text.apply({"params": params}, ids)
+  return models.heads.unit(embeddings)
 
 
 def head(
@@ -74,13 +78,13 @@ def head(
 
   Args:
     text: the text tower, see `convert.text_tower`.
-    params: its parameters.
-    tokenizer: makes tokens of its vocabulary.
+    params: the tower's parameters.
+    tokenizer: makes tokens of the tower's vocabulary.
     classes: the names of the classes, in the order of labels.
     templates: prompts with `{}` in place of a name, each for every class.
     projection: the image tower's, from features to embeddings.
-    logit_scale: the logarithm of what cosines are multiplied with; None: the
-      one that CLIP was trained to, among the tower's parameters.
+    logit_scale: the logarithm of the factor on cosines; None: the one that CLIP
+      was trained to, among the tower's parameters.
 
   Raises:
     ValueError: the towers' embeddings differ in width; see `class_vectors`.
@@ -109,7 +113,7 @@ def classifier(
   *,
   logit_scale: float | int | None = None,
 ) -> Bundle:
-  """A CLIP's image tower as a classifier of these classes.
+  """Makes a CLIP's image tower a classifier of these classes.
 
   It can be evaluated as it is, saved, or fine-tuned: its head, three leaves, is
   where training starts.
@@ -117,12 +121,12 @@ def classifier(
   Args:
     bundle: an open_clip file, loaded without `num_classes`.
     text: the text tower, see `convert.text_tower`.
-    params: its parameters.
-    tokenizer: makes tokens of its vocabulary.
+    params: the tower's parameters.
+    tokenizer: makes tokens of the tower's vocabulary.
     classes: the names of at least 2 classes, in the order of labels.
     templates: prompts with `{}` in place of a name, each for every class.
-    logit_scale: the logarithm of what cosines are multiplied with; None: the
-      one that CLIP was trained to.
+    logit_scale: the logarithm of the factor on cosines; None: the one that CLIP
+      was trained to.
 
   Raises:
     ValueError: the bundle's head is no projection; its GELU is not the text
@@ -139,19 +143,29 @@ def classifier(
       f"the {model.name} has {model.backbone.act.__name__}, the text tower"
       f" {text.act.__name__}; a CLIP's two towers have the same"
     )
-  made = head(
-    text, params, tokenizer, classes, templates,
-    projection=kernels["kernel"], logit_scale=logit_scale,
-  )  # fmt: skip
+  zeroshot = head(
+    text,
+    params,
+    tokenizer,
+    classes,
+    templates,
+    projection=kernels["kernel"],
+    logit_scale=logit_scale,
+  )
   module = models.heads.cosine(len(classes), text.embed)
   return dataclasses.replace(
     bundle,
     model=dataclasses.replace(model, head=module, num_classes=len(classes)),
-    params=dataclasses.replace(bundle.params, head=made),
+    params=dataclasses.replace(bundle.params, head=zeroshot),
   )
 
 
-def _check(text, tokenizer, classes, templates):
+def _check(
+  text: models.Text,
+  tokenizer: Tokenizer,
+  classes: Sequence[str],
+  templates: Sequence[str],
+) -> None:
   for words, what in ((classes, "classes"), (templates, "templates")):
     if isinstance(words, str) or not len(words):
       raise ValueError(f"expected {what} as a list of texts, got {words!r}")

@@ -6,15 +6,15 @@ import hashlib
 import json
 import pathlib
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from roli_jax.data import levels, walk
 from roli_jax.data.source import SPLITS
 
-# Of each class, where the user made no split; the rest trains.
+# Shares of each class, where the user made no split; the rest trains.
 _SHARES = {"test": 0.2, "val": 0.1}
 
-# What directories at a root may be said to be.
+# What `layout` may say that the directories at a root are.
 WAYS = ("classes", "splits")
 
 LAYOUTS = """\
@@ -34,14 +34,14 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-  """What is said to be there, in the order of names.
+  """The files of a data set, in the order of names.
 
   Attributes:
     base: where names start.
-    entries: one per file and mention.
-    wrong: of names that are mentioned more than once, how.
+    entries: one for each time that a file is named.
+    wrong: names that stand in more than one place -> where.
     notes: how directories were taken, a line each.
-    passed_over: what of them was left, a line each.
+    passed_over: what lies there and is not taken, a line each.
   """
 
   base: pathlib.Path
@@ -54,7 +54,7 @@ class Listing:
 def read(
   root: pathlib.Path, folders: Iterable[str], layout: str = ""
 ) -> Listing:
-  """The data set at a root: from JSON splits if it has them, else from trees.
+  """Lists the data set at a root: by JSON splits if it has them, else by trees.
 
   Args:
     root: an existing directory.
@@ -74,14 +74,14 @@ def read(
     if trees:
       others = [name for name in others if walk.has_images(root / name)]
       if others and layout != "splits":
-        raise ValueError(_mixed(root, trees, others))
+        raise ValueError(_both_kinds(root, trees, others))
       return _from_trees(root, trees, others)
     if layout == "splits":
       raise ValueError(
         f"{root} has no split, which data.layout=splits asks for; there must"
         f" be\n{LAYOUTS}"
       )
-  return _from_classes(root, looks=not layout)
+  return _from_classes(root, may_be_splits=not layout)
 
 
 def has_splits(root: pathlib.Path) -> bool:
@@ -106,7 +106,9 @@ def jsons(root: pathlib.Path) -> dict[str, pathlib.Path]:
   return {split: root / n for split, n in _single(root, found).items()}
 
 
-def _single(root, found):
+def _single(
+  root: pathlib.Path, found: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
   """The one name of each split."""
   for split, names in found.items():
     if len(names) > 1:
@@ -117,7 +119,9 @@ def _single(root, found):
   return {split: name for split, (name,) in found.items()}
 
 
-def _mixed(root, trees, others):
+def _both_kinds(
+  root: pathlib.Path, trees: Mapping[str, Sequence[str]], others: Sequence[str]
+) -> str:
   named = [name for names in trees.values() for name in names]
   return (
     f"{root} has directories named like splits ({walk.some(named)}) and others"
@@ -128,7 +132,11 @@ def _mixed(root, trees, others):
   )
 
 
-def _from_json(root, files, folders):
+def _from_json(
+  root: pathlib.Path,
+  files: Mapping[str, pathlib.Path],
+  folders: Iterable[str],
+) -> Listing:
   for split in SPLITS:
     if split not in files:
       raise ValueError(
@@ -138,17 +146,16 @@ def _from_json(root, files, folders):
   kinds = {type(entry.label) for entry in mentions}
   if len(kinds) > 1:
     raise ValueError(f"classes in {root}/*.json are numbers here, text there")
-  wrong = repeated(mentions)
   names = list(dict.fromkeys(entry.name for entry in mentions))
   bases = [root / folder for folder in folders]
   # Where most of the first names are; a hundred tell.
   base = max(
     bases, key=lambda b: sum((b / name).is_file() for name in names[:100])
   )
-  return Listing(base, _sorted(mentions), wrong)
+  return Listing(base, _sorted(mentions), repeated(mentions))
 
 
-def _mentions(file, split):
+def _mentions(file: pathlib.Path, split: str) -> list[Entry]:
   """The entries of a split's file, repeated ones repeated."""
   try:
     # A dict would keep the last of equal names, and say nothing.
@@ -178,7 +185,9 @@ def repeated(mentions: Iterable[Entry]) -> dict[str, str]:
   }
 
 
-def _from_trees(root, trees, others):
+def _from_trees(
+  root: pathlib.Path, trees: Mapping[str, Sequence[str]], others: Sequence[str]
+) -> Listing:
   """Splits as they lie; one that lacks is another, or drawn from another."""
   folders = _single(root, trees)
   if "train" not in folders or len(folders) == 1:
@@ -186,8 +195,15 @@ def _from_trees(root, trees, others):
   walks = {name: walk.walk(root / name) for name in folders.values()}
   for split, name in folders.items():
     if not walks[name].images:
-      raise ValueError(_bare(root / name, walks[name], split))
-  parts = {split: (name, walks[name].images) for split, name in folders.items()}
+      raise ValueError(
+        f"{root / name}: there are no images for {split} in directories of"
+        f" classes{_but(walks[name])}"
+        + "; without labels they must lie elsewhere"
+        * bool(walks[name].stray)
+      )
+  parts: dict[str, tuple[str, Sequence[str]]] = {
+    split: (name, walks[name].images) for split, name in folders.items()
+  }
   notes = []
   if "test" not in parts:
     parts["test"] = parts.pop("val")
@@ -195,7 +211,7 @@ def _from_trees(root, trees, others):
   if "val" not in parts:
     name, images = parts["train"]
     drawn = _drawn(images, {"val": _SHARES["val"]})
-    parts |= {split: (name, own) for split, own in drawn.items()}
+    parts |= {split: (name, chosen) for split, chosen in drawn.items()}
     notes.append(
       f"no directory of validation: a tenth of each class of {name}/ is, by a"
       " hash of names"
@@ -205,29 +221,26 @@ def _from_trees(root, trees, others):
   every = [image for found in walks.values() for image in found.images]
   levels.check_classes(root / folders["train"], every, "move what is in {} up")
   entries = [
-    Entry(f"{name}/{image}", image.split("/")[0], split)
+    entry
     for split, (name, images) in parts.items()
-    for image in images
+    for entry in _entries(images, split, f"{name}/")
   ]
   return Listing(
     root,
     _sorted(entries),
     {},
     (*notes, *levels.alike(every)),
-    walk.passed_over({f"{name}/": found for name, found in walks.items()}),
+    tuple(walk.passed_over({f"{name}/": f for name, f in walks.items()})),
   )
 
 
-def _bare(folder, found, split):
+def _but(found: walk.Walked) -> str:
+  """What lies in a directory without images in classes, for a message."""
   lie = walk.suffixes((*found.stray, *found.others))
-  return (
-    f"{folder}: there are no images for {split} in directories of classes"
-    + (f", but {lie}" if lie else "")
-    + "; without labels they must lie elsewhere" * bool(found.stray)
-  )
+  return f", but {lie}" if lie else ""
 
 
-def _lacking(root, places):
+def _lacking(root: pathlib.Path, places: Mapping[str, str]) -> str:
   has = " and ".join(f"{places[s]}/" for s in SPLITS if s in places)
   if len(places) > 1:
     return f"{root} has {has}, but no directory train/"
@@ -239,28 +252,27 @@ def _lacking(root, places):
   )
 
 
-def _from_classes(root, looks):
+def _from_classes(root: pathlib.Path, may_be_splits: bool) -> Listing:
   """A split that we draw.
 
   Args:
     root: which holds the classes.
-    looks: whether directories that can't be meant as classes are refused.
+    may_be_splits: whether directories that hold splits are refused, since
+      nobody said that they are classes.
   """
   found = walk.walk(root)
   if not found.images:
-    lie = walk.suffixes((*found.stray, *found.others))
     raise ValueError(
-      f"no images in directories of {root}"
-      + (f", but {lie}" if lie else "")
-      + f"; there must be\n{LAYOUTS}"
+      f"no images in directories of {root}{_but(found)}; there must"
+      f" be\n{LAYOUTS}"
     )
-  if looks:
+  if may_be_splits:
     levels.check_splits(root, found.images)
   levels.check_classes(root, found.images, "--config.data.root={}")
   entries = [
-    Entry(name, name.split("/")[0], split)
+    entry
     for split, names in _drawn(found.images, _SHARES).items()
-    for name in names
+    for entry in _entries(names, split)
   ]
   return Listing(
     root,
@@ -271,23 +283,31 @@ def _from_classes(root, looks):
       *levels.beside(root),
       *levels.alike(found.images),
     ),
-    walk.passed_over({"": found}),
+    tuple(walk.passed_over({"": found})),
   )
 
 
-def _drawn(names, shares):
+def _entries(
+  images: Iterable[str], split: str, prefix: str = ""
+) -> Iterator[Entry]:
+  for image in images:
+    yield Entry(prefix + image, image.split("/")[0], split)
+
+
+def _drawn(
+  names: Iterable[str], shares: Mapping[str, float]
+) -> dict[str, list[str]]:
   """Names by split, each class by itself."""
-  by_class = collections.defaultdict(list)
-  for name in names:
-    by_class[name.split("/")[0]].append(name)
-  parts = collections.defaultdict(list)
-  for members in by_class.values():
+  parts: dict[str, list[str]] = {split: [] for split in ("train", *shares)}
+  for members in walk.by_folder(names).values():
     for name, split in _split(members, shares):
       parts[split].append(name)
-  return {split: parts[split] for split in ("train", *shares)}
+  return parts
 
 
-def _split(names, shares=_SHARES):
+def _split(
+  names: Sequence[str], shares: Mapping[str, float] = _SHARES
+) -> Iterator[tuple[str, str]]:
   """Pairs of name and split: the same for the same names, on any machine.
 
   Names are ordered by a hash, so that one more file moves few others. Where
@@ -295,10 +315,11 @@ def _split(names, shares=_SHARES):
   training.
   """
 
-  def place(name):
-    return hashlib.md5(f"roli_jax/{name}".encode(errors="surrogateescape"))
+  def place(name: str) -> bytes:
+    text = f"roli_jax/{name}".encode(errors="surrogateescape")
+    return hashlib.md5(text).digest()
 
-  ordered = sorted(names, key=lambda name: place(name).digest())
+  ordered = sorted(names, key=place)
   for split, share in shares.items():
     enough = len(names) > len(shares)
     count = max(1, round(share * len(names))) if enough else 0
@@ -307,5 +328,5 @@ def _split(names, shares=_SHARES):
   yield from ((name, "train") for name in ordered)
 
 
-def _sorted(entries):
+def _sorted(entries: Iterable[Entry]) -> tuple[Entry, ...]:
   return tuple(sorted(entries, key=lambda e: (e.name, SPLITS.index(e.split))))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -11,7 +11,10 @@ from absl import flags
 from roli_jax.data.source import Source, num_cores
 from roli_jax.files import extras
 
-Batch = dict[str, Any]
+if TYPE_CHECKING:  # since it comes with an extra
+  import grain
+
+Batch = dict[str, np.ndarray]
 
 
 def train_batches(
@@ -23,7 +26,7 @@ def train_batches(
   *,
   num_threads: int = 0,
 ) -> Iterator[Batch]:
-  """Endless batches of this process's images, from a step on.
+  """Yields endless batches of this process's images, from a step on.
 
   Every epoch is a permutation of its own; a batch may span two epochs, so none
   is short and no image is left out. Batch k, augmentations included, is a
@@ -33,11 +36,12 @@ def train_batches(
 
   Args:
     source: the training images.
-    batch_size: over all processes, which must divide it.
-    seed: of the order and the augmentations.
-    start: the first batch's number.
+    batch_size: images of all processes together, whose number divides it.
+    seed: seeds the order and the augmentations.
+    start: the first batch's number, from 0.
     num_workers: processes that decode and augment; 0: threads of this one.
-    num_threads: of each of them; 0: as many as cores.
+    num_threads: threads of each of them; 0: as many as cores where there are
+      no workers, else 1.
 
   Returns:
     An iterator of `{"image": uint8 [b, h, w, c], "label": int32 [b], "index":
@@ -72,8 +76,8 @@ def train_batches(
   return _read(augmented, num_workers, num_threads)
 
 
-def _with_chance(row, rng):
-  """A position, and the seed of what happens to its image."""
+def _with_chance(row: int, rng: np.random.Generator) -> np.ndarray:
+  """A position, and the seed of its image's augmentation: int64 [2]."""
   return np.array([row, rng.integers(2**62)])
 
 
@@ -110,7 +114,9 @@ class _Augmented:
     }
 
 
-def _read(batches, num_workers, num_threads) -> Iterator[Batch]:
+def _read(
+  batches: "grain.MapDataset", num_workers: int, num_threads: int
+) -> Iterator[Batch]:
   import grain
 
   threads = num_threads or (1 if num_workers else num_cores())
