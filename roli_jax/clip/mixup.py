@@ -22,7 +22,7 @@ Number = float | int | Float[Array, ""]
 
 
 def slerp(a: Embeddings, b: Embeddings, ratio: Number) -> Float[Array, "n d"]:
-  """Each row's point on the great circle from b (ratio 0) to a (ratio 1).
+  """Moves each row on the great circle from b (ratio 0) to a (ratio 1).
 
   The points have length 1 again. Where the cosine is within 1e-6 of 1 or -1 the
   straight mix is brought to length 1 instead (of opposite rows: the nearer one,
@@ -111,5 +111,5 @@ def draw_ratio(key: Key[Array, ""], beta: float | int) -> Float[Array, ""]:
 
 
 def weight_schedule(epoch: Number) -> Number:
-  """The weight of the mixing terms in an epoch, counted from 0."""
+  """Returns the weight of the mixing terms in an epoch, counted from 0."""
   return 1 / (epoch + 1)

@@ -27,7 +27,7 @@ _LAST = "</w>"  # marks the symbol that ends a word
 
 
 def _alphabet() -> list[tuple[int, str]]:
-  """Each byte and the character that stands for it, in the order of ids.
+  """Pairs each byte with the character that stands for it, in the order of ids.
 
   Bytes that Latin-1 prints stand for themselves, and come first. Control
   characters and blanks are written as those from U+0100 on.
@@ -46,7 +46,7 @@ _WORD = re.compile(r"'(?:re|ve|ll|[stmd])|[a-z]+|[0-9]|[^\sa-z0-9]+")
 
 
 class Tokenizer:
-  """Texts to rows of ids: a start, the words, an end, zeros.
+  """Turns texts into rows of ids: a start, the words, an end, zeros.
 
   Ids are in this order: 256 bytes, the same at the end of a word, the merges,
   start, end. The end is the largest.
@@ -89,7 +89,7 @@ class Tokenizer:
 
   @classmethod
   def from_file(cls, path: str | pathlib.Path = "") -> "Tokenizer":
-    """The tokenizer of a vocabulary file.
+    """Makes the tokenizer of a vocabulary file.
 
     Args:
       path: a copy of `bpe_simple_vocab_16e6.txt`, gzipped or not: a header,
@@ -186,7 +186,7 @@ def _kind(char: str) -> str:
 
 
 def _installed() -> pathlib.Path:
-  """The vocabulary in the first package that has it."""
+  """Finds the vocabulary in the first package that has it."""
   for package in PACKAGES:
     spec = importlib.util.find_spec(package)
     for folder in (spec and spec.submodule_search_locations) or ():

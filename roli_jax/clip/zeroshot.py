@@ -26,7 +26,7 @@ def class_vectors(
   classes: Sequence[str],
   templates: Sequence[str] = TEMPLATES,
 ) -> Float[Array, "embed k"]:
-  """A column of length 1 for each class: the mean direction of its prompts.
+  """Returns a column of length 1 for each class: its prompts' mean direction.
 
   Prompts are embedded, brought to length 1, averaged and brought to length 1
   again.
@@ -74,7 +74,7 @@ def head(
   projection: Float[Array | np.ndarray, "d embed"],
   logit_scale: float | int | None = None,
 ) -> PyTree:
-  """The parameters of a `models.heads.Cosine` for these classes.
+  """Makes the parameters of a `models.heads.Cosine` for these classes.
 
   Args:
     text: the text tower, see `convert.text_tower`.

@@ -113,7 +113,7 @@ def apply(
 
 
 def guide(index: int | np.integer, count: int | None = None) -> str:
-  """The type that the Guide benchmark gives an image, one of `GUIDE`.
+  """Returns the type that the Guide benchmark gives an image, one of `GUIDE`.
 
   The benchmark (Heuillet et al. 2025, arXiv 2508.14079; severity 3) goes
   through a test set in blocks of one type: those of `count // 11` images, and

@@ -44,7 +44,7 @@ def level(table: Table, image: Bytes, severity: int) -> Any:
 
 
 def unit(image: Integer[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-  """Bytes as floats in [0, 1]."""
+  """Scales bytes to floats in [0, 1]."""
   return image / 255
 
 
@@ -60,7 +60,7 @@ def pixels(x: Float[np.ndarray, "*shape"]) -> Integer[np.ndarray, "*shape"]:
 def soften(
   x: Float[np.ndarray, "h w *c"], sigma: float | int
 ) -> Float[np.ndarray, "h w *c"]:
-  """A Gaussian blur of height and width; edges go on beyond the border."""
+  """Blurs height and width by a Gaussian; edges go on beyond the border."""
   from scipy import ndimage
 
   return ndimage.gaussian_filter(x, sigma, mode="nearest", axes=(0, 1))

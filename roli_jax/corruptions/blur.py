@@ -59,7 +59,7 @@ def defocus_blur(rng: Rng, image: Bytes, severity: int) -> Bytes:
 
 
 def _disk(radius: float | int, sigma: float | int) -> np.ndarray:
-  """A disk whose edge a Gaussian of 3 (large disks: 5) pixels smooths."""
+  """Makes a disk whose edge a Gaussian of 3 (large disks: 5) pixels smooths."""
   from scipy import ndimage
 
   reach, half = (8, 1) if radius <= 8 else (math.ceil(radius), 2)
@@ -98,7 +98,7 @@ def glass_blur(rng: Rng, image: Bytes, severity: int) -> Bytes:
 
 
 def motion_blur(rng: Rng, image: Bytes, severity: int) -> Bytes:
-  """A trail at -45 to 45 degrees.
+  """Smears the image along a line at -45 to 45 degrees.
 
   The authors call ImageMagick; `trail` is our own line kernel and agrees with
   its -motion-blur (6.9.11) to one level.
@@ -114,7 +114,7 @@ def trail(
   sigma: float | int,
   angle: float | int,
 ) -> Float[np.ndarray, "h w *c"]:
-  """Each pixel becomes the mean of a line that starts at it.
+  """Averages each pixel over a line that starts at it.
 
   The line has 2 radius + 1 pixels and the weights of half a normal density;
   beyond the border edges go on.
@@ -140,7 +140,7 @@ def trail(
 
 
 def zoom_blur(rng: Rng, image: Bytes, severity: int) -> Bytes:
-  """The mean of the image and of enlargements of it; deterministic.
+  """Averages the image and enlargements of it; deterministic.
 
   Enlargements are of whole pixels: below 18 of them severity 1 makes none.
   """

@@ -69,7 +69,7 @@ def contrast(rng: Rng, image: Bytes, severity: int) -> Bytes:
 
 
 def elastic_transform(rng: Rng, image: Bytes, severity: int) -> Bytes:
-  """A random affine map, then random waves (Simard et al. 2003).
+  """Applies a random affine map, then random waves (Simard et al. 2003).
 
   Published for square images; ours are in sides of the shorter one. The
   affine map is that which takes three points around the middle to where
@@ -111,7 +111,7 @@ def pixelate(rng: Rng, image: Bytes, severity: int) -> Bytes:
 
 
 def reduce(image: Bytes, height: int, width: int) -> Bytes:
-  """The image with the detail of one of height x width, at its own size."""
+  """Leaves the detail of height x width pixels, at the image's own size."""
   extras.need("PIL")
   from PIL import Image
 
@@ -121,7 +121,7 @@ def reduce(image: Bytes, height: int, width: int) -> Bytes:
 
 
 def jpeg_compression(rng: Rng, image: Bytes, severity: int) -> Bytes:
-  """Written and read by PIL, colours at half size; deterministic."""
+  """Writes and reads JPEG by PIL, colours at half size; deterministic."""
   extras.need("PIL")
   from PIL import Image
 

@@ -45,7 +45,7 @@ def shot_noise(rng: Rng, image: Bytes, severity: int) -> Bytes:
 
 
 def impulse_noise(rng: Rng, image: Bytes, severity: int) -> Bytes:
-  """Salt and pepper in equal shares."""
+  """Adds salt and pepper in equal shares."""
   lost = rng.random(image.shape) < base.level(IMPULSE_NOISE, image, severity)
   salt = rng.random(image.shape) < 0.5
   return np.where(lost, np.where(salt, np.uint8(255), np.uint8(0)), image)

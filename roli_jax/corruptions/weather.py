@@ -120,7 +120,7 @@ def frost(rng: Rng, image: Bytes, severity: int) -> Bytes:
 
 
 def _crystals(rng: Rng, height: int, width: int) -> Field:
-  """Brightness of frost, [h, w]: as the photographs', mean and deviation."""
+  """Draws frost with the mean and deviation of the photographs' brightness."""
   radius = max(2, min(height, width) // 16)
   reach = 2 * radius  # of a needle: none is to end at the border
   seeds = rng.normal(size=(6, height + 2 * reach, width + 2 * reach))
@@ -146,7 +146,7 @@ def fog(rng: Rng, image: Bytes, severity: int) -> Bytes:
 
 
 def plasma(rng: Rng, height: int, width: int, decay: float | int) -> Field:
-  """A random field from 0 to 1, [h, w], smooth from afar and from near.
+  """Draws a random field in [0, 1], smooth from afar and from near.
 
   By diamonds and squares (Fournier, Fussell and Carpenter 1982) on a torus
   whose side is a power of two, of which a corner is cut.
@@ -188,7 +188,7 @@ def brightness(rng: Rng, image: Bytes, severity: int) -> Bytes:
 
 
 def spatter(rng: Rng, image: Bytes, severity: int) -> Bytes:
-  """Drops of water (severities 1 to 3) or of mud on the lens.
+  """Lays drops of water (severities 1 to 3) or of mud on the lens.
 
   Water is not quite the published one: the authors find the rims of drops by
   OpenCV's Canny, and its approximate distances to them; ours are the pixels at
@@ -211,7 +211,7 @@ def spatter(rng: Rng, image: Bytes, severity: int) -> Bytes:
 
 
 def _relief(drops: Bool[np.ndarray, "h w"]) -> Field:
-  """Light on drops from below on the right, 0 to 255."""
+  """Lights drops from below on the right; returns values from 0 to 255."""
   from scipy import ndimage
 
   def box(x: np.ndarray) -> np.ndarray:
@@ -227,7 +227,7 @@ def _relief(drops: Bool[np.ndarray, "h w"]) -> Field:
 
 
 def _equalised(grey: np.ndarray) -> np.ndarray:
-  """Values by their rank, 0 to 255, for bytes."""
+  """Equalizes the histogram of bytes; returns values from 0 to 255."""
   counts = np.bincount(grey.ravel(), minlength=256)
   lowest = counts[grey.min()]
   ranks = (counts.cumsum() - lowest) / max(1, grey.size - lowest)
@@ -235,6 +235,6 @@ def _equalised(grey: np.ndarray) -> np.ndarray:
 
 
 def _tone(colour: Sequence[float | int], image: Bytes) -> np.ndarray:
-  """A colour as this image has it: its mean, if the image is grey."""
+  """Returns a colour as this image has it: its mean, if the image is grey."""
   tone = np.array(colour)
   return tone if image.shape[-1] == 3 else tone.mean(keepdims=True)

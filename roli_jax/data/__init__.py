@@ -52,27 +52,20 @@ def build(spec: Mapping[str, Any] | str, split: str) -> Source:
   train, held = (transforms.build(texts) for texts in _texts(fields))
   if name in IN_FILES:
     transforms.check(train, held, None, channels=3)
-    return folder.build(
-      name,
-      split,
-      root=fields["root"],
-      policy=fields["policy"],
-      layout=fields["layout"],
-      train_transforms=train,
-      eval_transforms=held,
+    source: Source = folder.build(
+      name, split, fields["root"], fields["policy"], fields["layout"]
     )
-  height, width, channels = FACTS[name].shape
-  transforms.check(train, held, (height, width), channels)
+  else:
+    height, width, channels = FACTS[name].shape
+    transforms.check(train, held, (height, width), channels)
+    source = IN_MEMORY[name](split, fields["root"])
   return dataclasses.replace(
-    IN_MEMORY[name](split, fields["root"]),
-    split=split,
-    train_transforms=train,
-    eval_transforms=held,
+    source, split=split, train_transforms=train, eval_transforms=held
   )
 
 
 def _checked(spec: Mapping[str, Any]) -> dict[str, Any]:
-  """All fields; raises a ValueError for one that is unknown, or can't be."""
+  """Returns all fields; raises a ValueError for unknown or wrong ones."""
   for field in spec:
     if field != "name":
       specs.lookup(_FIELDS, field, "field of data")

@@ -32,7 +32,7 @@ _MOST_TESTED = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-  """A file.
+  """An image file of an archive.
 
   Attributes:
     name: under the archive's root.
@@ -63,7 +63,7 @@ class Layout:
   read: Callable[[pathlib.Path], Parts]
 
   def missing(self, place: pathlib.Path) -> list[str]:
-    """What it needs and a directory lacks."""
+    """Lists what it needs and a directory lacks."""
     return [need for need in self.needs if not (place / need).exists()]
 
 
@@ -169,7 +169,7 @@ def _divided(
 
 
 def _aircraft(root: pathlib.Path) -> Parts:
-  """`images_variant_train.txt` and its like: lines of image and variant."""
+  """Reads `images_variant_{split}.txt`: lines of image and variant."""
   variants = (root / "data/variants.txt").read_text().splitlines()
   numbers = {variant.strip(): i for i, variant in enumerate(variants)}
 
@@ -187,7 +187,7 @@ def _aircraft(root: pathlib.Path) -> Parts:
 
 
 def _flowers(root: pathlib.Path) -> Parts:
-  """`imagelabels.mat` has classes from 1 up, `setid.mat` images from 1 up."""
+  """Reads `imagelabels.mat` and `setid.mat`; both count from 1."""
   file = root / "setid.mat"
   labels = _mat(root / "imagelabels.mat", "labels")
 
@@ -205,7 +205,7 @@ def _flowers(root: pathlib.Path) -> Parts:
 
 
 def _pets(root: pathlib.Path) -> Parts:
-  """`trainval.txt` and `test.txt`: lines of image, class, species, breed."""
+  """Reads `{trainval,test}.txt`: lines of image, class, species, breed."""
 
   def images(part: str) -> Iterator[Image]:
     file = root / f"annotations/{part}.txt"
@@ -225,7 +225,7 @@ def _pets(root: pathlib.Path) -> Parts:
 
 
 def _cars(root: pathlib.Path) -> Parts:
-  """The devkit: `annotations` with fields `fname` and `class`, from 1 up."""
+  """Reads the devkit: `annotations` of `fname` and `class`, from 1 up."""
   names = _mat(root / "devkit/cars_meta.mat", "class_names")
   files = {
     "trainval": ("cars_train", "devkit/cars_train_annos.mat"),
@@ -241,7 +241,7 @@ def _cars(root: pathlib.Path) -> Parts:
 
 
 def _all_cars(root: pathlib.Path) -> Parts:
-  """`cars_annos.mat`: fields `relative_im_path`, `class` and `test`.
+  """Reads `cars_annos.mat`: fields `relative_im_path`, `class` and `test`.
 
   The same images under other names and in another order, so that validation
   and test are other draws than the Guide's.
@@ -258,7 +258,7 @@ def _all_cars(root: pathlib.Path) -> Parts:
 def _car(
   names: np.ndarray, path: str, car: np.void, file: pathlib.Path
 ) -> Image:
-  """The image of a record of annotations, which are in a file."""
+  """Makes an image of a record of the annotations in a file."""
   number = int(car["class"])
   if not 1 <= number <= len(names):
     raise ValueError(f"{file}: {path} has class {number}, of {len(names)}")
@@ -266,7 +266,7 @@ def _car(
 
 
 def _classes(root: pathlib.Path, folder: str = ".") -> Parts:
-  """Directories of classes; Caltech's clutter is none."""
+  """Reads directories of classes; Caltech's clutter is no class."""
   by_class = walk.by_folder(walk.walk(root / folder).images)
   labels = sorted(by_class.keys() - {"BACKGROUND_Google"})
   base = pathlib.PurePosixPath(folder)
@@ -279,8 +279,14 @@ def _classes(root: pathlib.Path, folder: str = ".") -> Parts:
   }
 
 
+def _in_classes(folder: str) -> tuple[Layout, Layout]:
+  """Makes the layouts of directories of classes, in a folder or without it."""
+  inner = functools.partial(_classes, folder=folder)
+  return Layout((folder,), inner), Layout((), _classes)
+
+
 def _mat(file: pathlib.Path, field: str) -> np.ndarray:
-  """A variable of a MATLAB file, without axes of length 1; at least 1-D."""
+  """Reads a variable of a MATLAB file, squeezed, but of one axis at least."""
   from scipy import io
 
   try:
@@ -294,7 +300,7 @@ def _mat(file: pathlib.Path, field: str) -> np.ndarray:
 
 
 def _records(file: pathlib.Path, *fields: str) -> np.ndarray:
-  """The struct array `annotations`, which must have these fields."""
+  """Reads the struct array `annotations`, which must have these fields."""
   found = _mat(file, "annotations")
   has = found.dtype.names or ()
   for field in fields:
@@ -325,13 +331,7 @@ ARCHIVES: dict[str, Archive] = {
     "data.caltech.edu/records/mzrjq-6wc02",
     ("caltech101", "caltech-101"),
     "101_ObjectCategories/CLASS/image_0001.jpg, or CLASS/image_0001.jpg",
-    (
-      Layout(
-        ("101_ObjectCategories",),
-        functools.partial(_classes, folder="101_ObjectCategories"),
-      ),
-      Layout((), _classes),
-    ),
+    _in_classes("101_ObjectCategories"),
   ),
   "cars": Archive(
     "kaggle.com/datasets/rickyyyyyyy/torchvision-stanford-cars",
@@ -372,9 +372,6 @@ ARCHIVES: dict[str, Archive] = {
     "kaggle.com/datasets/abdulhasibuddin/uc-merced-land-use-dataset",
     ("UCMerced_LandUse",),
     "Images/CLASS/*.tif, or CLASS/*.tif",
-    (
-      Layout(("Images",), functools.partial(_classes, folder="Images")),
-      Layout((), _classes),
-    ),
+    _in_classes("Images"),
   ),
 }

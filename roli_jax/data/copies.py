@@ -24,7 +24,7 @@ Pair = tuple[Entry, Entry]  # an entry, and its copy in a split before
 
 
 def shared(entries: Iterable[Entry], digests: Mapping[str, str]) -> list[Group]:
-  """Groups of equal bytes that lie in more than one split or class.
+  """Finds groups of equal bytes that lie in more than one split or class.
 
   Args:
     entries: the images of a data set.
@@ -36,7 +36,7 @@ def shared(entries: Iterable[Entry], digests: Mapping[str, str]) -> list[Group]:
 
 
 def one_file(groups: Iterable[Group], base: pathlib.Path) -> dict[str, str]:
-  """Names that links make of one file, in two splits or classes; and how.
+  """Finds names that links make of one file, in two splits or classes; and how.
 
   Args:
     groups: groups of equal bytes, which one file under two names has too.
@@ -67,13 +67,13 @@ def _mixed(
 
 
 def across(groups: Iterable[Group], bad: Container[str]) -> list[Group]:
-  """Groups that lie in more than one split when bad names are left out."""
+  """Leaves out bad names; keeps groups that lie in more than one split then."""
   sound = [[e for e in group if e.name not in bad] for group in groups]
   return [g for g in sound if len({entry.split for entry in g}) > 1]
 
 
 def before_last(groups: Iterable[Group]) -> set[str]:
-  """Names that training, or validation, shares with a split after it."""
+  """Finds names that training, or validation, shares with a split after it."""
   found = set()
   for group in groups:
     last = max(map(_order, group))
@@ -123,7 +123,7 @@ def notes(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def _pairs(groups: Iterable[Group], split: str) -> list[Pair]:
-  """Entries of a split with a copy in one before, of their class if any is."""
+  """Pairs a split's entries with copies before it, of their class if any is."""
   pairs = []
   for group in groups:
     before = [e for e in group if _order(e) < SPLITS.index(split)]

@@ -25,7 +25,7 @@ _LONGEST = 100
 
 
 def known() -> set[str]:
-  """Suffixes of the formats that PIL opens, whether they are taken or not."""
+  """Returns the suffixes of all formats that PIL opens, taken here or not."""
   from PIL import Image
 
   Image.init()

@@ -53,7 +53,7 @@ class Files(source.Source):
     return False
 
   def picture(self, row: int) -> decode.Picture:
-    """The image of PIL at this position, before any transform.
+    """Decodes the image at this position, before any transform.
 
     Raises:
       ValueError: a file that is gone, or bad, since it was checked.
@@ -70,14 +70,7 @@ class Files(source.Source):
 
 
 def build(
-  name: str,
-  split: str,
-  *,
-  root: str,
-  policy: str,
-  layout: str = "",
-  train_transforms: transforms.Chain,
-  eval_transforms: transforms.Chain,
+  name: str, split: str, root: str, policy: str, layout: str = ""
 ) -> Files:
   """Finds and checks the files of a split; docs/data.md says what must lie.
 
@@ -91,8 +84,6 @@ def build(
       leaves bad files out, and of copies all but those in the last split.
     layout: for "folder", what the directories at its root are; see
       `listing.read`.
-    train_transforms: applied to training images.
-    eval_transforms: applied to all others; all images end with one size.
 
   Raises:
     ValueError: what must lie there does not; bad files, if the policy is
@@ -137,8 +128,6 @@ def build(
     num_classes=len(classes),
     split=split,
     classes=tuple(str(label) for label in classes),
-    train_transforms=train_transforms,
-    eval_transforms=eval_transforms,
     skipped=len(mentioned) - len(chosen),
     notes=notes,
   )
@@ -175,7 +164,7 @@ def _listed(name: str, root: str, layout: str) -> listing.Listing:
 def _check_files(
   listed: listing.Listing,
 ) -> tuple[dict[str, str], list[copies.Group]]:
-  """What is wrong with files, by name; and groups of those of equal bytes."""
+  """Returns what is wrong with files, by name; and groups of equal bytes."""
   names = dict.fromkeys(
     entry.name for entry in listed.entries if entry.name not in listed.wrong
   )
@@ -186,7 +175,7 @@ def _check_files(
 
 
 def _refusal(bad: Mapping[str, str], count: int, base: pathlib.Path) -> str:
-  """A message of six lines at most, which main.py prints in full."""
+  """Writes a message of six lines at most, which main.py prints in full."""
   first = [f"{name}: {reason}" for name, reason in sorted(bad.items())]
   first = first[:_LISTED]
   pairs = ["; ".join(first[i : i + 2]) for i in range(0, len(first), 2)]

@@ -83,7 +83,7 @@ def letters(split: str) -> source.Source:
 
 @functools.cache
 def fonts() -> tuple[str, ...]:
-  """Files of matplotlib's fonts that have all the letters.
+  """Finds the files of matplotlib's fonts that have all the letters.
 
   A font has a letter if its glyph goes by the letter's name: fonts of symbols
   map letters to something else.
@@ -107,7 +107,7 @@ def fonts() -> tuple[str, ...]:
 
 @functools.cache
 def _glyph(font: str, letter: str, stroke: int) -> Picture:
-  """A letter drawn large, cropped to its ink."""
+  """Draws a letter large and crops it to its ink."""
   from PIL import Image, ImageDraw, ImageFont
 
   image = Image.new("L", (3 * _EM, 3 * _EM))
@@ -122,7 +122,7 @@ def _glyph(font: str, letter: str, stroke: int) -> Picture:
 
 
 def _letter(index: int, label: int) -> np.ndarray:
-  """One image, uint8 [8, 8, 1]: font, stroke, bend and threshold at random."""
+  """Draws uint8 [8, 8, 1]: font, stroke, bend and threshold are random."""
   from PIL import Image
 
   rng = np.random.default_rng(index)

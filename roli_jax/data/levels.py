@@ -97,7 +97,7 @@ def beside(root: pathlib.Path) -> Iterator[str]:
 
 
 def _inside(names: Iterable[str]) -> dict[str, set[str]]:
-  """By class, the directories straight in it; "" where images are."""
+  """Returns by class the directories straight in it; "" where images are."""
   inside = collections.defaultdict(set)
   for name in names:
     label, *below, _ = name.split("/")

@@ -32,6 +32,10 @@ class Entry:
   split: str
 
 
+# By split: what stands before names, such as `train/`, and images by class.
+Parts = dict[str, tuple[str, Sequence[str]]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Listing:
   """The files of a data set, in the order of names.
@@ -46,7 +50,7 @@ class Listing:
 
   base: pathlib.Path
   entries: tuple[Entry, ...]
-  wrong: dict[str, str]
+  wrong: Mapping[str, str] = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()
   passed_over: tuple[str, ...] = ()
 
@@ -74,7 +78,14 @@ def read(
     if trees:
       others = [name for name in others if walk.has_images(root / name)]
       if others and layout != "splits":
-        raise ValueError(_both_kinds(root, trees, others))
+        called = [name for names in trees.values() for name in names]
+        raise ValueError(
+          f"{root} has directories named like splits ({walk.some(called)}) and"
+          f" others with images ({walk.some(others)}). If all are classes,\n"
+          "  --config.data.layout=classes; if the first are the splits, and the"
+          " others not of\n"
+          "  the data set, --config.data.layout=splits."
+        )
       return _from_trees(root, trees, others)
     if layout == "splits":
       raise ValueError(
@@ -93,7 +104,7 @@ def has_splits(root: pathlib.Path) -> bool:
 
 
 def jsons(root: pathlib.Path) -> dict[str, pathlib.Path]:
-  """The files of JSON splits at a root, by split.
+  """Finds the files of JSON splits at a root, by split.
 
   Raises:
     ValueError: two of them are the same split by their names.
@@ -109,7 +120,7 @@ def jsons(root: pathlib.Path) -> dict[str, pathlib.Path]:
 def _single(
   root: pathlib.Path, found: Mapping[str, Sequence[str]]
 ) -> dict[str, str]:
-  """The one name of each split."""
+  """Returns the one name of each split; raises a ValueError for two."""
   for split, names in found.items():
     if len(names) > 1:
       raise ValueError(
@@ -117,19 +128,6 @@ def _single(
         f" names, {split}; rename one of them, or move it elsewhere"
       )
   return {split: name for split, (name,) in found.items()}
-
-
-def _both_kinds(
-  root: pathlib.Path, trees: Mapping[str, Sequence[str]], others: Sequence[str]
-) -> str:
-  named = [name for names in trees.values() for name in names]
-  return (
-    f"{root} has directories named like splits ({walk.some(named)}) and others"
-    f" with images ({walk.some(others)}). If all are classes,\n"
-    "  --config.data.layout=classes; if the first are the splits, and the"
-    " others not of\n"
-    "  the data set, --config.data.layout=splits."
-  )
 
 
 def _from_json(
@@ -156,7 +154,7 @@ def _from_json(
 
 
 def _mentions(file: pathlib.Path, split: str) -> list[Entry]:
-  """The entries of a split's file, repeated ones repeated."""
+  """Reads the entries of a split's file, repeated ones repeated."""
   try:
     # A dict would keep the last of equal names, and say nothing.
     pairs = json.loads(file.read_bytes(), object_pairs_hook=tuple)
@@ -174,7 +172,7 @@ def _mentions(file: pathlib.Path, split: str) -> list[Entry]:
 
 
 def repeated(mentions: Iterable[Entry]) -> dict[str, str]:
-  """Names mentioned more than once, and where."""
+  """Finds names that are mentioned more than once, and where."""
   splits = collections.defaultdict(list)
   for entry in mentions:
     splits[entry.name].append(entry.split)
@@ -188,8 +186,8 @@ def repeated(mentions: Iterable[Entry]) -> dict[str, str]:
 def _from_trees(
   root: pathlib.Path, trees: Mapping[str, Sequence[str]], others: Sequence[str]
 ) -> Listing:
-  """Splits as they lie; one that lacks is another, or drawn from another."""
-  folders = _single(root, trees)
+  """Takes splits as they lie; validation may be the test, or be drawn."""
+  folders = {split: f"{n}/" for split, n in _single(root, trees).items()}
   if "train" not in folders or len(folders) == 1:
     raise ValueError(_lacking(root, folders))
   walks = {name: walk.walk(root / name) for name in folders.values()}
@@ -201,47 +199,41 @@ def _from_trees(
         + "; without labels they must lie elsewhere"
         * bool(walks[name].stray)
       )
-  parts: dict[str, tuple[str, Sequence[str]]] = {
+  parts: Parts = {
     split: (name, walks[name].images) for split, name in folders.items()
   }
   notes = []
   if "test" not in parts:
     parts["test"] = parts.pop("val")
-    notes.append(f"no directory of a test: {folders['val']}/ is the test")
+    notes.append(f"no directory of a test: {folders['val']} is the test")
   if "val" not in parts:
     name, images = parts["train"]
     drawn = _drawn(images, {"val": _SHARES["val"]})
     parts |= {split: (name, chosen) for split, chosen in drawn.items()}
     notes.append(
-      f"no directory of validation: a tenth of each class of {name}/ is, by a"
+      f"no directory of validation: a tenth of each class of {name} is, by a"
       " hash of names"
     )
   if others:
     notes.append(f"directories beside the splits ignored: {walk.some(others)}")
   every = [image for found in walks.values() for image in found.images]
   levels.check_classes(root / folders["train"], every, "move what is in {} up")
-  entries = [
-    entry
-    for split, (name, images) in parts.items()
-    for entry in _entries(images, split, f"{name}/")
-  ]
   return Listing(
     root,
-    _sorted(entries),
-    {},
-    (*notes, *levels.alike(every)),
-    tuple(walk.passed_over({f"{name}/": f for name, f in walks.items()})),
+    _entries(parts),
+    notes=(*notes, *levels.alike(every)),
+    passed_over=tuple(walk.passed_over(walks)),
   )
 
 
 def _but(found: walk.Walked) -> str:
-  """What lies in a directory without images in classes, for a message."""
+  """Says what lies in a directory without images in classes, for a message."""
   lie = walk.suffixes((*found.stray, *found.others))
   return f", but {lie}" if lie else ""
 
 
 def _lacking(root: pathlib.Path, places: Mapping[str, str]) -> str:
-  has = " and ".join(f"{places[s]}/" for s in SPLITS if s in places)
+  has = " and ".join(places[s] for s in SPLITS if s in places)
   if len(places) > 1:
     return f"{root} has {has}, but no directory train/"
   (name,) = places.values()
@@ -253,10 +245,10 @@ def _lacking(root: pathlib.Path, places: Mapping[str, str]) -> str:
 
 
 def _from_classes(root: pathlib.Path, may_be_splits: bool) -> Listing:
-  """A split that we draw.
+  """Draws a split of directories of classes.
 
   Args:
-    root: which holds the classes.
+    root: the directory that holds the classes.
     may_be_splits: whether directories that hold splits are refused, since
       nobody said that they are classes.
   """
@@ -269,35 +261,31 @@ def _from_classes(root: pathlib.Path, may_be_splits: bool) -> Listing:
   if may_be_splits:
     levels.check_splits(root, found.images)
   levels.check_classes(root, found.images, "--config.data.root={}")
-  entries = [
-    entry
-    for split, names in _drawn(found.images, _SHARES).items()
-    for entry in _entries(names, split)
-  ]
+  drawn = _drawn(found.images, _SHARES)
   return Listing(
     root,
-    _sorted(entries),
-    {},
-    (
+    _entries({split: ("", names) for split, names in drawn.items()}),
+    notes=(
       "no splits: each class is split 70:10:20, by a hash of names",
       *levels.beside(root),
       *levels.alike(found.images),
     ),
-    tuple(walk.passed_over({"": found})),
+    passed_over=tuple(walk.passed_over({"": found})),
   )
 
 
-def _entries(
-  images: Iterable[str], split: str, prefix: str = ""
-) -> Iterator[Entry]:
-  for image in images:
-    yield Entry(prefix + image, image.split("/")[0], split)
+def _entries(parts: Parts) -> tuple[Entry, ...]:
+  return _sorted(
+    Entry(prefix + image, image.split("/")[0], split)
+    for split, (prefix, images) in parts.items()
+    for image in images
+  )
 
 
 def _drawn(
   names: Iterable[str], shares: Mapping[str, float]
 ) -> dict[str, list[str]]:
-  """Names by split, each class by itself."""
+  """Draws shares of each class; returns names by split."""
   parts: dict[str, list[str]] = {split: [] for split in ("train", *shares)}
   for members in walk.by_folder(names).values():
     for name, split in _split(members, shares):
@@ -308,7 +296,7 @@ def _drawn(
 def _split(
   names: Sequence[str], shares: Mapping[str, float] = _SHARES
 ) -> Iterator[tuple[str, str]]:
-  """Pairs of name and split: the same for the same names, on any machine.
+  """Yields pairs of name and split, for the same names the same on any machine.
 
   Names are ordered by a hash, so that one more file moves few others. Where
   there are as many files as splits, each split gets one; of fewer, none but

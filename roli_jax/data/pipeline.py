@@ -1,6 +1,7 @@
 """From a source to batches: shuffled, sharded by process, resumable by step."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from absl import flags
 
 from roli_jax.data.source import Source, num_cores
 from roli_jax.files import extras
+from roli_jax.types import Integer
 
 if TYPE_CHECKING:  # since it comes with an extra
   import grain
@@ -70,48 +72,38 @@ def train_batches(
   # Positions make a batch, not images: a batch is looked up, or written, once.
   rows = rows[process::processes].batch(batch_size // processes)[start:]
   if source.is_plain:  # there is nothing for workers to do
-    return _read(rows.map(_Plain(source)), 0, num_threads or 2)
+    return _read(
+      rows.map(functools.partial(_plain, source)), 0, num_threads or 2
+    )
   # A copy, since the source may keep pixels, which workers don't need.
-  augmented = rows.map(_Augmented(dataclasses.replace(source)))
-  return _read(augmented, num_workers, num_threads)
+  augment = functools.partial(_augmented, dataclasses.replace(source))
+  return _read(rows.map(augment), num_workers, num_threads)
 
 
 def _with_chance(row: int, rng: np.random.Generator) -> np.ndarray:
-  """A position, and the seed of its image's augmentation: int64 [2]."""
+  """Returns a position and its augmentation's seed, int64 [2]."""
   return np.array([row, rng.integers(2**62)])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plain:
-  """Positions [b] -> a batch."""
-
-  source: Source
-
-  def __call__(self, rows: np.ndarray) -> Batch:
-    return {
-      "image": self.source.images[rows],
-      "label": self.source.labels[rows],
-      "index": self.source.indices[rows],
-    }
+def _plain(source: Source, rows: Integer[np.ndarray, "b"]) -> Batch:
+  """Takes the images at these positions as they are."""
+  return _batch(source, rows, source.images[rows])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Augmented:
-  """Positions and seeds [b, 2] -> a batch."""
+def _augmented(source: Source, pairs: Integer[np.ndarray, "b 2"]) -> Batch:
+  """Augments the images at these positions, each with its seed."""
+  images = np.empty((len(pairs), *source.shape), np.uint8)
+  for image, (row, chance) in zip(images, pairs.tolist(), strict=True):
+    image[:] = source.train_image(row, np.random.default_rng(chance))
+  return _batch(source, pairs[:, 0], images)
 
-  source: Source
 
-  def __call__(self, pairs: np.ndarray) -> Batch:
-    rows = pairs[:, 0]
-    images = np.empty((len(rows), *self.source.shape), np.uint8)
-    for image, (row, chance) in zip(images, pairs.tolist(), strict=True):
-      rng = np.random.default_rng(chance)
-      image[:] = self.source.train_image(row, rng)
-    return {
-      "image": images,
-      "label": self.source.labels[rows],
-      "index": self.source.indices[rows],
-    }
+def _batch(source: Source, rows: np.ndarray, images: np.ndarray) -> Batch:
+  return {
+    "image": images,
+    "label": source.labels[rows],
+    "index": source.indices[rows],
+  }
 
 
 def _read(

@@ -69,7 +69,7 @@ class Source:
     return not self.train_transforms
 
   def picture(self, row: int) -> decode.Picture:
-    """The image of PIL at this position, before any transform."""
+    """Returns the image at this position, before any transform."""
     return decode.from_array(self.images[row])
 
   def train_image(self, row: int, rng: np.random.Generator) -> np.ndarray:
@@ -90,15 +90,20 @@ class Source:
     )
 
   def _views(self, rows: slice | np.ndarray) -> np.ndarray:
-    """Images after the eval transforms, uint8."""
+    """Applies the eval transforms; returns uint8 [n, h, w, c]."""
     if not self.eval_transforms:
       return self.images[rows]
     wanted = np.arange(len(self))[rows].tolist()
     views = np.empty((len(wanted), *self.shape), np.uint8)
 
     def fill(view: np.ndarray, row: int) -> None:
-      kept = self._kept.get(row)
-      view[:] = self._view(row) if kept is None else kept
+      if row in self._kept:
+        view[:] = self._kept[row]
+        return
+      # The transforms of evaluation may be random: then by the image alone.
+      rng = np.random.default_rng(self.indices[row])
+      picture = self.picture(row)
+      view[:] = transforms.apply(self.eval_transforms, rng, picture)
 
     with concurrent.futures.ThreadPoolExecutor(num_cores()) as pool:
       for _ in pool.map(fill, views, wanted):
@@ -108,13 +113,8 @@ class Source:
         self._kept.setdefault(row, view)
     return views
 
-  def _view(self, row: int) -> np.ndarray:
-    # The transforms of evaluation may be random: then by the image alone.
-    rng = np.random.default_rng(self.indices[row])
-    return transforms.apply(self.eval_transforms, rng, self.picture(row))
-
   def manifest(self) -> list[tuple[str, str, int]]:
-    """Rows of (split, class, number of images), one per class."""
+    """Returns rows of (split, class, number of images), one per class."""
     counts = np.bincount(self.labels, minlength=self.num_classes)
     names = self.classes or [str(i) for i in range(self.num_classes)]
     return [
@@ -149,7 +149,7 @@ class Source:
     return self.take(rows)
 
   def take(self, rows: np.ndarray) -> "Source":
-    """The images at these positions."""
+    """Returns the source of the images at these positions."""
     return dataclasses.replace(
       self,
       images=self.images[rows],
@@ -159,7 +159,7 @@ class Source:
 
 
 def num_cores() -> int:
-  """The number of cores that this process may run on."""
+  """Returns the number of cores that this process may run on."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1

@@ -65,7 +65,7 @@ def cifar(name: str, split: str, root: str = "") -> source.Source:
 
 @functools.cache
 def order(count: int, salt: str) -> list[int]:
-  """The numbers below `count` in the order in which TFDS has their records.
+  """Returns the numbers below `count` in the order of TFDS's records.
 
   By the MD5 of the salt and the number in decimals, as a whole number of 128
   bits.
@@ -84,7 +84,7 @@ def order(count: int, salt: str) -> list[int]:
 def _records(
   name: str, part: str, root: str
 ) -> tuple[list[dict[str, Any]], Any]:
-  """Features by record, images still encoded; and TFDS's `ClassLabel`."""
+  """Reads features by record, images still encoded; and TFDS's `ClassLabel`."""
   where = root or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   say = functools.partial(_PREPARE.format, name=name, where=where)
   try:
@@ -111,14 +111,14 @@ def _records(
 
 
 def _format(directory: pathlib.Path) -> str:
-  """The format of the files that TFDS prepared; "" if it prepared none."""
+  """Returns the format of the files that TFDS prepared; "" without any."""
   for file in sorted(directory.glob("*/dataset_info.json")):
     return json.loads(file.read_text()).get("fileFormat", "tfrecord")
   return ""
 
 
 def _numbers(ids: Iterable[Any], part: str, name: str) -> list[int]:
-  """The numbers in ids such as b"train_16399", each below their count once."""
+  """Parses ids such as b"train_16399"; raises a ValueError if any lacks."""
   texts = [bytes(x).decode().removeprefix(f"{part}_") for x in ids]
   numbers = [int(text) for text in texts if text.isdecimal()]
   if sorted(numbers) != list(range(len(texts))):

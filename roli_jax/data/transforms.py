@@ -31,7 +31,7 @@ GUIDE_EVAL = ("stretch:224",)
 
 
 def resize(rng: Rng, image: Picture, side: int) -> Picture:
-  """The shorter side becomes `side`; bilinear, antialiased by PIL."""
+  """Resizes the shorter side to `side`; bilinear, antialiased by PIL."""
   width, height = image.size
   if width <= height:
     return _resized(image, side, int(side * height / width))
@@ -39,30 +39,28 @@ def resize(rng: Rng, image: Picture, side: int) -> Picture:
 
 
 def stretch(rng: Rng, image: Picture, side: int) -> Picture:
-  """Both sides become `side`, the shape lost; bilinear, antialiased by PIL."""
+  """Resizes both sides to `side`, the shape lost; bilinear, antialiased."""
   return _resized(image, side, side)
 
 
 def _resized(image: Picture, width: int, height: int) -> Picture:
   from PIL import Image
 
-  if (width, height) == image.size:
-    return image
   return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def center_crop(rng: Rng, image: Picture, side: int) -> Picture:
-  """The square in the middle; what is smaller stands in a black one."""
+  """Crops the square in the middle; pads what is smaller with black."""
   return _cut(image, side, lambda over: round(over / 2))
 
 
 def random_crop(rng: Rng, image: Picture, side: int) -> Picture:
-  """A square anywhere; what is smaller stands in the middle of a black one."""
+  """Crops a square anywhere; pads what is smaller with black, evenly."""
   return _cut(image, side, lambda over: int(rng.integers(over + 1)))
 
 
 def _cut(image: Picture, side: int, start: Callable[[int], int]) -> Picture:
-  """A square; `start` is given the pixels left over in a direction."""
+  """Crops a square that starts at `start` of the pixels left over each way."""
   left, top = (
     start(extent - side) if extent >= side else -((side - extent) // 2)
     for extent in image.size
@@ -71,15 +69,12 @@ def _cut(image: Picture, side: int, start: Callable[[int], int]) -> Picture:
 
 
 def random_resized_crop(rng: Rng, image: Picture, side: int) -> Picture:
-  """8 to 100% of the area, sides 3:4 to 4:3, resized to a square."""
-  from PIL import Image
-
-  image = image.crop(_box(rng, *image.size))
-  return image.resize((side, side), Image.Resampling.BILINEAR)
+  """Crops 8 to 100% of the area, sides 3:4 to 4:3; resizes it to a square."""
+  return stretch(rng, image.crop(_box(rng, *image.size)), side)
 
 
 def _box(rng: Rng, width: int, height: int) -> tuple[int, int, int, int]:
-  """Left, top, right and bottom of a random crop, as torchvision draws it."""
+  """Draws left, top, right and bottom of a crop, as torchvision does."""
   for _ in range(10):
     area = width * height * rng.uniform(0.08, 1)
     ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -96,7 +91,7 @@ def _box(rng: Rng, width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def flip(rng: Rng, image: Picture) -> Picture:
-  """Every other image, by chance, has left and right exchanged."""
+  """Exchanges left and right in half of the images, by chance."""
   from PIL import Image
 
   if rng.random() < 0.5:
@@ -105,19 +100,19 @@ def flip(rng: Rng, image: Picture) -> Picture:
 
 
 def rotate(rng: Rng, image: Picture, degrees: float) -> Picture:
-  """Turned by up to `degrees` either way, nearest pixels, black coming in."""
+  """Turns by up to `degrees` either way; nearest pixels, black coming in."""
   return image.rotate(rng.uniform(-degrees, degrees))
 
 
 def pad_crop(rng: Rng, image: Picture, pad: int) -> Picture:
-  """Moved by up to `pad` pixels in each direction, black coming in."""
+  """Moves by up to `pad` pixels in each direction, black coming in."""
   left, top = rng.integers(-pad, pad + 1, 2).tolist()
   width, height = image.size
   return image.crop((left, top, left + width, top + height))
 
 
 def cutout(rng: Rng, image: Picture, side: int) -> Picture:
-  """A black square around a random pixel (DeVries and Taylor 2017)."""
+  """Blackens a square around a random pixel (DeVries and Taylor 2017)."""
   width, height = image.size
   x, y = int(rng.integers(width)), int(rng.integers(height))
   left, top = x - side // 2, y - side // 2
@@ -129,7 +124,7 @@ def cutout(rng: Rng, image: Picture, side: int) -> Picture:
 
 
 def color_jitter(rng: Rng, image: Picture, strength: float) -> Picture:
-  """Brightness, contrast and saturation in random order.
+  """Changes brightness, contrast and saturation, in random order.
 
   Each by a factor between 1 - strength and 1 + strength; strength is at most 1.
   """
@@ -142,7 +137,7 @@ def color_jitter(rng: Rng, image: Picture, strength: float) -> Picture:
 def rand_augment(
   rng: Rng, image: Picture, num_ops: int, magnitude: int
 ) -> Picture:
-  """So many of 14 operations, by chance, at one magnitude of 0 to 30.
+  """Applies `num_ops` of 14 operations, by chance, at one magnitude of 0 to 30.
 
   Cubuk et al. 2020; operations and ranges are torchvision's, nearest pixels.
   """
@@ -161,7 +156,7 @@ OPERATIONS = (
 
 
 def operate(name: str, image: Picture, share: float, sign: int) -> Picture:
-  """One operation of RandAugment.
+  """Applies one operation of RandAugment.
 
   Args:
     name: a name in `OPERATIONS`.
@@ -253,7 +248,7 @@ def _parse(text: str) -> functools.partial:
 
 
 def size(chain: Chain, before: Size | None) -> Size | None:
-  """The size that a chain ends at; None where it depends on the image.
+  """Returns the size that a chain ends at; None if it depends on the image.
 
   Args:
     chain: the transforms, in their order.

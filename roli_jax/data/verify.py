@@ -58,7 +58,7 @@ def look(
 
 
 def _mark(path: pathlib.Path) -> str:
-  """What changes when the file does; "" where there is none."""
+  """Returns what changes when the file does; "" where there is no file."""
   try:
     found = os.stat(path)
   except OSError:
@@ -69,7 +69,7 @@ def _mark(path: pathlib.Path) -> str:
 def _read_all(
   base: pathlib.Path, names: Iterable[str]
 ) -> list[tuple[str, str]]:
-  """What is wrong with each file, "" for nothing; and its digest."""
+  """Returns what is wrong with each file, "" for nothing; and its digest."""
   paths = [base / name for name in names]
   found = []
   with (
@@ -123,7 +123,7 @@ def _version() -> str:
 
 
 def _remembered(cache: pathlib.Path) -> set[str]:
-  """Marks of files that were sound; none where nothing can be read."""
+  """Reads the sound files of earlier runs; none if the cache can't be read."""
   try:
     kept = json.loads(cache.read_text())
     return set(kept["sound"]) if kept["version"] == _version() else set()

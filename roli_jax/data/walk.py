@@ -72,12 +72,12 @@ def walk(root: pathlib.Path) -> Walked:
 
 
 def folders(root: pathlib.Path) -> list[str]:
-  """Names of the directories in a directory, without the hidden."""
+  """Lists the directories in a directory, without the hidden."""
   return _children(root)[0]
 
 
 def named(root: pathlib.Path) -> tuple[dict[str, list[str]], list[str]]:
-  """Directories in a directory: by split, those called as one; and others."""
+  """Lists the directories in one: by split, those called as one; and others."""
   trees: dict[str, list[str]] = {}
   others: list[str] = []
   for name in sorted(folders(root)):
@@ -101,7 +101,7 @@ def by_folder(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _children(folder: str | pathlib.Path) -> tuple[list[str], list[str]]:
-  """Directories and files; what macOS's archives add to others is hidden."""
+  """Lists directories and files; what macOS adds to archives is hidden."""
   try:
     with os.scandir(folder) as entries:
       children = [(entry.name, _is_dir(entry)) for entry in entries]
@@ -125,7 +125,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _suffix(name: str) -> str:
-  """In lower case; "" if it is hidden or has none."""
+  """Returns the suffix in lower case; "" if hidden, or without one."""
   base = os.path.basename(name)
   return "" if _is_hidden(base) else os.path.splitext(base)[1].lower()
 
@@ -142,7 +142,7 @@ def suffixes(names: Iterable[str]) -> str:
 
 
 def some(names: Iterable[str]) -> str:
-  """The first five of these names, for a message."""
+  """Joins the first five of these names, for a message."""
   names = list(names)
   return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 

@@ -19,7 +19,7 @@ _STEP = re.compile(r"\d{8}")
 
 
 def _score(metrics: dict[str, Any]) -> tuple[float, int]:
-  """The validation score; of equal ones the earliest step's is the best."""
+  """Returns what orders checkpoints: the score, then the earlier step."""
   score = metrics["score"]
   return (score if math.isfinite(score) else -math.inf, -metrics["step"])
 
@@ -131,7 +131,12 @@ def _restore(
 
 
 def directory(run: pathlib.Path, stage: Any) -> pathlib.Path:
-  """Where a run keeps the checkpoints of an `experiment.stages.Stage`."""
+  """Returns where a run keeps the checkpoints of a stage.
+
+  Args:
+    run: the run's directory.
+    stage: an `experiment.stages.Stage`.
+  """
   return run / "checkpoints" / stage.directory
 
 
@@ -146,5 +151,5 @@ def find(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def step_of(path: pathlib.Path) -> int | None:
-  """The step, if the path is that of a single checkpoint; else None."""
+  """Returns the step, if the path is that of a single checkpoint; else None."""
   return int(path.name) if _STEP.fullmatch(path.name) else None

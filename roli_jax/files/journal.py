@@ -110,10 +110,10 @@ def _write(file: pathlib.Path, arrays: Mapping[str, Any]) -> None:
 
 
 def digest(*arrays: Any) -> str:
-  """A hash of arrays' types, shapes and values: 16 hexadecimal digits.
+  """Hashes arrays' types, shapes and values; returns 16 hexadecimal digits.
 
   Args:
-    *arrays: of jax or numpy; random keys count as their data.
+    *arrays: arrays of jax or numpy; random keys count as their data.
   """
   total = hashlib.sha256()
   for array in arrays:

@@ -122,7 +122,7 @@ def write_json(file: pathlib.Path, value: Any) -> None:
 
 
 def _tuples(value: Any) -> Any:
-  """A value of JSON, its lists as tuples."""
+  """Makes the lists in a value of JSON tuples."""
   if isinstance(value, dict):
     return {k: _tuples(v) for k, v in value.items()}
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
@@ -157,7 +157,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-  """The commit of the package's checkout, where it is one."""
+  """Returns the commit of the package's checkout; None where it is none."""
   folder = pathlib.Path(roli_jax.__file__).parents[1]
   if not (folder / ".git").exists():
     return None  # a virtual environment may lie in somebody else's checkout
