@@ -42,7 +42,19 @@ def class_vectors(
     ValueError: no classes or templates, one without a place for the name,
       another vocabulary than the tower's, a prompt that is too long.
   """
-  _check(text, tokenizer, classes, templates)
+  for words, what in ((classes, "classes"), (templates, "templates")):
+    if isinstance(words, str) or not len(words):
+      raise ValueError(f"expected {what} as a list of texts, got {words!r}")
+  for template in templates:
+    if "{}" not in template:
+      raise ValueError(
+        f"template {template!r} has no {{}} in the place of a class's name"
+      )
+  if tokenizer.vocab_size != text.vocab:
+    raise ValueError(
+      f"the tokenizer has {tokenizer.vocab_size} tokens, the text tower embeds"
+      f" {text.vocab}: it was trained with another vocabulary"
+    )
   prompts = [t.replace("{}", name) for name in classes for t in templates]
   ids = tokenizer(prompts, text.context)
   # No token sees what follows it, so that padding is only work.
@@ -158,24 +170,3 @@ def classifier(
     model=dataclasses.replace(model, head=module, num_classes=len(classes)),
     params=dataclasses.replace(bundle.params, head=zeroshot),
   )
-
-
-def _check(
-  text: models.Text,
-  tokenizer: Tokenizer,
-  classes: Sequence[str],
-  templates: Sequence[str],
-) -> None:
-  for words, what in ((classes, "classes"), (templates, "templates")):
-    if isinstance(words, str) or not len(words):
-      raise ValueError(f"expected {what} as a list of texts, got {words!r}")
-  for template in templates:
-    if "{}" not in template:
-      raise ValueError(
-        f"template {template!r} has no {{}} in the place of a class's name"
-      )
-  if tokenizer.vocab_size != text.vocab:
-    raise ValueError(
-      f"the tokenizer has {tokenizer.vocab_size} tokens, the text tower embeds"
-      f" {text.vocab}: it was trained with another vocabulary"
-    )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from roli_jax.files import extras
+from roli_jax.types import Integer
 
 if TYPE_CHECKING:  # since PIL comes with an extra
   import PIL.Image
@@ -97,8 +98,8 @@ def _rgb(image: Picture) -> Picture:
   return image.convert("RGB")
 
 
-def from_array(array: np.ndarray) -> Picture:
-  """Wraps uint8 [h, w, c] as an image of PIL, grey (c = 1) or RGB (c = 3)."""
+def from_array(array: Integer[np.ndarray, "h w c"]) -> Picture:
+  """Makes an image of PIL of uint8, grey if c is 1 and RGB if it is 3."""
   extras.need("PIL")
   from PIL import Image
 

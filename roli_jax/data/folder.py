@@ -201,13 +201,20 @@ def _check_classes(
   for split in SPLITS:
     if split not in splits:
       raise ValueError(f"{base}: there are no images for {split}{after}")
-  trained = {entry.label for entry in good if entry.split == "train"}
-  lacking = [str(label) for label in classes if label not in trained]
+  lacking = _lacking(classes, [e for e in good if e.split == "train"])
   if lacking:
     raise ValueError(
       f"{base}: {len(lacking)} of {len(classes)} classes have no training"
       f" image that can be used: {', '.join(lacking[:10])}{after}"
     )
+
+
+def _lacking(
+  classes: Sequence[str | int], entries: Sequence[listing.Entry]
+) -> list[str]:
+  """Lists the classes of which there is no entry."""
+  held = {entry.label for entry in entries}
+  return [str(label) for label in classes if label not in held]
 
 
 def _left_out(
@@ -225,8 +232,7 @@ def _unusual(
   classes: Sequence[str | int],
 ) -> Iterator[str]:
   """Yields a line for classes without images, and for sizes unlike FACTS."""
-  held = {entry.label for entry in chosen}
-  lacking = [str(label) for label in classes if label not in held]
+  lacking = _lacking(classes, chosen)
   if lacking:
     yield (
       f"{len(lacking)} of {len(classes)} classes have no {split} image"

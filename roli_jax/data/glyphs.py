@@ -16,6 +16,7 @@ import numpy as np
 from roli_jax.data import source
 from roli_jax.data.decode import Picture
 from roli_jax.files import extras
+from roli_jax.types import Integer
 
 # The upper case, and the lower-case letters that look unlike it: the letter
 # classes of EMNIST "balanced" (Cohen et al. 2017).
@@ -121,8 +122,8 @@ def _glyph(font: str, letter: str, stroke: int) -> Picture:
   return image.crop(image.getbbox())
 
 
-def _letter(index: int, label: int) -> np.ndarray:
-  """Draws uint8 [8, 8, 1]: font, stroke, bend and threshold are random."""
+def _letter(index: int, label: int) -> Integer[np.ndarray, "8 8 1"]:
+  """Draws uint8: font, stroke, bend and threshold are random."""
   from PIL import Image
 
   rng = np.random.default_rng(index)

@@ -72,9 +72,8 @@ def train_batches(
   # Positions make a batch, not images: a batch is looked up, or written, once.
   rows = rows[process::processes].batch(batch_size // processes)[start:]
   if source.is_plain:  # there is nothing for workers to do
-    return _read(
-      rows.map(functools.partial(_plain, source)), 0, num_threads or 2
-    )
+    batches = rows.map(functools.partial(_plain, source))
+    return _read(batches, 0, num_threads or 2)
   # A copy, since the source may keep pixels, which workers don't need.
   augment = functools.partial(_augmented, dataclasses.replace(source))
   return _read(rows.map(augment), num_workers, num_threads)

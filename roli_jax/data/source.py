@@ -9,6 +9,7 @@ import numpy as np
 
 from roli_jax.data import decode, transforms
 from roli_jax.files import extras
+from roli_jax.types import Float, Integer
 
 SPLITS = ("train", "val", "test")
 
@@ -72,12 +73,16 @@ class Source:
     """Returns the image at this position, before any transform."""
     return decode.from_array(self.images[row])
 
-  def train_image(self, row: int, rng: np.random.Generator) -> np.ndarray:
-    """Augments one image; returns uint8 [h, w, c]."""
+  def train_image(
+    self, row: int, rng: np.random.Generator
+  ) -> Integer[np.ndarray, "h w c"]:
+    """Augments one image; returns uint8."""
     return transforms.apply(self.train_transforms, rng, self.picture(row))
 
-  def pixels(self, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
-    """Returns images for evaluation: float32 [n, h, w, c] in [0, 1].
+  def pixels(
+    self, rows: slice | np.ndarray = slice(None)
+  ) -> Float[np.ndarray, "n h w c"]:
+    """Returns images for evaluation, float32 in [0, 1].
 
     What had to be decoded or transformed is kept as uint8, so that the next
     time is quick, unless all of the split would take more than KEEP bytes.
@@ -89,8 +94,8 @@ class Source:
       self._views(rows), np.float32(self.white), dtype=np.float32
     )
 
-  def _views(self, rows: slice | np.ndarray) -> np.ndarray:
-    """Applies the eval transforms; returns uint8 [n, h, w, c]."""
+  def _views(self, rows: slice | np.ndarray) -> Integer[np.ndarray, "n h w c"]:
+    """Applies the eval transforms; returns uint8."""
     if not self.eval_transforms:
       return self.images[rows]
     wanted = np.arange(len(self))[rows].tolist()
@@ -166,12 +171,12 @@ def num_cores() -> int:
 
 
 def stratified(
-  labels: np.ndarray, first: int, second: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+  labels: Integer[np.ndarray, "n"], first: int, second: int, seed: int
+) -> tuple[Integer[np.ndarray, "a"], Integer[np.ndarray, "b"]]:
   """Draws disjoint positions, each part with the classes' shares.
 
   Args:
-    labels: int, [n].
+    labels: the class of each position.
     first: the number of positions in the first part.
     second: the number in the second.
     seed: seeds the draw.

@@ -14,6 +14,7 @@ import numpy as np
 
 from roli_jax.data import source
 from roli_jax.files import extras
+from roli_jax.types import Integer
 
 _TRAINING = 50_000  # images in CIFAR's training split; test images count on
 
@@ -129,7 +130,7 @@ def _numbers(ids: Iterable[Any], part: str, name: str) -> list[int]:
   return numbers
 
 
-def _decode(record: Mapping[str, Any]) -> np.ndarray:
+def _decode(record: Mapping[str, Any]) -> Integer[np.ndarray, "h w 3"]:
   extras.need("PIL")
   from PIL import Image
 

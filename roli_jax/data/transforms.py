@@ -17,6 +17,7 @@ import numpy as np
 from roli_jax import specs
 from roli_jax.data.decode import Picture
 from roli_jax.files import extras
+from roli_jax.types import Integer
 
 Size = tuple[int, int]  # height, width
 Rng = np.random.Generator
@@ -299,8 +300,10 @@ def check(
     )
 
 
-def apply(chain: Chain, rng: Rng, image: Picture) -> np.ndarray:
-  """Applies the chain; returns uint8 [h, w, c]."""
+def apply(
+  chain: Chain, rng: Rng, image: Picture
+) -> Integer[np.ndarray, "h w c"]:
+  """Applies the chain; returns uint8."""
   for transform in chain:
     image = transform(rng, image)
   array = np.asarray(image)

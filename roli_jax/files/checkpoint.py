@@ -15,6 +15,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from roli_jax.types import PyTree
+
 _STEP = re.compile(r"\d{8}")
 
 
@@ -54,8 +56,8 @@ def save(
   checkpoints: ocp.CheckpointManager,
   step: int,
   *,
-  model: Any,
-  rest: Any,
+  model: PyTree,
+  rest: PyTree,
   meta: dict[str, Any],
   score: float,
 ) -> None:
@@ -80,7 +82,7 @@ def save(
 
 
 def restore(
-  checkpoints: ocp.CheckpointManager, step: int, **templates: Any
+  checkpoints: ocp.CheckpointManager, step: int, **templates: PyTree
 ) -> dict[str, Any]:
   """Restores `model`, `rest` or both, on the shardings of their templates.
 

@@ -109,7 +109,7 @@ def _write(file: pathlib.Path, arrays: Mapping[str, Any]) -> None:
   partial.replace(file)
 
 
-def digest(*arrays: Any) -> str:
+def digest(*arrays: jax.Array | np.ndarray | np.generic) -> str:
   """Hashes arrays' types, shapes and values; returns 16 hexadecimal digits.
 
   Args:
