@@ -25,6 +25,7 @@ from roli_jax.data import listing, walk
 from roli_jax.data.source import SPLITS
 from roli_jax.files import extras
 
+# The Guide's seeds, shares, and most test images; see above.
 _SEED, _TEST_SEED = 42, 0
 _TEST, _VAL = 0.2, 0.15
 _MOST_TESTED = 1000

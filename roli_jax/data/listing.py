@@ -192,12 +192,12 @@ def _from_trees(
     raise ValueError(_lacking(root, folders))
   walks = {name: walk.walk(root / name) for name in folders.values()}
   for split, name in folders.items():
-    if not walks[name].images:
+    found = walks[name]
+    if not found.images:
+      lie = "; without labels they must lie elsewhere" if found.stray else ""
       raise ValueError(
         f"{root / name}: there are no images for {split} in directories of"
-        f" classes{_but(walks[name])}"
-        + "; without labels they must lie elsewhere"
-        * bool(walks[name].stray)
+        f" classes{_but(found)}{lie}"
       )
   parts: Parts = {
     split: (name, walks[name].images) for split, name in folders.items()

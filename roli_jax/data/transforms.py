@@ -21,12 +21,13 @@ from roli_jax.types import Integer
 
 Size = tuple[int, int]  # height, width
 Rng = np.random.Generator
-Chain = tuple[functools.partial, ...]  # of `(rng, image) -> image`
+Chain = tuple[functools.partial, ...]  # each `(rng, image) -> image`
 
 PHOTO_TRAIN = ("resize:256", "random_crop:224", "flip")
 PHOTO_EVAL = ("resize:256", "center_crop:224")
 
-# Of "A Guide to Robust Generalization" (arXiv 2508.14079): nothing is cut.
+# Those of "A Guide to Robust Generalization" (arXiv 2508.14079), which cut
+# nothing off.
 GUIDE_TRAIN = ("stretch:224", "flip", "color_jitter:0.25", "rotate:2")
 GUIDE_EVAL = ("stretch:224",)
 
@@ -183,7 +184,8 @@ def operate(name: str, image: Picture, share: float, sign: int) -> Picture:
   if name == "Posterize":
     return ImageOps.posterize(image, 8 - round(4 * share))
   if name == "Solarize":
-    # From the threshold on; less what a product of floats has too much.
+    # Rounding may leave the difference just above a whole number, which ceil
+    # would raise by one: 1e-6 is taken off before.
     return ImageOps.solarize(image, math.ceil(255 - 255 * share - 1e-6))
   if name == "AutoContrast":
     return ImageOps.autocontrast(image)

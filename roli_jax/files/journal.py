@@ -118,10 +118,11 @@ def digest(*arrays: jax.Array | np.ndarray | np.generic) -> str:
   total = hashlib.sha256()
   for array in arrays:
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+      assert isinstance(array, jax.Array), "numpy has no keys"
       array = jax.random.key_data(array)
-    array = np.ascontiguousarray(array)
-    total.update(f"{array.dtype}{array.shape}".encode())
-    total.update(array.tobytes())
+    values = np.ascontiguousarray(array)
+    total.update(f"{values.dtype}{values.shape}".encode())
+    total.update(values.tobytes())
   return total.hexdigest()[:16]
 
 
