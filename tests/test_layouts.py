@@ -346,7 +346,7 @@ def test_what_a_copy_is_is_remembered(copied, monkeypatch):
   before = told(copied)
   monkeypatch.setattr(verify, "_seen", set())
   monkeypatch.setattr(decode, "decode", None)
-  monkeypatch.setattr(verify, "_digest", None)
+  monkeypatch.setattr(verify, "_read", None)
   assert told(copied) == before
 
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from roli_jax.models import heads
 from roli_jax.types import Array, Bool, Float, Key
 
 REDUCTIONS = ("sum", "mean")
-_STRAIGHT = 1 - 1e-6  # of a cosine
-_TINY = 1e-24  # of a squared length
+_STRAIGHT = 1 - 1e-6  # the largest cosine of an angle to be mixed on an arc
 
 Embeddings = Float[Array | np.ndarray, "n d"]
 Pairs = Bool[Array | np.ndarray, "n n"]
@@ -22,12 +22,12 @@ Number = float | int | Float[Array, ""]
 
 
 def slerp(a: Embeddings, b: Embeddings, ratio: Number) -> Float[Array, "n d"]:
-  """Each row's point on the great circle from b (ratio 0) to a (ratio 1).
+  """Moves each row on the great circle from b (ratio 0) to a (ratio 1).
 
-  Of length 1 again. Where the cosine is within 1e-6 of 1 or -1 the straight
-  mix is brought to length 1 instead (of opposite rows: the nearer one, and
-  zeros in the middle), and gradients are finite. That is our own guard, at an
-  angle of 1.4e-3: a cosine in float32 hardly tells smaller ones apart. The
+  The points have length 1 again. Where the cosine is within 1e-6 of 1 or -1 the
+  straight mix is brought to length 1 instead (of opposite rows: the nearer one,
+  and zeros in the middle), and gradients are finite. That is our own guard, at
+  an angle of 1.4e-3: a cosine in float32 hardly tells smaller ones apart. The
   authors have none.
   """
   cosine = (a * b).sum(-1, keepdims=True)
@@ -36,7 +36,7 @@ def slerp(a: Embeddings, b: Embeddings, ratio: Number) -> Float[Array, "n d"]:
   angle = jnp.arccos(jnp.where(straight, 0.0, cosine))
   arc = jnp.sin(ratio * angle) * a + jnp.sin((1 - ratio) * angle) * b
   line = ratio * a + (1 - ratio) * b
-  return jnp.where(straight, _unit(line), arc / jnp.sin(angle))
+  return jnp.where(straight, heads.unit(line), arc / jnp.sin(angle))
 
 
 def m2_mix_loss(
@@ -52,16 +52,16 @@ def m2_mix_loss(
   """Contrasts each pair with mixtures of the other pairs' image and text.
 
   Args:
-    img: the images' embeddings.
-    txt: the texts'.
+    img: the images' embeddings, [n, d].
+    txt: the texts' embeddings, [n, d].
     key: draws the ratio, see `draw_ratio`.
     beta: the parameter of that draw, > 0; to go without the term, leave it out.
-    tau: temperature, > 0.
+    tau: the temperature, > 0.
     reduction: `sum` of the two directions, as in the authors' main.py, or
       their `mean`, as in their code for OpenCLIP.
-    same: pairs of one class, as where the texts are prompts of classes; those
-      off the diagonal count as neither positive nor negative. (Our own: the
-      authors' batches repeat no text.)
+    same: bool [n, n], pairs of one class, where the texts are prompts of
+      classes; those off the diagonal count as neither positive nor negative.
+      (Our own: the authors' batches repeat no text.)
   """
   ratio = draw_ratio(key, beta)
   return m2_mix(img, txt, ratio, tau=tau, reduction=reduction, same=same)
@@ -80,21 +80,27 @@ def m2_mix(
 
   The positive is the pair as it is; gradients also reach the mixtures.
   """
-  _check_tau(tau)
+  if not tau > 0:
+    raise ValueError(f"tau must be > 0, got {tau}")
   if reduction not in REDUCTIONS:
     raise ValueError(f"unknown reduction {reduction!r}; there are {REDUCTIONS}")
   mixed = slerp(img, txt, ratio)
   positive = (img * txt).sum(-1, keepdims=True)
-  own = jnp.eye(len(img), dtype=bool)
-  both = sum(
-    _matching(_masked(jnp.where(own, positive, x @ mixed.T) / tau, same))
-    for x in (img, txt)
-  )
+  paired = jnp.eye(len(img), dtype=bool)
+
+  def direction(x: Embeddings) -> Float[Array, ""]:
+    """The mean cross-entropy where row i belongs to column i."""
+    logits = jnp.where(paired, positive, x @ mixed.T) / tau
+    if same is not None:
+      logits = jnp.where(same & ~paired, -jnp.inf, logits)
+    return (jax.nn.logsumexp(logits, -1) - jnp.diagonal(logits)).mean()
+
+  both = direction(img) + direction(txt)
   return both if reduction == "sum" else both / 2
 
 
 def draw_ratio(key: Key[Array, ""], beta: float | int) -> Float[Array, ""]:
-  """A batch's ratio: Beta(beta, beta), which is U-shaped below 1.
+  """Draws a batch's ratio from Beta(beta, beta), which is U-shaped below 1.
 
   The authors take 0.5. In m3-Mix, whose terms draw a ratio each, they take 0.2
   for the term of m2-Mix.
@@ -105,30 +111,5 @@ def draw_ratio(key: Key[Array, ""], beta: float | int) -> Float[Array, ""]:
 
 
 def weight_schedule(epoch: Number) -> Number:
-  """What the mixing terms are multiplied with in an epoch, counted from 0."""
+  """Returns the weight of the mixing terms in an epoch, counted from 0."""
   return 1 / (epoch + 1)
-
-
-def _matching(logits):
-  """The mean cross-entropy where row i belongs to column i."""
-  return (jax.nn.logsumexp(logits, -1) - jnp.diagonal(logits)).mean()
-
-
-def _masked(logits, same):
-  if same is None:
-    return logits
-  others = same & ~jnp.eye(len(logits), dtype=bool)
-  return jnp.where(others, -jnp.inf, logits)
-
-
-def _check_tau(tau: float | int) -> None:
-  if not tau > 0:
-    raise ValueError(f"tau must be > 0, got {tau}")
-
-
-def _unit(x):
-  """The rows at length 1; a row of almost none becomes zeros."""
-  squared = (x * x).sum(-1, keepdims=True)
-  known = squared > _TINY
-  length = jnp.sqrt(jnp.where(known, squared, 1.0))
-  return jnp.where(known, x / length, 0.0)

@@ -18,7 +18,7 @@ import numpy as np
 
 from roli_jax.types import Int
 
-# Of the file's merges CLIP takes the first so many: 49,408 tokens in all.
+# CLIP takes the first of the file's merges, so that there are 49,408 tokens.
 NUM_MERGES = 49_408 - 2 * 256 - 2
 FILE = "bpe_simple_vocab_16e6.txt.gz"
 PACKAGES = ("open_clip", "clip")  # the file comes with them
@@ -27,7 +27,7 @@ _LAST = "</w>"  # marks the symbol that ends a word
 
 
 def _alphabet() -> list[tuple[int, str]]:
-  """Each byte and the character that stands for it, in the order of ids.
+  """Pairs each byte with the character that stands for it, in the order of ids.
 
   Bytes that Latin-1 prints stand for themselves, and come first. Control
   characters and blanks are written as those from U+0100 on.
@@ -40,13 +40,13 @@ def _alphabet() -> list[tuple[int, str]]:
   ]
 
 
-# Of a text in which every character beyond ASCII is replaced by one that says
-# what it is: a letter, a digit, or another mark.
+# Words of a text in which `_kind` has replaced every character beyond ASCII by
+# an ASCII one of the same kind: a letter, a digit, or another mark.
 _WORD = re.compile(r"'(?:re|ve|ll|[stmd])|[a-z]+|[0-9]|[^\sa-z0-9]+")
 
 
 class Tokenizer:
-  """Texts to rows of ids: a start, the words, an end, zeros.
+  """Turns texts into rows of ids: a start, the words, an end, zeros.
 
   Ids are in this order: 256 bytes, the same at the end of a word, the merges,
   start, end. The end is the largest.
@@ -58,7 +58,7 @@ class Tokenizer:
   """
 
   def __init__(self, merges: Sequence[tuple[str, ...]]):
-    """A tokenizer of these merges.
+    """Makes a tokenizer of these merges.
 
     Args:
       merges: pairs of neighbours that become one symbol, those to be joined
@@ -89,12 +89,12 @@ class Tokenizer:
 
   @classmethod
   def from_file(cls, path: str | pathlib.Path = "") -> "Tokenizer":
-    """The tokenizer of a vocabulary file.
+    """Makes the tokenizer of a vocabulary file.
 
     Args:
-      path: of `bpe_simple_vocab_16e6.txt`, gzipped or not: a header, then a
-        merge a line, of which the first 48,894 count. "" stands for the one in
-        an installed package, open_clip or clip, which is not imported.
+      path: a copy of `bpe_simple_vocab_16e6.txt`, gzipped or not: a header,
+        then a merge a line, of which the first 48,894 count. "": the copy in an
+        installed package, open_clip or clip, which is not imported.
 
     Raises:
       ValueError: there is no such file, or it holds something else.
@@ -116,7 +116,7 @@ class Tokenizer:
       raise ValueError(f"{file}: {error}") from error
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text, without start and end.
+    """Returns the ids of a text, without start and end.
 
     The text is lower-cased, HTML's entities are resolved (twice, as some were
     escaped twice), and white space counts as one blank.
@@ -142,13 +142,12 @@ class Tokenizer:
     *,
     truncate: bool = False,
   ) -> Int[np.ndarray, "n context"]:
-    """The ids of texts, one a row.
+    """Returns the ids of texts, one text a row.
 
     Args:
-      texts: any number.
+      texts: any number of texts.
       context_length: tokens of a row, start and end included.
-      truncate: whether a text too long loses what is too much of its end; the
-        last id is the end still.
+      truncate: whether a text too long is cut; its last id is the end still.
 
     Raises:
       ValueError: a text too long, or one text in place of several.
@@ -187,7 +186,7 @@ def _kind(char: str) -> str:
 
 
 def _installed() -> pathlib.Path:
-  """The vocabulary in the first package that has it."""
+  """Finds the vocabulary in the first package that has it."""
   for package in PACKAGES:
     spec = importlib.util.find_spec(package)
     for folder in (spec and spec.submodule_search_locations) or ():

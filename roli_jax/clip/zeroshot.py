@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ import numpy as np
 from roli_jax import models
 from roli_jax.clip.tokenizer import Tokenizer
 from roli_jax.convert import Bundle
-from roli_jax.types import Array, Float, PyTree
+from roli_jax.types import Array, Float, Int, PyTree
 
-# The authors' default; they take 80 of them on ImageNet.
+# The authors' default; on ImageNet they take 80 templates.
 TEMPLATES = ("a photo of a {}.",)
 _BATCH = 256  # texts at a time
 
@@ -25,23 +26,35 @@ def class_vectors(
   classes: Sequence[str],
   templates: Sequence[str] = TEMPLATES,
 ) -> Float[Array, "embed k"]:
-  """A column of length 1 for each class: the mean direction of its prompts.
+  """Returns a column of length 1 for each class: its prompts' mean direction.
 
   Prompts are embedded, brought to length 1, averaged and brought to length 1
   again.
 
   Args:
     text: the text tower, see `convert.text_tower`.
-    params: its parameters.
-    tokenizer: makes tokens of its vocabulary.
-    classes: their names, in the order of labels.
+    params: the tower's parameters.
+    tokenizer: makes tokens of the tower's vocabulary.
+    classes: the names of the classes, in the order of labels.
     templates: prompts with `{}` in place of a name, each for every class.
 
   Raises:
     ValueError: no classes or templates, one without a place for the name,
       another vocabulary than the tower's, a prompt that is too long.
   """
-  _check(text, tokenizer, classes, templates)
+  for words, what in ((classes, "classes"), (templates, "templates")):
+    if isinstance(words, str) or not len(words):
+      raise ValueError(f"expected {what} as a list of texts, got {words!r}")
+  for template in templates:
+    if "{}" not in template:
+      raise ValueError(
+        f"template {template!r} has no {{}} in the place of a class's name"
+      )
+  if tokenizer.vocab_size != text.vocab:
+    raise ValueError(
+      f"the tokenizer has {tokenizer.vocab_size} tokens, the text tower embeds"
+      f" {text.vocab}: it was trained with another vocabulary"
+    )
   prompts = [t.replace("{}", name) for name in classes for t in templates]
   ids = tokenizer(prompts, text.context)
   # No token sees what follows it, so that padding is only work.
@@ -56,8 +69,11 @@ def class_vectors(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(text, params, ids):
-  return models.heads.unit(text.apply({"params": params}, ids))
+def _embed(
+  text: models.Text, params: PyTree, ids: Int[Array | np.ndarray, "n context"]
+) -> Float[Array, "n embed"]:
+  embeddings: Any = text.apply({"params": params}, ids)
+  return models.heads.unit(embeddings)
 
 
 def head(
@@ -70,17 +86,17 @@ def head(
   projection: Float[Array | np.ndarray, "d embed"],
   logit_scale: float | int | None = None,
 ) -> PyTree:
-  """The parameters of a `models.heads.Cosine` for these classes.
+  """Makes the parameters of a `models.heads.Cosine` for these classes.
 
   Args:
     text: the text tower, see `convert.text_tower`.
-    params: its parameters.
-    tokenizer: makes tokens of its vocabulary.
+    params: the tower's parameters.
+    tokenizer: makes tokens of the tower's vocabulary.
     classes: the names of the classes, in the order of labels.
     templates: prompts with `{}` in place of a name, each for every class.
     projection: the image tower's, from features to embeddings.
-    logit_scale: the logarithm of what cosines are multiplied with; None: the
-      one that CLIP was trained to, among the tower's parameters.
+    logit_scale: the logarithm of the factor on cosines; None: the one that CLIP
+      was trained to, among the tower's parameters.
 
   Raises:
     ValueError: the towers' embeddings differ in width; see `class_vectors`.
@@ -109,7 +125,7 @@ def classifier(
   *,
   logit_scale: float | int | None = None,
 ) -> Bundle:
-  """A CLIP's image tower as a classifier of these classes.
+  """Makes a CLIP's image tower a classifier of these classes.
 
   It can be evaluated as it is, saved, or fine-tuned: its head, three leaves, is
   where training starts.
@@ -117,12 +133,12 @@ def classifier(
   Args:
     bundle: an open_clip file, loaded without `num_classes`.
     text: the text tower, see `convert.text_tower`.
-    params: its parameters.
-    tokenizer: makes tokens of its vocabulary.
+    params: the tower's parameters.
+    tokenizer: makes tokens of the tower's vocabulary.
     classes: the names of at least 2 classes, in the order of labels.
     templates: prompts with `{}` in place of a name, each for every class.
-    logit_scale: the logarithm of what cosines are multiplied with; None: the
-      one that CLIP was trained to.
+    logit_scale: the logarithm of the factor on cosines; None: the one that CLIP
+      was trained to.
 
   Raises:
     ValueError: the bundle's head is no projection; its GELU is not the text
@@ -139,29 +155,18 @@ def classifier(
       f"the {model.name} has {model.backbone.act.__name__}, the text tower"
       f" {text.act.__name__}; a CLIP's two towers have the same"
     )
-  made = head(
-    text, params, tokenizer, classes, templates,
-    projection=kernels["kernel"], logit_scale=logit_scale,
-  )  # fmt: skip
+  zeroshot = head(
+    text,
+    params,
+    tokenizer,
+    classes,
+    templates,
+    projection=kernels["kernel"],
+    logit_scale=logit_scale,
+  )
   module = models.heads.cosine(len(classes), text.embed)
   return dataclasses.replace(
     bundle,
     model=dataclasses.replace(model, head=module, num_classes=len(classes)),
-    params=dataclasses.replace(bundle.params, head=made),
+    params=dataclasses.replace(bundle.params, head=zeroshot),
   )
-
-
-def _check(text, tokenizer, classes, templates):
-  for words, what in ((classes, "classes"), (templates, "templates")):
-    if isinstance(words, str) or not len(words):
-      raise ValueError(f"expected {what} as a list of texts, got {words!r}")
-  for template in templates:
-    if "{}" not in template:
-      raise ValueError(
-        f"template {template!r} has no {{}} in the place of a class's name"
-      )
-  if tokenizer.vocab_size != text.vocab:
-    raise ValueError(
-      f"the tokenizer has {tokenizer.vocab_size} tokens, the text tower embeds"
-      f" {text.vocab}: it was trained with another vocabulary"
-    )

@@ -20,7 +20,7 @@ from roli_jax.corruptions.base import SEVERITIES
 
 Corruption = Callable[[np.random.Generator, np.ndarray, int], np.ndarray]
 
-# They refuse a severity that there is not; the image is checked by `apply`.
+# They raise a ValueError for a wrong severity; `apply` checks the image.
 CORRUPTIONS: dict[str, Corruption] = {
   "gaussian_noise": noise.gaussian_noise,
   "shot_noise": noise.shot_noise,
@@ -73,18 +73,18 @@ def apply(
   index: int | np.integer,
   seed: int = 0,
 ) -> np.ndarray:
-  """The image, corrupted.
+  """Corrupts an image; returns uint8 of the same shape.
 
-  What chance does depends on the seed, the type, the severity and who the
-  image is, and on nothing else: not on order, batches or processes.
+  What is drawn depends on the seed, the type, the severity and the image's
+  index, and on nothing else: not on order, batches or processes.
 
   Args:
     name: one of `CORRUPTIONS`.
     image: uint8, [h, w, 3], or [h, w, 1] if grey; 8 pixels or more each way.
       Strengths are those published for images of about its size.
     severity: 1 to 5.
-    index: who the image is in its data set, 0 or more.
-    seed: of all corruptions, 0 or more.
+    index: the image's number in its data set, 0 or more.
+    seed: seeds all corruptions, 0 or more.
 
   Raises:
     ValueError: an unknown name, another image or severity, a negative index
@@ -108,12 +108,12 @@ def apply(
     raise ValueError(
       f"index and seed must not be negative, got {index} and {seed}"
     )
-  who = [seed, zlib.crc32(name.encode()), severity, int(index)]
-  return corrupt(np.random.default_rng(who), image, severity)
+  entropy = [seed, zlib.crc32(name.encode()), severity, int(index)]
+  return corrupt(np.random.default_rng(entropy), image, severity)
 
 
 def guide(index: int | np.integer, count: int | None = None) -> str:
-  """The type that the Guide benchmark gives an image, one of `GUIDE`.
+  """Returns the type that the Guide benchmark gives an image, one of `GUIDE`.
 
   The benchmark (Heuillet et al. 2025, arXiv 2508.14079; severity 3) goes
   through a test set in blocks of one type: those of `count // 11` images, and
@@ -123,10 +123,11 @@ def guide(index: int | np.integer, count: int | None = None) -> str:
   no affine map.
 
   Args:
-    index: of the image in the test set, from 0.
-    count: images in the test set, for the benchmark's rule. None: the types in
-      turn, `index % 11`, which is our own: what an image gets doesn't depend
-      on how many there are, and classes in order all get all types.
+    index: the image's number in the test set, from 0.
+    count: the number of images in the test set, for the benchmark's rule.
+      None: the types in turn, `index % 11`, which is our own: what an image
+      gets doesn't depend on how many there are, and classes in order all get
+      all types.
 
   Raises:
     ValueError: an index outside the test set.

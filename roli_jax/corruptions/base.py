@@ -5,13 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from roli_jax.files import extras
+from roli_jax.types import Float, Integer
 
 Rng = np.random.Generator
+Bytes = Integer[np.ndarray, "h w c"]  # uint8; c is 1 or 3
+Field = Float[np.ndarray, "h w"]
 
-# Published for images of 32, 64 and 224 pixels: the strengths of severities 1
-# to 5 each. From the authors' github.com/hendrycks/robustness, ImageNet-C/
-# create_c: make_cifar_c.py, make_tinyimagenet_c.py and make_imagenet_c.py.
+# Side of the image in pixels (32, 64 or 224) -> the strengths of severities 1
+# to 5, as published. From the authors' github.com/hendrycks/robustness,
+# ImageNet-C/create_c: make_cifar_c.py, make_tinyimagenet_c.py and
+# make_imagenet_c.py.
 Table = Mapping[int, Sequence[Any]]
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -24,13 +27,13 @@ def check_severity(severity: int) -> None:
 
 
 def at(strengths: Sequence[Any], severity: int) -> Any:
-  """The one of five strengths."""
+  """Picks one of five strengths by severity, 1 to 5."""
   check_severity(severity)
   return strengths[severity - 1]
 
 
-def level(table: Table, image: np.ndarray, severity: int) -> Any:
-  """The published strength for an image of this size.
+def level(table: Table, image: Bytes, severity: int) -> Any:
+  """Picks the published strength for an image of this size.
 
   The table is that of CIFAR-10-C below 48 pixels (of the shorter side), of
   Tiny ImageNet-C below 128 and of ImageNet-C from there on; the two borders,
@@ -40,30 +43,24 @@ def level(table: Table, image: np.ndarray, severity: int) -> Any:
   return at(table[32 if side < 48 else 64 if side < 128 else 224], severity)
 
 
-def unit(image: np.ndarray) -> np.ndarray:
-  """Bytes as floats in [0, 1]."""
+def unit(image: Integer[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+  """Scales bytes to floats in [0, 1]."""
   return image / 255
 
 
-def pixels(x: np.ndarray) -> np.ndarray:
-  """Floats, clipped to [0, 1], as bytes.
+def pixels(x: Float[np.ndarray, "*shape"]) -> Integer[np.ndarray, "*shape"]:
+  """Clips floats to [0, 1] and makes them bytes.
 
-  Fractions are cut, as the authors cut them. What a sum of floats lacks of a
-  whole number is no fraction.
+  Fractions are cut, as the authors cut them; 1e-6 is added before, so that a
+  sum of floats just below a whole number is not cut to the one below.
   """
   return (255 * np.clip(x, 0, 1) + 1e-6).astype(np.uint8)
 
 
-def soften(x: np.ndarray, sigma: float | int) -> np.ndarray:
-  """A Gaussian blur of height and width; edges go on beyond the border."""
+def soften(
+  x: Float[np.ndarray, "h w *c"], sigma: float | int
+) -> Float[np.ndarray, "h w *c"]:
+  """Blurs height and width by a Gaussian; edges go on beyond the border."""
   from scipy import ndimage
 
   return ndimage.gaussian_filter(x, sigma, mode="nearest", axes=(0, 1))
-
-
-def as_pil(image: np.ndarray) -> Any:
-  """The image as PIL has it, grey or colour."""
-  extras.need("PIL")
-  from PIL import Image
-
-  return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

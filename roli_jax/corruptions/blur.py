@@ -9,6 +9,8 @@ import math
 import numpy as np
 
 from roli_jax.corruptions import base
+from roli_jax.corruptions.base import Bytes, Rng
+from roli_jax.types import Float
 
 GAUSSIAN_BLUR = {  # standard deviation
   32: (0.4, 0.6, 0.7, 0.8, 1),
@@ -37,16 +39,14 @@ ZOOM_BLUR = {  # where factors end, by how much each is above the last
 }
 
 
-def gaussian_blur(
-  rng: base.Rng, image: np.ndarray, severity: int
-) -> np.ndarray:
-  """Averages with normal weights; no chance in it."""
+def gaussian_blur(rng: Rng, image: Bytes, severity: int) -> Bytes:
+  """Averages with normal weights; deterministic."""
   sigma = base.level(GAUSSIAN_BLUR, image, severity)
   return base.pixels(base.soften(base.unit(image), sigma))
 
 
-def defocus_blur(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
-  """Averages over a disk; no chance in it.
+def defocus_blur(rng: Rng, image: Bytes, severity: int) -> Bytes:
+  """Averages over a disk; deterministic.
 
   As in the authors' code, large disks weigh a little more than 1 in all: 1%
   brighter at severities 4 and 5 of ImageNet-C.
@@ -59,7 +59,7 @@ def defocus_blur(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
 
 
 def _disk(radius: float | int, sigma: float | int) -> np.ndarray:
-  """A disk whose edge a Gaussian of 3 (large disks: 5) pixels smooths."""
+  """Makes a disk whose edge a Gaussian of 3 (large disks: 5) pixels smooths."""
   from scipy import ndimage
 
   reach, half = (8, 1) if radius <= 8 else (math.ceil(radius), 2)
@@ -73,7 +73,7 @@ def _disk(radius: float | int, sigma: float | int) -> np.ndarray:
   return disk
 
 
-def glass_blur(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
+def glass_blur(rng: Rng, image: Bytes, severity: int) -> Bytes:
   """Blurs, shuffles pixels within a small reach, and blurs again.
 
   Rows and columns are gone through from the last to the first. The authors'
@@ -87,7 +87,8 @@ def glass_blur(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
   rows = np.arange(height - reach, reach, -1)
   columns = np.arange(width - reach, reach, -1)
   here = rows[:, None] * width + columns
-  source = list(range(height * width))  # of each pixel; quicker than an array
+  # Where each pixel comes from; loops are quicker over a list than an array.
+  source = list(range(height * width))
   for _ in range(shuffles):
     down, right = rng.integers(-reach, reach, (2, *here.shape))
     there = here + down * width + right
@@ -97,8 +98,8 @@ def glass_blur(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
   return base.pixels(base.soften(base.unit(x), sigma))
 
 
-def motion_blur(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
-  """A trail at -45 to 45 degrees.
+def motion_blur(rng: Rng, image: Bytes, severity: int) -> Bytes:
+  """Smears the image along a line at -45 to 45 degrees.
 
   The authors call ImageMagick; `trail` is our own line kernel and agrees with
   its -motion-blur (6.9.11) to one level.
@@ -109,18 +110,21 @@ def motion_blur(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
 
 
 def trail(
-  x: np.ndarray, radius: int, sigma: float | int, angle: float | int
-) -> np.ndarray:
-  """Each pixel becomes the mean of a line that starts at it.
+  x: Float[np.ndarray, "h w *c"],
+  radius: int,
+  sigma: float | int,
+  angle: float | int,
+) -> Float[np.ndarray, "h w *c"]:
+  """Averages each pixel over a line that starts at it.
 
   The line has 2 radius + 1 pixels and the weights of half a normal density;
   beyond the border edges go on.
 
   Args:
-    x: [h, w] or [h, w, c].
-    radius: half of the line's length.
-    sigma: of the weights.
-    angle: in degrees, from the right to the bottom.
+    x: float, [h, w] or [h, w, c].
+    radius: half of the line's length, in pixels.
+    sigma: the standard deviation of the weights, in pixels.
+    angle: the line's direction in degrees, from the right to the bottom.
   """
   steps, turn = np.arange(2 * radius + 1), math.radians(angle)
   weights = np.exp(-(steps**2) / (2 * sigma**2))
@@ -136,8 +140,8 @@ def trail(
   return total / weights.sum()
 
 
-def zoom_blur(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
-  """The mean of the image and of enlargements of it; no chance in it.
+def zoom_blur(rng: Rng, image: Bytes, severity: int) -> Bytes:
+  """Averages the image and enlargements of it; deterministic.
 
   Enlargements are of whole pixels: below 18 of them severity 1 makes none.
   """
@@ -148,8 +152,10 @@ def zoom_blur(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
   return base.pixels(np.mean(layers, axis=0))
 
 
-def enlarge(x: np.ndarray, factor: float | int) -> np.ndarray:
-  """The middle, enlarged to the size of all of it; x is [h, w] or [h, w, c]."""
+def enlarge(
+  x: Float[np.ndarray, "h w *c"], factor: float | int
+) -> Float[np.ndarray, "h w *c"]:
+  """Enlarges the middle to the size of the whole."""
   from scipy import ndimage
 
   height, width = x.shape[:2]
@@ -159,6 +165,6 @@ def enlarge(x: np.ndarray, factor: float | int) -> np.ndarray:
   return _middle(large, height, width)
 
 
-def _middle(x, height, width):
+def _middle(x: np.ndarray, height: int, width: int) -> np.ndarray:
   top, left = (x.shape[0] - height) // 2, (x.shape[1] - width) // 2
   return x[top : top + height, left : left + width]

@@ -9,6 +9,8 @@ import io
 import numpy as np
 
 from roli_jax.corruptions import base
+from roli_jax.corruptions.base import Bytes, Field, Rng
+from roli_jax.data import decode
 from roli_jax.files import extras
 
 CONTRAST = {  # what is left of the distance to the mean
@@ -59,17 +61,15 @@ SATURATE = {  # factor of the saturation of HSV, what is added to it
 }
 
 
-def contrast(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
-  """Draws each channel towards its mean; no chance in it."""
+def contrast(rng: Rng, image: Bytes, severity: int) -> Bytes:
+  """Pulls each channel towards its mean; deterministic."""
   x = base.unit(image)
   mean = x.mean((0, 1), keepdims=True)
   return base.pixels(mean + base.level(CONTRAST, image, severity) * (x - mean))
 
 
-def elastic_transform(
-  rng: base.Rng, image: np.ndarray, severity: int
-) -> np.ndarray:
-  """A random affine map, then random waves (Simard et al. 2003).
+def elastic_transform(rng: Rng, image: Bytes, severity: int) -> Bytes:
+  """Applies a random affine map, then random waves (Simard et al. 2003).
 
   Published for square images; ours are in sides of the shorter one. The
   affine map is that which takes three points around the middle to where
@@ -89,7 +89,7 @@ def elastic_transform(
   # From points of the result to those of the image: (i, j, 1) @ back.
   back = np.linalg.solve(np.column_stack([after, np.ones(3)]), before)
 
-  def wave():
+  def wave() -> Field:
     noise = rng.uniform(-1, 1, (height, width))
     return alpha * ndimage.gaussian_filter(noise, sigma, truncate=3)
 
@@ -103,38 +103,36 @@ def elastic_transform(
   return base.pixels(x)
 
 
-def pixelate(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
-  """Shrinks by means of boxes and enlarges by repetition; no chance in it."""
+def pixelate(rng: Rng, image: Bytes, severity: int) -> Bytes:
+  """Shrinks by means of boxes and enlarges by repetition; deterministic."""
   share = base.level(PIXELATE, image, severity)
   height, width = image.shape[:2]
   return reduce(image, int(height * share), int(width * share))
 
 
-def reduce(image: np.ndarray, height: int, width: int) -> np.ndarray:
-  """The image with the detail of one of height x width, at its own size."""
+def reduce(image: Bytes, height: int, width: int) -> Bytes:
+  """Leaves the detail of height x width pixels, at the image's own size."""
   extras.need("PIL")
   from PIL import Image
 
-  picture, box = base.as_pil(image), Image.Resampling.BOX
+  picture, box = decode.from_array(image), Image.Resampling.BOX
   small = picture.resize((width, height), box)
   return np.array(small.resize(picture.size, box)).reshape(image.shape)
 
 
-def jpeg_compression(
-  rng: base.Rng, image: np.ndarray, severity: int
-) -> np.ndarray:
-  """Written and read by PIL, colours at half size; no chance in it."""
+def jpeg_compression(rng: Rng, image: Bytes, severity: int) -> Bytes:
+  """Writes and reads JPEG by PIL, colours at half size; deterministic."""
   extras.need("PIL")
   from PIL import Image
 
   file = io.BytesIO()
   quality = base.level(JPEG_COMPRESSION, image, severity)
-  base.as_pil(image).save(file, "JPEG", quality=quality)
+  decode.from_array(image).save(file, "JPEG", quality=quality)
   return np.array(Image.open(file)).reshape(image.shape)
 
 
-def saturate(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
-  """Scales the saturation of HSV; no chance in it.
+def saturate(rng: Rng, image: Bytes, severity: int) -> Bytes:
+  """Scales the saturation of HSV; deterministic.
 
   Grey pixels of a colour image turn red where saturation is added: their hue
   is 0, as in the authors' conversion.
@@ -150,7 +148,7 @@ def saturate(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
   x = base.unit(image)
   value = x.max(-1, keepdims=True)
   chroma = value - x.min(-1, keepdims=True)
-  # Each channel is value (1 - saturation * lack); the hue says the lacks.
+  # Each channel is value * (1 - saturation * lack); the hue sets the lacks.
   red = np.broadcast_to([0.0, 1.0, 1.0], x.shape)
   lack = np.divide(value - x, chroma, out=red.copy(), where=chroma > 0)
   saturation = chroma / np.maximum(value, 1 / 255)

@@ -8,6 +8,7 @@ own.
 import numpy as np
 
 from roli_jax.corruptions import base
+from roli_jax.corruptions.base import Bytes, Rng
 
 GAUSSIAN_NOISE = {  # standard deviation, of the range
   32: (0.04, 0.06, 0.08, 0.09, 0.10),
@@ -31,32 +32,26 @@ SPECKLE_NOISE = {  # standard deviation, of the pixel's value
 }
 
 
-def gaussian_noise(
-  rng: base.Rng, image: np.ndarray, severity: int
-) -> np.ndarray:
+def gaussian_noise(rng: Rng, image: Bytes, severity: int) -> Bytes:
   """Adds normal noise, the same everywhere."""
   scale = base.level(GAUSSIAN_NOISE, image, severity)
   return base.pixels(base.unit(image) + rng.normal(0, scale, image.shape))
 
 
-def shot_noise(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
+def shot_noise(rng: Rng, image: Bytes, severity: int) -> Bytes:
   """Counts photons: Poisson noise of the pixel's mean."""
   photons = base.level(SHOT_NOISE, image, severity)
   return base.pixels(rng.poisson(base.unit(image) * photons) / photons)
 
 
-def impulse_noise(
-  rng: base.Rng, image: np.ndarray, severity: int
-) -> np.ndarray:
-  """Salt and pepper in equal shares."""
+def impulse_noise(rng: Rng, image: Bytes, severity: int) -> Bytes:
+  """Adds salt and pepper in equal shares."""
   lost = rng.random(image.shape) < base.level(IMPULSE_NOISE, image, severity)
   salt = rng.random(image.shape) < 0.5
   return np.where(lost, np.where(salt, np.uint8(255), np.uint8(0)), image)
 
 
-def speckle_noise(
-  rng: base.Rng, image: np.ndarray, severity: int
-) -> np.ndarray:
+def speckle_noise(rng: Rng, image: Bytes, severity: int) -> Bytes:
   """Adds normal noise in proportion to the pixel."""
   scale = base.level(SPECKLE_NOISE, image, severity)
   return base.pixels(base.unit(image) * (1 + rng.normal(0, scale, image.shape)))

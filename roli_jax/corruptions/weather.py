@@ -5,9 +5,13 @@ All take a generator, an image (uint8 [h, w, 1] or [h, w, 3]) and a severity
 grey images as the mean of its channels.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from roli_jax.corruptions import base, blur
+from roli_jax.corruptions.base import Bytes, Field, Rng
+from roli_jax.types import Bool
 
 # Mean and deviation of flakes, enlargement, threshold, radius and deviation
 # of their fall, share of the image that is not whitened.
@@ -82,7 +86,7 @@ MUD = (63, 42, 20)
 ICE = (0.89, 1.02, 1.09)
 
 
-def snow(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
+def snow(rng: Rng, image: Bytes, severity: int) -> Bytes:
   """Whitens the image and lets flakes fall on it, at -45 to 45 degrees.
 
   Flakes are enlarged noise above a threshold, in a trail; they are laid on
@@ -102,7 +106,7 @@ def snow(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
   return base.pixels(x + flakes + flakes[::-1, ::-1])
 
 
-def frost(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
+def frost(rng: Rng, image: Bytes, severity: int) -> Bytes:
   """Adds ice crystals, with the published weights.
 
   Not the published frost: that is cut from photographs. Ours is drawn, needles
@@ -115,8 +119,8 @@ def frost(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
   )
 
 
-def _crystals(rng: base.Rng, height: int, width: int) -> np.ndarray:
-  """Brightness of frost, [h, w]: as the photographs', mean and deviation."""
+def _crystals(rng: Rng, height: int, width: int) -> Field:
+  """Draws frost with the mean and deviation of the photographs' brightness."""
   radius = max(2, min(height, width) // 16)
   reach = 2 * radius  # of a needle: none is to end at the border
   seeds = rng.normal(size=(6, height + 2 * reach, width + 2 * reach))
@@ -133,33 +137,31 @@ def _crystals(rng: base.Rng, height: int, width: int) -> np.ndarray:
   return rng.uniform(0.48, 0.81) + 0.1 * layers[0] + 0.08 * layers[1]
 
 
-def fog(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
-  """Adds a plasma and scales back to the brightness there was."""
+def fog(rng: Rng, image: Bytes, severity: int) -> Bytes:
+  """Adds a plasma and scales back to the image's largest value."""
   thickness, decay = base.level(FOG, image, severity)
   x, (height, width) = base.unit(image), image.shape[:2]
   mist = thickness * plasma(rng, height, width, decay)[..., None]
   return base.pixels((x + mist) * x.max() / (x.max() + thickness))
 
 
-def plasma(
-  rng: base.Rng, height: int, width: int, decay: float | int
-) -> np.ndarray:
-  """A random field from 0 to 1, [h, w], smooth from afar and from near.
+def plasma(rng: Rng, height: int, width: int, decay: float | int) -> Field:
+  """Draws a random field in [0, 1], smooth from afar and from near.
 
   By diamonds and squares (Fournier, Fussell and Carpenter 1982) on a torus
   whose side is a power of two, of which a corner is cut.
 
   Args:
-    rng: of the displacements.
-    height: in pixels.
-    width: in pixels.
+    rng: draws the displacements.
+    height: the field's height in pixels.
+    width: its width in pixels.
     decay: each halving of the step divides the displacements by its square.
   """
   side = step = 2 ** (max(height, width) - 1).bit_length()
   field, scale = np.zeros((side, side)), 1.0
 
-  def displaced(*neighbours):
-    mean = sum(neighbours) / 4
+  def displaced(a: Field, b: Field, c: Field, d: Field) -> Field:
+    mean = (a + b + c + d) / 4
     return mean + rng.uniform(-scale, scale, mean.shape)
 
   while step > 1:
@@ -175,8 +177,8 @@ def plasma(
   return ((field - field.min()) / np.ptp(field))[:height, :width]
 
 
-def brightness(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
-  """Raises the value of HSV, which is the largest channel; no chance in it."""
+def brightness(rng: Rng, image: Bytes, severity: int) -> Bytes:
+  """Raises the value of HSV, which is the largest channel; deterministic."""
   x = base.unit(image)
   value = x.max(-1, keepdims=True)
   more = np.minimum(value + base.level(BRIGHTNESS, image, severity), 1)
@@ -185,8 +187,8 @@ def brightness(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
   return base.pixels(ratios * more)
 
 
-def spatter(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
-  """Drops of water (severities 1 to 3) or of mud on the lens.
+def spatter(rng: Rng, image: Bytes, severity: int) -> Bytes:
+  """Lays drops of water (severities 1 to 3) or of mud on the lens.
 
   Water is not quite the published one: the authors find the rims of drops by
   OpenCV's Canny, and its approximate distances to them; ours are the pixels at
@@ -208,11 +210,11 @@ def spatter(rng: base.Rng, image: np.ndarray, severity: int) -> np.ndarray:
   return base.pixels(x + water * _tone(WATER, image) / 255)
 
 
-def _relief(drops: np.ndarray) -> np.ndarray:
-  """Light on drops from below on the right, 0 to 255."""
+def _relief(drops: Bool[np.ndarray, "h w"]) -> Field:
+  """Lights drops from below on the right; returns values from 0 to 255."""
   from scipy import ndimage
 
-  def box(x):
+  def box(x: np.ndarray) -> np.ndarray:
     return ndimage.uniform_filter(x, 3, mode="mirror")
 
   rims = drops & ~ndimage.binary_erosion(drops, border_value=1)
@@ -225,14 +227,14 @@ def _relief(drops: np.ndarray) -> np.ndarray:
 
 
 def _equalised(grey: np.ndarray) -> np.ndarray:
-  """Values by their rank, 0 to 255, for bytes."""
+  """Equalizes the histogram of bytes; returns values from 0 to 255."""
   counts = np.bincount(grey.ravel(), minlength=256)
   lowest = counts[grey.min()]
   ranks = (counts.cumsum() - lowest) / max(1, grey.size - lowest)
   return np.rint(255 * ranks)[grey]
 
 
-def _tone(colour, image: np.ndarray) -> np.ndarray:
-  """A colour as this image has it: its mean, if the image is grey."""
+def _tone(colour: Sequence[float | int], image: Bytes) -> np.ndarray:
+  """Returns a colour as this image has it: its mean, if the image is grey."""
   tone = np.array(colour)
   return tone if image.shape[-1] == 3 else tone.mean(keepdims=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from roli_jax import specs
@@ -11,7 +11,8 @@ from roli_jax.data.pipeline import train_batches
 from roli_jax.data.sizes import FACTS, Facts
 from roli_jax.data.source import SPLITS, Source
 
-IN_MEMORY: dict[str, Callable[[str, str], Source]] = {  # of split and root
+# (split, root) -> source
+IN_MEMORY: dict[str, Callable[[str, str], Source]] = {
   "cifar10": functools.partial(tfds.cifar, "cifar10"),
   "cifar100": functools.partial(tfds.cifar, "cifar100"),
   "digits": lambda split, root: glyphs.digits(split),
@@ -20,28 +21,29 @@ IN_MEMORY: dict[str, Callable[[str, str], Source]] = {  # of split and root
 IN_FILES = ("folder", *folder.NAMED, *archives.ARCHIVES)
 
 _FIELDS: dict[str, Any] = {
-  "train_size": 0,  # read by whoever draws subsets
+  "train_size": 0,  # for `Source.subset`
   "root": "",
   "policy": "error",
   "layout": "",
-  "num_workers": 0,  # read by whoever makes batches
+  "num_workers": 0,  # for `train_batches`
   "train_transforms": None,
   "eval_transforms": None,
 }
 
 
 def build(spec: Mapping[str, Any] | str, split: str) -> Source:
-  """A split (`train`, `val` or `test`) of the data set that a config means.
+  """Reads a split of the data set that a config names.
 
   Args:
     spec: `name`, and what else docs/data.md lists, or a name alone.
       Transforms that are None are the data set's own: none in memory, RoLI's
       of 224 pixels for files, the Guide's for its six.
-    split: which.
+    split: `train`, `val` or `test`.
 
   Raises:
     ValueError: unknown names, transforms that do not fit, data that is not
-      there, with what must lie where; bad files, if `policy` is "error".
+      there (the message has what must lie where); bad files, if `policy` is
+      "error".
   """
   if split not in SPLITS:
     raise ValueError(f"unknown split {split!r}; there are {SPLITS}")
@@ -50,27 +52,20 @@ def build(spec: Mapping[str, Any] | str, split: str) -> Source:
   train, held = (transforms.build(texts) for texts in _texts(fields))
   if name in IN_FILES:
     transforms.check(train, held, None, channels=3)
-    return folder.build(
-      name,
-      split,
-      root=fields["root"],
-      policy=fields["policy"],
-      layout=fields["layout"],
-      train_transforms=train,
-      eval_transforms=held,
+    source: Source = folder.build(
+      name, split, fields["root"], fields["policy"], fields["layout"]
     )
-  height, width, channels = FACTS[name].shape
-  transforms.check(train, held, (height, width), channels)
+  else:
+    height, width, channels = FACTS[name].shape
+    transforms.check(train, held, (height, width), channels)
+    source = IN_MEMORY[name](split, fields["root"])
   return dataclasses.replace(
-    IN_MEMORY[name](split, fields["root"]),
-    split=split,
-    train_transforms=train,
-    eval_transforms=held,
+    source, split=split, train_transforms=train, eval_transforms=held
   )
 
 
-def _checked(spec):
-  """All fields; a ValueError for one that is unknown, or can't be."""
+def _checked(spec: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns all fields; raises a ValueError for unknown or wrong ones."""
   for field in spec:
     if field != "name":
       specs.lookup(_FIELDS, field, "field of data")
@@ -93,16 +88,16 @@ def _checked(spec):
   return fields
 
 
-def _texts(fields):
-  """What is asked for as train and eval transforms, or the set's own."""
-  own = (), ()
+def _texts(fields: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+  """Yields the train and the eval transforms, the data set's own where None."""
+  defaults: tuple[Sequence[str], Sequence[str]] = (), ()
   if fields["name"] in archives.ARCHIVES:
-    own = transforms.GUIDE_TRAIN, transforms.GUIDE_EVAL
+    defaults = transforms.GUIDE_TRAIN, transforms.GUIDE_EVAL
   elif fields["name"] in IN_FILES:
-    own = transforms.PHOTO_TRAIN, transforms.PHOTO_EVAL
+    defaults = transforms.PHOTO_TRAIN, transforms.PHOTO_EVAL
   names = ("train_transforms", "eval_transforms")
-  for field, usual in zip(names, own, strict=True):
-    yield usual if fields[field] is None else fields[field]
+  for field, default in zip(names, defaults, strict=True):
+    yield default if fields[field] is None else fields[field]
 
 
 __all__ = [

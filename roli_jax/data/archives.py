@@ -17,8 +17,7 @@ of the draw, since the Guide says by place which one is corrupted how.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from roli_jax.data import listing, walk
 from roli_jax.data.source import SPLITS
 from roli_jax.files import extras
 
+# The Guide's seeds, shares, and most test images; see above.
 _SEED, _TEST_SEED = 42, 0
 _TEST, _VAL = 0.2, 0.15
 _MOST_TESTED = 1000
@@ -33,11 +33,11 @@ _MOST_TESTED = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-  """A file.
+  """An image file of an archive.
 
   Attributes:
     name: under the archive's root.
-    number: of its class, in the order of the original; draws go by it.
+    number: its class, in the order of the original; draws go by it.
     label: what its class is called.
   """
 
@@ -57,11 +57,15 @@ class Layout:
 
   Attributes:
     needs: files and directories that tell it, under the root.
-    read: its images, from the root.
+    read: root -> its images.
   """
 
   needs: tuple[str, ...]
   read: Callable[[pathlib.Path], Parts]
+
+  def missing(self, place: pathlib.Path) -> list[str]:
+    """Lists what it needs and a directory lacks."""
+    return [need for need in self.needs if not (place / need).exists()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Archive:
     inner: directories that it makes when it is unpacked, torchvision's first;
       the root may be one of them, or hold it.
     shown: what must lie there, for messages.
-    layouts: that it may have; the first that is there is read.
+    layouts: those that it may have; the first that is there is read.
   """
 
   home: str
@@ -83,17 +87,17 @@ class Archive:
 
 
 def read(name: str, root: pathlib.Path) -> listing.Listing:
-  """A data set of the Guide, with its split.
+  """Lists a data set of the Guide, with its split.
 
   A split of the user's, as JSON or as trees, is taken as it is.
 
   Args:
-    name: of ARCHIVES.
+    name: a name in ARCHIVES.
     root: where it lies.
 
   Raises:
-    ValueError: it does not lie there, with what must; annotations that can't
-      be read; too few images to be split by class.
+    ValueError: it does not lie there (the message has what must); annotations
+      that can't be read; too few images to be split by class.
   """
   if listing.has_splits(root):
     return listing.read(root, (".", "images"), "splits")
@@ -101,22 +105,13 @@ def read(name: str, root: pathlib.Path) -> listing.Listing:
   places = [*(root / inner for inner in archive.inner), root]
   for layout in archive.layouts:
     for place in places:
-      if place.is_dir() and not _missing(place, layout):
+      if place.is_dir() and not layout.missing(place):
         parts = layout.read(place)
         if any(parts.values()):
           return _listing(name, place, parts)
-  raise ValueError(_absent(name, archive, root, places))
-
-
-def _missing(place, layout):
-  return [need for need in layout.needs if not (place / need).exists()]
-
-
-def _absent(name, archive, root, places):
-  first = archive.layouts[0]
-  lacking = min((_missing(place, first) for place in places), key=len)
+  lacking = min((archive.layouts[0].missing(p) for p in places), key=len)
   found = f" ({lacking[0]} is missing)" if lacking else ""
-  return (
+  raise ValueError(
     f"{name} is not at {root}, or not all of it{found}. There must be\n"
     f"  {archive.shown}\n"
     f"  from {archive.home},\n"
@@ -126,7 +121,7 @@ def _absent(name, archive, root, places):
   )
 
 
-def _listing(name, base, parts):
+def _listing(name: str, base: pathlib.Path, parts: Parts) -> listing.Listing:
   try:
     splits = _split(parts)
   except ValueError as error:  # scikit-learn's
@@ -159,60 +154,62 @@ def _split(parts: Parts) -> Parts:
   return {**by_name, "test": test}
 
 
-def _divided(images: Sequence[Image], seed: int, **size: float | int):
+def _divided(
+  images: Sequence[Image], seed: int, **size: float | int
+) -> tuple[list[Image], list[Image]]:
   extras.need("sklearn")
   from sklearn import model_selection
 
-  return model_selection.train_test_split(
+  first, second = model_selection.train_test_split(
     images,
     stratify=[image.number for image in images],
     random_state=seed,
     **size,
   )
+  return first, second
 
 
 def _aircraft(root: pathlib.Path) -> Parts:
-  """`images_variant_train.txt` and its like: lines of image and variant."""
+  """Reads `images_variant_{split}.txt`: lines of image and variant."""
   variants = (root / "data/variants.txt").read_text().splitlines()
   numbers = {variant.strip(): i for i, variant in enumerate(variants)}
-  parts: Parts = {}
-  for split in SPLITS:
+
+  def images(split: str) -> Iterator[Image]:
     file = root / f"data/images_variant_{split}.txt"
-    parts[split] = []
     for line in filter(None, file.read_text().splitlines()):
       image, _, variant = line.strip().partition(" ")
       if variant not in numbers:
         raise ValueError(
           f"{file}: {line!r} should be an image and a variant of variants.txt"
         )
-      name = f"data/images/{image}.jpg"
-      parts[split].append(Image(name, numbers[variant], variant))
-  return parts
+      yield Image(f"data/images/{image}.jpg", numbers[variant], variant)
+
+  return {split: list(images(split)) for split in SPLITS}
 
 
 def _flowers(root: pathlib.Path) -> Parts:
-  """`imagelabels.mat` has classes from 1 up, `setid.mat` images from 1 up."""
+  """Reads `imagelabels.mat` and `setid.mat`; both count from 1."""
   file = root / "setid.mat"
-  labels = np.atleast_1d(_mat(root / "imagelabels.mat", "labels"))
-  parts: Parts = {}
-  for split, field in zip(SPLITS, ("trnid", "valid", "tstid"), strict=True):
-    parts[split] = []
-    for i in np.atleast_1d(_mat(file, field)).tolist():
+  labels = _mat(root / "imagelabels.mat", "labels")
+
+  def images(field: str) -> Iterator[Image]:
+    for i in _mat(file, field).tolist():
       if not 1 <= i <= len(labels):
         raise ValueError(
           f"{file}: {field} has image {i}, of {len(labels)} in imagelabels.mat"
         )
       label = int(labels[i - 1])
-      parts[split].append(Image(f"jpg/image_{i:05d}.jpg", label, label))
-  return parts
+      yield Image(f"jpg/image_{i:05d}.jpg", label, label)
+
+  fields = zip(SPLITS, ("trnid", "valid", "tstid"), strict=True)
+  return {split: list(images(field)) for split, field in fields}
 
 
 def _pets(root: pathlib.Path) -> Parts:
-  """`trainval.txt` and `test.txt`: lines of image, class, species, breed."""
-  parts: Parts = {}
-  for part in ("trainval", "test"):
+  """Reads `{trainval,test}.txt`: lines of image, class, species, breed."""
+
+  def images(part: str) -> Iterator[Image]:
     file = root / f"annotations/{part}.txt"
-    parts[part] = []
     for line in file.read_text().splitlines():
       words = line.split()
       if not words or words[0].startswith("#"):
@@ -223,14 +220,14 @@ def _pets(root: pathlib.Path) -> Parts:
           " species, breed"
         )
       label = words[0].rpartition("_")[0]  # of Abyssinian_1
-      name = f"images/{words[0]}.jpg"
-      parts[part].append(Image(name, int(words[1]), label))
-  return parts
+      yield Image(f"images/{words[0]}.jpg", int(words[1]), label)
+
+  return {part: list(images(part)) for part in ("trainval", "test")}
 
 
 def _cars(root: pathlib.Path) -> Parts:
-  """The devkit: `annotations` with fields `fname` and `class`, from 1 up."""
-  names = np.atleast_1d(_mat(root / "devkit/cars_meta.mat", "class_names"))
+  """Reads the devkit: `annotations` of `fname` and `class`, from 1 up."""
+  names = _mat(root / "devkit/cars_meta.mat", "class_names")
   files = {
     "trainval": ("cars_train", "devkit/cars_train_annos.mat"),
     "test": ("cars_test", "cars_test_annos_withlabels.mat"),
@@ -245,13 +242,13 @@ def _cars(root: pathlib.Path) -> Parts:
 
 
 def _all_cars(root: pathlib.Path) -> Parts:
-  """`cars_annos.mat`: fields `relative_im_path`, `class` and `test`.
+  """Reads `cars_annos.mat`: fields `relative_im_path`, `class` and `test`.
 
   The same images under other names and in another order, so that validation
   and test are other draws than the Guide's.
   """
   file = root / "cars_annos.mat"
-  names = np.atleast_1d(_mat(file, "class_names"))
+  names = _mat(file, "class_names")
   parts: Parts = {"trainval": [], "test": []}
   for car in _records(file, "relative_im_path", "class", "test"):
     image = _car(names, str(car["relative_im_path"]), car, file)
@@ -259,7 +256,10 @@ def _all_cars(root: pathlib.Path) -> Parts:
   return parts
 
 
-def _car(names, path, car, file):
+def _car(
+  names: np.ndarray, path: str, car: np.void, file: pathlib.Path
+) -> Image:
+  """Makes an image of a record of the annotations in a file."""
   number = int(car["class"])
   if not 1 <= number <= len(names):
     raise ValueError(f"{file}: {path} has class {number}, of {len(names)}")
@@ -267,23 +267,27 @@ def _car(names, path, car, file):
 
 
 def _classes(root: pathlib.Path, folder: str = ".") -> Parts:
-  """Directories of classes; Caltech's clutter is none."""
-  names = walk.walk(root / folder).images
-  images = sorted((name.split("/")[0], name) for name in names)
-  labels = {label for label, _ in images} - {"BACKGROUND_Google"}
-  numbers = {label: i for i, label in enumerate(sorted(labels))}
+  """Reads directories of classes; Caltech's clutter is no class."""
+  by_class = walk.by_folder(walk.walk(root / folder).images)
+  labels = sorted(by_class.keys() - {"BACKGROUND_Google"})
   base = pathlib.PurePosixPath(folder)
   return {
     "all": [
-      Image(str(base / name), numbers[label], label)
-      for label, name in images
-      if label in labels
+      Image(str(base / name), number, label)
+      for number, label in enumerate(labels)
+      for name in by_class[label]
     ]
   }
 
 
-def _mat(file: pathlib.Path, field: str) -> Any:
-  """A variable of a MATLAB file, without axes of length 1."""
+def _in_classes(folder: str) -> tuple[Layout, Layout]:
+  """Makes the layouts of directories of classes, in a folder or without it."""
+  inner = functools.partial(_classes, folder=folder)
+  return Layout((folder,), inner), Layout((), _classes)
+
+
+def _mat(file: pathlib.Path, field: str) -> np.ndarray:
+  """Reads a variable of a MATLAB file, squeezed, but of one axis at least."""
   from scipy import io
 
   try:
@@ -293,12 +297,12 @@ def _mat(file: pathlib.Path, field: str) -> Any:
   if field not in found:
     has = ", ".join(name for name in found if not name.startswith("__"))
     raise ValueError(f"{file} has no variable {field!r}; it has {has}")
-  return found[field]
+  return np.atleast_1d(found[field])
 
 
-def _records(file, *fields):
-  """The struct array `annotations`, which must have these fields."""
-  found = np.atleast_1d(_mat(file, "annotations"))
+def _records(file: pathlib.Path, *fields: str) -> np.ndarray:
+  """Reads the struct array `annotations`, which must have these fields."""
+  found = _mat(file, "annotations")
   has = found.dtype.names or ()
   for field in fields:
     if field not in has:
@@ -328,13 +332,7 @@ ARCHIVES: dict[str, Archive] = {
     "data.caltech.edu/records/mzrjq-6wc02",
     ("caltech101", "caltech-101"),
     "101_ObjectCategories/CLASS/image_0001.jpg, or CLASS/image_0001.jpg",
-    (
-      Layout(
-        ("101_ObjectCategories",),
-        functools.partial(_classes, folder="101_ObjectCategories"),
-      ),
-      Layout((), _classes),
-    ),
+    _in_classes("101_ObjectCategories"),
   ),
   "cars": Archive(
     "kaggle.com/datasets/rickyyyyyyy/torchvision-stanford-cars",
@@ -375,9 +373,6 @@ ARCHIVES: dict[str, Archive] = {
     "kaggle.com/datasets/abdulhasibuddin/uc-merced-land-use-dataset",
     ("UCMerced_LandUse",),
     "Images/CLASS/*.tif, or CLASS/*.tif",
-    (
-      Layout(("Images",), functools.partial(_classes, folder="Images")),
-      Layout((), _classes),
-    ),
+    _in_classes("Images"),
   ),
 }

@@ -1,30 +1,64 @@
 """Images that two splits share: one file under two names, or equal bytes."""
 
 import collections
+import itertools
 import os
 import pathlib
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Container,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 
 from roli_jax.data import walk
 from roli_jax.data.listing import Entry
 from roli_jax.data.source import SPLITS
 
-_MOST = 0.01  # of the test, that training may have seen
+_MOST = 0.01  # share of the test that training may have seen
 
 Group = list[Entry]  # entries of equal bytes
+Pair = tuple[Entry, Entry]  # an entry, and its copy in a split before
 
 
 def shared(entries: Iterable[Entry], digests: Mapping[str, str]) -> list[Group]:
-  """Groups of equal bytes that lie in more than one split or class.
+  """Finds groups of equal bytes that lie in more than one split or class.
 
   Args:
     entries: the images of a data set.
-    digests: by name, of what the files hold; those without one are no copies.
+    digests: name -> digest of the file's bytes; names without one are no
+      copies.
   """
-  groups: dict[str, Group] = collections.defaultdict(list)
+  sound = [entry for entry in entries if entry.name in digests]
+  return _mixed(sound, lambda entry: digests[entry.name])
+
+
+def one_file(groups: Iterable[Group], base: pathlib.Path) -> dict[str, str]:
+  """Finds names that links make of one file, in two splits or classes; and how.
+
+  Args:
+    groups: groups of equal bytes, which one file under two names has too.
+    base: where names start.
+  """
+  entries = itertools.chain.from_iterable(groups)
+  wrong = {}
+  for same in _mixed(entries, lambda e: os.path.realpath(base / e.name)):
+    first, second, *_ = [entry.name for entry in same]
+    for entry in same:
+      other = second if entry.name == first else first
+      wrong[entry.name] = f"the same file as {other}"
+  return wrong
+
+
+def _mixed(
+  entries: Iterable[Entry], key: Callable[[Entry], str]
+) -> list[Group]:
+  """Groups entries by a key; keeps groups of more than one split or class."""
+  groups = collections.defaultdict(list)
   for entry in entries:
-    if entry.name in digests:
-      groups[digests[entry.name]].append(entry)
+    groups[key(entry)].append(entry)
   return [
     group
     for group in groups.values()
@@ -32,35 +66,14 @@ def shared(entries: Iterable[Entry], digests: Mapping[str, str]) -> list[Group]:
   ]
 
 
-def one_file(groups: Iterable[Group], base: pathlib.Path) -> dict[str, str]:
-  """Names that links make of one file, in two splits or classes; and how.
-
-  Args:
-    groups: groups of equal bytes, as one file's are.
-    base: where names start.
-  """
-  wrong = {}
-  for group in groups:
-    by_path = collections.defaultdict(list)
-    for entry in group:
-      by_path[os.path.realpath(base / entry.name)].append(entry)
-    for entries in by_path.values():
-      if len({(entry.split, entry.label) for entry in entries}) > 1:
-        names = [entry.name for entry in entries]
-        for name in names:
-          other = names[1] if name == names[0] else names[0]
-          wrong[name] = f"the same file as {other}"
-  return wrong
-
-
 def across(groups: Iterable[Group], bad: Container[str]) -> list[Group]:
-  """What of the groups lies in more than one split, without bad names."""
+  """Leaves out bad names; keeps groups that lie in more than one split then."""
   sound = [[e for e in group if e.name not in bad] for group in groups]
   return [g for g in sound if len({entry.split for entry in g}) > 1]
 
 
 def before_last(groups: Iterable[Group]) -> set[str]:
-  """Names that training, or validation, shares with a split after it."""
+  """Finds names that training, or validation, shares with a split after it."""
   found = set()
   for group in groups:
     last = max(map(_order, group))
@@ -90,29 +103,27 @@ def check(groups: Sequence[Group], tested: int, base: pathlib.Path) -> None:
     raise ValueError(
       f"{len(pairs)} of {tested} test images in {base} have the same bytes as"
       " images of train or val, over 1%:\n"
-      f"  {_said(pairs)}\n"
+      f"  {_shown(pairs)}\n"
       "  Remove the copies, or --config.data.policy=skip leaves them out of"
       " training and validation; the test stays."
     )
 
 
-def notes(groups: Sequence[Group]) -> tuple[str, ...]:
-  """How many images of the test, and of validation, are in training too."""
-  said = []
+def notes(groups: Sequence[Group]) -> Iterator[str]:
+  """Yields how many images of the test, and of validation, training has too."""
   for split, where in (("test", "train or val"), ("val", "train")):
     pairs = _pairs(groups, split)
     if pairs:
       others = sum(entry.label != other.label for entry, other in pairs)
-      said.append(
+      yield (
         f"{len(pairs)} {split} images have the same bytes as images of {where}"
         + (f", {others} of them under another class" if others else "")
-        + f" ({_said(pairs)})"
+        + f" ({_shown(pairs)})"
       )
-  return tuple(said)
 
 
-def _pairs(groups, split):
-  """Entries of a split with a copy in one before, of their class if any is."""
+def _pairs(groups: Iterable[Group], split: str) -> list[Pair]:
+  """Pairs a split's entries with copies before it, of their class if any is."""
   pairs = []
   for group in groups:
     before = [e for e in group if _order(e) < SPLITS.index(split)]
@@ -125,9 +136,9 @@ def _pairs(groups, split):
   return pairs
 
 
-def _order(entry):
+def _order(entry: Entry) -> int:
   return SPLITS.index(entry.split)
 
 
-def _said(pairs):
+def _shown(pairs: Iterable[Pair]) -> str:
   return walk.some(f"{entry.name} = {other.name}" for entry, other in pairs)

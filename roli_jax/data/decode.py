@@ -1,39 +1,47 @@
 """Files of images, and what is in them: RGB, upright, 8 bits."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from roli_jax.files import extras
+from roli_jax.types import Integer
 
-# Of a file that is taken for an image, in lower case.
+if TYPE_CHECKING:  # since PIL comes with an extra
+  import PIL.Image
+
+Picture: TypeAlias = "PIL.Image.Image"
+
+# Suffixes of files that are taken for images, in lower case.
 SUFFIXES = {
   ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm",
   ".tif", ".tiff", ".webp",
 }  # fmt: skip
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_LONGEST = 100  # times as long as wide: resized, others would fill the memory
+# The longer side over the shorter, at most: longer images would fill the memory
+# once their shorter side is resized to 256 pixels.
+_LONGEST = 100
 
 
 def known() -> set[str]:
-  """Suffixes of the formats that PIL opens, whether they are taken or not."""
+  """Returns the suffixes of all formats that PIL opens, taken here or not."""
   from PIL import Image
 
   Image.init()
   return {s for s, kind in Image.EXTENSION.items() if kind in Image.OPEN}
 
 
-def decode(path: str | os.PathLike[str]) -> Any:
-  """A file's image, of PIL, RGB.
+def decode(path: str | os.PathLike[str]) -> Picture:
+  """Reads a file's image as RGB.
 
   The first frame, turned as its EXIF says, 16 bits scaled to 8. Transparency
   is dropped and leaves the colour beneath it, as `convert("RGB")` does.
 
   Raises:
-    Exception: of many types, PIL's and ours, for what is no image or is too
-      large.
+    Exception: of many types, PIL's and ours: the file is no image, or its image
+      is too large.
   """
   extras.need("PIL")
   from PIL import Image
@@ -49,14 +57,14 @@ def decode(path: str | os.PathLike[str]) -> Any:
     return _upright(_rgb(image), _orientation(image))
 
 
-def _orientation(image) -> int:
+def _orientation(image: Picture) -> int:
   try:
     return image.getexif().get(_ORIENTATION, 1)
   except Exception:  # of any type: EXIF that can't be read says nothing
     return 1
 
 
-def _upright(image, orientation):
+def _upright(image: Picture, orientation: int) -> Picture:
   from PIL import Image
 
   turn = Image.Transpose
@@ -72,7 +80,7 @@ def _upright(image, orientation):
   return image.transpose(turns[orientation]) if orientation in turns else image
 
 
-def _rgb(image):
+def _rgb(image: Picture) -> Picture:
   from PIL import Image
 
   if image.mode == "RGB":
@@ -81,6 +89,7 @@ def _rgb(image):
     wide = np.asarray(image).astype(np.int64)
     if wide.min() < 0 or wide.max() > 65535:
       raise ValueError("pixels of more than 16 bits")
+    # 65535 = 257 * 255: white stays white.
     image = Image.fromarray(np.round(wide / 257).astype(np.uint8))
   if image.mode == "F":
     raise ValueError("pixels are fractions, whose white is not known")
@@ -89,8 +98,8 @@ def _rgb(image):
   return image.convert("RGB")
 
 
-def from_array(array: np.ndarray) -> Any:
-  """The PIL image of uint8 [h, w, c], c being 1 or 3; values are kept."""
+def from_array(array: Integer[np.ndarray, "h w c"]) -> Picture:
+  """Makes an image of PIL of uint8, grey if c is 1 and RGB if it is 3."""
   extras.need("PIL")
   from PIL import Image
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from typing import Any
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -22,8 +22,8 @@ from roli_jax.data.source import SPLITS
 
 POLICIES = ("error", "skip")
 
-# Of the data sets that the RoLI reference has splits of: where images lie
-# under their root, and their directory in the reference.
+# The data sets that the RoLI reference has splits of: where images lie under
+# their root, and their directory in the reference.
 NAMED = {
   "caltech256": ("256_ObjectCategories", "Caltech256"),
   "cub": ("images", "CUB"),
@@ -37,7 +37,7 @@ _LISTED = 10  # bad files, in a message
 class Files(source.Source):
   """One split, of which paths are in memory and images in files.
 
-  As a `Source`, but `images` are str, [n]: the paths.
+  A `Source` whose `images` are the files' paths, str [n].
   """
 
   @functools.cached_property  # the chain is run to see it
@@ -52,8 +52,8 @@ class Files(source.Source):
     """Never: files have to be decoded."""
     return False
 
-  def picture(self, row: int) -> Any:
-    """The image of PIL at this position, before any transform.
+  def picture(self, row: int) -> decode.Picture:
+    """Decodes the image at this position, before any transform.
 
     Raises:
       ValueError: a file that is gone, or bad, since it was checked.
@@ -70,64 +70,55 @@ class Files(source.Source):
 
 
 def build(
-  name: str,
-  split: str,
-  *,
-  root: str,
-  policy: str,
-  layout: str = "",
-  train_transforms: transforms.Chain,
-  eval_transforms: transforms.Chain,
+  name: str, split: str, root: str, policy: str, layout: str = ""
 ) -> Files:
-  """A split of a data set of image files; see docs/data.md for what must lie.
+  """Finds and checks the files of a split; docs/data.md says what must lie.
 
   Every file of every split is decoded once before, or was in an earlier run.
 
   Args:
-    name: of NAMED or of `archives.ARCHIVES`, or "folder".
+    name: a name in NAMED or in `archives.ARCHIVES`, or "folder".
     split: `train`, `val` or `test`.
-    root: a directory; "" for data/<name>, of a named one.
+    root: a directory; "" for data/<name>, except for "folder".
     policy: "error" refuses bad files, and a test that training has seen; "skip"
       leaves bad files out, and of copies all but those in the last split.
-    layout: of "folder", what the directories at its root are; see
+    layout: for "folder", what the directories at its root are; see
       `listing.read`.
-    train_transforms: of training images.
-    eval_transforms: of all others; all images end with one size.
 
   Raises:
     ValueError: what must lie there does not; bad files, if the policy is
       "error"; a class without a training image, or a split without images.
   """
   listed = _listed(name, root, layout)
-  bad, groups = _looked_at(listed)
+  entries = listed.entries
+  bad, groups = _check_files(listed)
   if bad and policy == "error":
-    raise ValueError(_said(bad, len(listed.entries), listed.base))
+    raise ValueError(_refusal(bad, len(entries), listed.base))
   shared = copies.across(groups, bad)
   copied: set[str] = set()
   if name not in archives.ARCHIVES:  # the Guide's splits are as it drew them
     if policy == "error":
-      tested = sum(entry.split == "test" for entry in listed.entries)
+      tested = sum(entry.split == "test" for entry in entries)
       copies.check(shared, tested, listed.base)
     else:
       copied = copies.before_last(shared)
-  classes = sorted({entry.label for entry in listed.entries})
-  good = listed.entries
+  classes = sorted({entry.label for entry in entries})
+  good = entries
   for without, after in ((bad, ""), (copied, ", copies being left out")):
-    good = [entry for entry in good if entry.name not in without]
+    good = tuple(entry for entry in good if entry.name not in without)
     _check_classes(good, classes, listed.base, after)
   numbers = {label: i for i, label in enumerate(classes)}
-  names = sorted({entry.name for entry in listed.entries})
+  names = sorted({entry.name for entry in entries})
   places = {name: i for i, name in enumerate(names)}
   chosen = [entry for entry in good if entry.split == split]
-  mentioned = [e.name for e in listed.entries if e.split == split]
+  mentioned = [entry.name for entry in entries if entry.split == split]
   notes = (
-    *_left_out("bad files", [n for n in mentioned if n in bad]),
-    *_left_out("copies of others", [n for n in mentioned if n in copied]),
-    *(listed.passed_over if split == SPLITS[0] else ()),  # told once
+    *_left_out("bad files", mentioned, bad),
+    *_left_out("copies of others", mentioned, copied),
+    *(listed.passed_over if split == SPLITS[0] else ()),  # once is enough
     *listed.notes,
     *copies.notes(shared),
-    *_bare(split, chosen, classes),
-    *_unlike(name, split, len(classes), len(chosen)),
+    *_unusual(name, split, chosen, classes),
   )
   return Files(
     images=np.array([str(listed.base / entry.name) for entry in chosen]),
@@ -137,47 +128,43 @@ def build(
     num_classes=len(classes),
     split=split,
     classes=tuple(str(label) for label in classes),
-    train_transforms=train_transforms,
-    eval_transforms=eval_transforms,
     skipped=len(mentioned) - len(chosen),
     notes=notes,
   )
 
 
-def _listed(name, root, layout):
-  if name in archives.ARCHIVES:
-    return archives.read(name, pathlib.Path(root or f"data/{name}"))
-  folders = (NAMED[name][0],) if name in NAMED else (".", "images")
-  return listing.read(_root(name, root), folders, layout)
-
-
-def _root(name, root):
+def _listed(name: str, root: str, layout: str) -> listing.Listing:
   if name == "folder" and not root:
     raise ValueError(
       f"data.name=folder needs data.root=ROOT, with\n{listing.LAYOUTS}"
     )
-  at = pathlib.Path(root or f"data/{name}")
+  base = pathlib.Path(root or f"data/{name}")
+  if name in archives.ARCHIVES:
+    return archives.read(name, base)
   if name not in NAMED:
-    if not at.is_dir():
+    if not base.is_dir():
       raise ValueError(
-        f"there is no directory {at} (data.root); it must be\n{listing.LAYOUTS}"
+        f"there is no directory {base} (data.root); it must"
+        f" be\n{listing.LAYOUTS}"
       )
-    return at
+    return listing.read(base, (".", "images"), layout)
   images, splits = NAMED[name]
-  is_there = (at / images).is_dir()
-  if not (is_there and listing.jsons(at).keys() == set(SPLITS)):
+  is_there = (base / images).is_dir()
+  if not (is_there and listing.jsons(base).keys() == set(SPLITS)):
     raise ValueError(
-      f"{name} is not at {at}, or not all of it. There must be\n"
-      f"  {at}/{images}/   the images, from the data set's home page\n"
-      f"  {at}/{{train,val,test}}.json   the splits, from data_splits/{splits}/"
-      " of github.com/DongXzz/RoLI\n"
+      f"{name} is not at {base}, or not all of it. There must be\n"
+      f"  {base}/{images}/   the images, from the data set's home page\n"
+      f"  {base}/{{train,val,test}}.json   the splits, from"
+      f" data_splits/{splits}/ of github.com/DongXzz/RoLI\n"
       "--config.data.root=DIR if it lies elsewhere; more in docs/data.md."
     )
-  return at
+  return listing.read(base, (images,), layout)
 
 
-def _looked_at(listed):
-  """What is wrong with files, by name; and groups of those of equal bytes."""
+def _check_files(
+  listed: listing.Listing,
+) -> tuple[dict[str, str], list[copies.Group]]:
+  """Returns what is wrong with files, by name; and groups of equal bytes."""
   names = dict.fromkeys(
     entry.name for entry in listed.entries if entry.name not in listed.wrong
   )
@@ -187,8 +174,8 @@ def _looked_at(listed):
   return {**listed.wrong, **unsound, **links}, groups
 
 
-def _said(bad, count, base):
-  """A message of six lines at most, which main.py prints in full."""
+def _refusal(bad: Mapping[str, str], count: int, base: pathlib.Path) -> str:
+  """Writes a message of six lines at most, which main.py prints in full."""
   first = [f"{name}: {reason}" for name, reason in sorted(bad.items())]
   first = first[:_LISTED]
   pairs = ["; ".join(first[i : i + 2]) for i in range(0, len(first), 2)]
@@ -201,15 +188,20 @@ def _said(bad, count, base):
   )
 
 
-def _check_classes(good, classes, base, after):
+def _check_classes(
+  good: Sequence[listing.Entry],
+  classes: Sequence[str | int],
+  base: pathlib.Path,
+  after: str,
+) -> None:
+  """Raises a ValueError for a split, or a class in training, without images."""
   if len(classes) < 2:
     raise ValueError(f"{base} has one class, {classes[0]}, and two are needed")
   splits = {entry.split for entry in good}
   for split in SPLITS:
     if split not in splits:
       raise ValueError(f"{base}: there are no images for {split}{after}")
-  trained = {entry.label for entry in good if entry.split == "train"}
-  lacking = [str(label) for label in classes if label not in trained]
+  lacking = _lacking(classes, [e for e in good if e.split == "train"])
   if lacking:
     raise ValueError(
       f"{base}: {len(lacking)} of {len(classes)} classes have no training"
@@ -217,33 +209,41 @@ def _check_classes(good, classes, base, after):
     )
 
 
-def _left_out(what, names):
-  if not names:
-    return ()
-  return (f"{len(names)} {what} left out ({walk.some(names)})",)
+def _lacking(
+  classes: Sequence[str | int], entries: Sequence[listing.Entry]
+) -> list[str]:
+  """Lists the classes of which there is no entry."""
+  held = {entry.label for entry in entries}
+  return [str(label) for label in classes if label not in held]
 
 
-def _bare(split, chosen, classes):
-  """Told of classes that a split has no image of."""
-  held = {entry.label for entry in chosen}
-  lacking = [str(label) for label in classes if label not in held]
-  if not lacking:
-    return ()
-  return (
-    f"{len(lacking)} of {len(classes)} classes have no {split} image"
-    f" ({walk.some(lacking)})",
-  )
+def _left_out(
+  what: str, names: Sequence[str], left: Container[str]
+) -> Iterator[str]:
+  names = [name for name in names if name in left]
+  if names:
+    yield f"{len(names)} {what} left out ({walk.some(names)})"
 
 
-def _unlike(name, split, num_classes, num_images):
-  """Told where a data set has another size than it should."""
+def _unusual(
+  name: str,
+  split: str,
+  chosen: Sequence[listing.Entry],
+  classes: Sequence[str | int],
+) -> Iterator[str]:
+  """Yields a line for classes without images, and for sizes unlike FACTS."""
+  lacking = _lacking(classes, chosen)
+  if lacking:
+    yield (
+      f"{len(lacking)} of {len(classes)} classes have no {split} image"
+      f" ({walk.some(lacking)})"
+    )
   facts = FACTS.get(name)
   if not facts:
-    return ()
+    return
   expected = (facts.num_classes, getattr(facts, split))
-  if (num_classes, num_images) == expected:
-    return ()
-  return (
-    f"{name} {split} should have {expected[0]} classes and {expected[1]}"
-    f" images, here are {num_classes} and {num_images}",
-  )
+  if (len(classes), len(chosen)) != expected:
+    yield (
+      f"{name} {split} should have {expected[0]} classes and {expected[1]}"
+      f" images, here are {len(classes)} and {len(chosen)}"
+    )

@@ -14,7 +14,9 @@ import pathlib
 import numpy as np
 
 from roli_jax.data import source
+from roli_jax.data.decode import Picture
 from roli_jax.files import extras
+from roli_jax.types import Integer
 
 # The upper case, and the lower-case letters that look unlike it: the letter
 # classes of EMNIST "balanced" (Cohen et al. 2017).
@@ -23,16 +25,19 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"
 DIGIT_SIZES = {"train": 1000, "val": 297, "test": 500}
 LETTER_SIZES = {"train": 74_000, "val": 1_110, "test": 3_700}
 
-_SIDE = 32  # of the bitmap
-_BLOCK = 4  # of bitmap pixels, one pixel of the image
-_EM = 64  # size at which a glyph is drawn before it is bent
+_SIDE = 32  # pixels of the bitmap, each way
+_BLOCK = 4  # bitmap pixels that make one pixel of the image, each way
+_EM = 64  # pixels of the em square in which a glyph is drawn before it is bent
 _STROKES = (1, 2, 3, 4)  # by how much outlines are widened, in drawn pixels
 
 
 def digits(split: str) -> source.Source:
-  """Scikit-learn's digits, 10 classes: 1,000 train, 297 val, 500 test images.
+  """Loads scikit-learn's digits: 10 classes, 1,000 train, 297 val, 500 test.
 
   The split is stratified and fixed.
+
+  Args:
+    split: `train`, `val` or `test`.
   """
   extras.need("sklearn")
   from sklearn import datasets
@@ -54,11 +59,14 @@ def digits(split: str) -> source.Source:
 
 @functools.cache
 def letters(split: str) -> source.Source:
-  """Rendered letters, 37 classes in equal shares.
+  """Renders letters, 37 classes in equal shares.
 
   74,000 train, 1,110 val and 3,700 test images, each drawn from its index when
   the split is asked for (15 seconds for train), the same on every machine with
   the same versions of matplotlib and Pillow.
+
+  Args:
+    split: `train`, `val` or `test`.
   """
   extras.need("PIL", "matplotlib")
   start = sum(list(LETTER_SIZES.values())[: source.SPLITS.index(split)])
@@ -76,7 +84,7 @@ def letters(split: str) -> source.Source:
 
 @functools.cache
 def fonts() -> tuple[str, ...]:
-  """Files of matplotlib's fonts that have all the letters.
+  """Finds the files of matplotlib's fonts that have all the letters.
 
   A font has a letter if its glyph goes by the letter's name: fonts of symbols
   map letters to something else.
@@ -85,7 +93,7 @@ def fonts() -> tuple[str, ...]:
   import matplotlib
   from matplotlib import ft2font
 
-  def has_letters(path):
+  def has_letters(path: str) -> bool:
     font = ft2font.FT2Font(path)
     glyphs = font.get_charmap()
     return all(
@@ -99,8 +107,8 @@ def fonts() -> tuple[str, ...]:
 
 
 @functools.cache
-def _glyph(font: str, letter: str, stroke: int):
-  """A letter drawn large, cropped to its ink."""
+def _glyph(font: str, letter: str, stroke: int) -> Picture:
+  """Draws a letter large and crops it to its ink."""
   from PIL import Image, ImageDraw, ImageFont
 
   image = Image.new("L", (3 * _EM, 3 * _EM))
@@ -114,8 +122,8 @@ def _glyph(font: str, letter: str, stroke: int):
   return image.crop(image.getbbox())
 
 
-def _letter(index: int, label: int) -> np.ndarray:
-  """One image, uint8 [8, 8, 1]: font, stroke, bend and threshold at random."""
+def _letter(index: int, label: int) -> Integer[np.ndarray, "8 8 1"]:
+  """Draws uint8: font, stroke, bend and threshold are random."""
   from PIL import Image
 
   rng = np.random.default_rng(index)

@@ -3,7 +3,7 @@
 import collections
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from roli_jax.data import walk
 
@@ -13,11 +13,11 @@ def check_classes(place: pathlib.Path, names: Iterable[str], cure: str) -> None:
 
   Args:
     place: the directory that holds the classes.
-    names: of images, under it.
+    names: images, under it.
     cure: what to do if the classes lie in `{}`.
 
   Raises:
-    ValueError: there is one class, with what it holds.
+    ValueError: there is one class; the message has what it holds.
   """
   inside = _inside(names)
   if len(inside) != 1:
@@ -40,7 +40,7 @@ def check_splits(root: pathlib.Path, names: Iterable[str]) -> None:
 
   Args:
     root: the directory that holds the classes.
-    names: of images, under it.
+    names: images, under it.
 
   Raises:
     ValueError: a class has directories of several splits, and nothing else.
@@ -56,11 +56,15 @@ def check_splits(root: pathlib.Path, names: Iterable[str]) -> None:
       )
 
 
-def alike(names: Iterable[str]) -> tuple[str, ...]:
-  """Tells of directories in classes that are named like classes, or alike."""
+def alike(names: Iterable[str]) -> Iterator[str]:
+  """Yields a line if directories in classes are named like classes, or alike.
+
+  Args:
+    names: images, under the directory that holds the classes.
+  """
   inside = _inside(names)
   owners = collections.defaultdict(list)
-  for label, below in sorted(inside.items()):
+  for label, below in inside.items():
     for name in below - {""}:
       owners[name].append(label)
   found = sorted(
@@ -69,33 +73,31 @@ def alike(names: Iterable[str]) -> tuple[str, ...]:
     if name in inside or len(labels) > 1
     for label in labels
   )
-  if not found:
-    return ()
-  return (
-    "directories in classes are named like classes, or alike"
-    f" ({walk.some(found)}), and count as the class that they lie in: is the"
-    " root one level too high, or the data set there twice?",
-  )
+  if found:
+    yield (
+      "directories in classes are named like classes, or alike"
+      f" ({walk.some(found)}), and count as the class that they lie in: is the"
+      " root one level too high, or the data set there twice?"
+    )
 
 
-def beside(root: pathlib.Path) -> tuple[str, ...]:
-  """Tells of splits that lie beside a root which is called as one."""
+def beside(root: pathlib.Path) -> Iterator[str]:
+  """Yields a line if splits lie beside a root that is itself called as one."""
   root = root.resolve()
   is_split = root.name.lower() in walk.SPLIT_NAMES
   if not (is_split and os.access(root.parent, os.R_OK)):
-    return ()
-  named, _ = walk.named(root.parent)
-  others = [n for names in named.values() for n in names if n != root.name]
-  if not others:
-    return ()
-  return (
-    f"{walk.some(others)} beside {root.name}/ not used;"
-    f" --config.data.root={root.parent} takes them",
-  )
+    return
+  trees, _ = walk.named(root.parent)
+  others = [n for names in trees.values() for n in names if n != root.name]
+  if others:
+    yield (
+      f"{walk.some(others)} beside {root.name}/ not used;"
+      f" --config.data.root={root.parent} takes them"
+    )
 
 
-def _inside(names):
-  """By class, the directories straight in it; "" where images are."""
+def _inside(names: Iterable[str]) -> dict[str, set[str]]:
+  """Returns by class the directories straight in it; "" where images are."""
   inside = collections.defaultdict(set)
   for name in names:
     label, *below, _ = name.split("/")

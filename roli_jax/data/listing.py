@@ -6,15 +6,15 @@ import hashlib
 import json
 import pathlib
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from roli_jax.data import levels, walk
 from roli_jax.data.source import SPLITS
 
-# Of each class, where the user made no split; the rest trains.
+# Shares of each class, where the user made no split; the rest trains.
 _SHARES = {"test": 0.2, "val": 0.1}
 
-# What directories at a root may be said to be.
+# What `layout` may say that the directories at a root are.
 WAYS = ("classes", "splits")
 
 LAYOUTS = """\
@@ -32,21 +32,25 @@ class Entry:
   split: str
 
 
+# By split: what stands before names, such as `train/`, and images by class.
+Parts = dict[str, tuple[str, Sequence[str]]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Listing:
-  """What is said to be there, in the order of names.
+  """The files of a data set, in the order of names.
 
   Attributes:
     base: where names start.
-    entries: one per file and mention.
-    wrong: of names that are mentioned more than once, how.
+    entries: one for each time that a file is named.
+    wrong: names that stand in more than one place -> where.
     notes: how directories were taken, a line each.
-    passed_over: what of them was left, a line each.
+    passed_over: what lies there and is not taken, a line each.
   """
 
   base: pathlib.Path
   entries: tuple[Entry, ...]
-  wrong: dict[str, str]
+  wrong: Mapping[str, str] = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()
   passed_over: tuple[str, ...] = ()
 
@@ -54,7 +58,7 @@ class Listing:
 def read(
   root: pathlib.Path, folders: Iterable[str], layout: str = ""
 ) -> Listing:
-  """The data set at a root: from JSON splits if it has them, else from trees.
+  """Lists the data set at a root: by JSON splits if it has them, else by trees.
 
   Args:
     root: an existing directory.
@@ -74,14 +78,21 @@ def read(
     if trees:
       others = [name for name in others if walk.has_images(root / name)]
       if others and layout != "splits":
-        raise ValueError(_mixed(root, trees, others))
+        called = [name for names in trees.values() for name in names]
+        raise ValueError(
+          f"{root} has directories named like splits ({walk.some(called)}) and"
+          f" others with images ({walk.some(others)}). If all are classes,\n"
+          "  --config.data.layout=classes; if the first are the splits, and the"
+          " others not of\n"
+          "  the data set, --config.data.layout=splits."
+        )
       return _from_trees(root, trees, others)
     if layout == "splits":
       raise ValueError(
         f"{root} has no split, which data.layout=splits asks for; there must"
         f" be\n{LAYOUTS}"
       )
-  return _from_classes(root, looks=not layout)
+  return _from_classes(root, may_be_splits=not layout)
 
 
 def has_splits(root: pathlib.Path) -> bool:
@@ -93,7 +104,7 @@ def has_splits(root: pathlib.Path) -> bool:
 
 
 def jsons(root: pathlib.Path) -> dict[str, pathlib.Path]:
-  """The files of JSON splits at a root, by split.
+  """Finds the files of JSON splits at a root, by split.
 
   Raises:
     ValueError: two of them are the same split by their names.
@@ -106,8 +117,10 @@ def jsons(root: pathlib.Path) -> dict[str, pathlib.Path]:
   return {split: root / n for split, n in _single(root, found).items()}
 
 
-def _single(root, found):
-  """The one name of each split."""
+def _single(
+  root: pathlib.Path, found: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+  """Returns the one name of each split; raises a ValueError for two."""
   for split, names in found.items():
     if len(names) > 1:
       raise ValueError(
@@ -117,18 +130,11 @@ def _single(root, found):
   return {split: name for split, (name,) in found.items()}
 
 
-def _mixed(root, trees, others):
-  named = [name for names in trees.values() for name in names]
-  return (
-    f"{root} has directories named like splits ({walk.some(named)}) and others"
-    f" with images ({walk.some(others)}). If all are classes,\n"
-    "  --config.data.layout=classes; if the first are the splits, and the"
-    " others not of\n"
-    "  the data set, --config.data.layout=splits."
-  )
-
-
-def _from_json(root, files, folders):
+def _from_json(
+  root: pathlib.Path,
+  files: Mapping[str, pathlib.Path],
+  folders: Iterable[str],
+) -> Listing:
   for split in SPLITS:
     if split not in files:
       raise ValueError(
@@ -138,18 +144,17 @@ def _from_json(root, files, folders):
   kinds = {type(entry.label) for entry in mentions}
   if len(kinds) > 1:
     raise ValueError(f"classes in {root}/*.json are numbers here, text there")
-  wrong = repeated(mentions)
   names = list(dict.fromkeys(entry.name for entry in mentions))
   bases = [root / folder for folder in folders]
   # Where most of the first names are; a hundred tell.
   base = max(
     bases, key=lambda b: sum((b / name).is_file() for name in names[:100])
   )
-  return Listing(base, _sorted(mentions), wrong)
+  return Listing(base, _sorted(mentions), repeated(mentions))
 
 
-def _mentions(file, split):
-  """The entries of a split's file, repeated ones repeated."""
+def _mentions(file: pathlib.Path, split: str) -> list[Entry]:
+  """Reads the entries of a split's file, repeated ones repeated."""
   try:
     # A dict would keep the last of equal names, and say nothing.
     pairs = json.loads(file.read_bytes(), object_pairs_hook=tuple)
@@ -167,7 +172,7 @@ def _mentions(file, split):
 
 
 def repeated(mentions: Iterable[Entry]) -> dict[str, str]:
-  """Names mentioned more than once, and where."""
+  """Finds names that are mentioned more than once, and where."""
   splits = collections.defaultdict(list)
   for entry in mentions:
     splits[entry.name].append(entry.split)
@@ -178,57 +183,57 @@ def repeated(mentions: Iterable[Entry]) -> dict[str, str]:
   }
 
 
-def _from_trees(root, trees, others):
-  """Splits as they lie; one that lacks is another, or drawn from another."""
-  folders = _single(root, trees)
+def _from_trees(
+  root: pathlib.Path, trees: Mapping[str, Sequence[str]], others: Sequence[str]
+) -> Listing:
+  """Takes splits as they lie; validation may be the test, or be drawn."""
+  folders = {split: f"{n}/" for split, n in _single(root, trees).items()}
   if "train" not in folders or len(folders) == 1:
     raise ValueError(_lacking(root, folders))
   walks = {name: walk.walk(root / name) for name in folders.values()}
   for split, name in folders.items():
-    if not walks[name].images:
-      raise ValueError(_bare(root / name, walks[name], split))
-  parts = {split: (name, walks[name].images) for split, name in folders.items()}
+    found = walks[name]
+    if not found.images:
+      lie = "; without labels they must lie elsewhere" if found.stray else ""
+      raise ValueError(
+        f"{root / name}: there are no images for {split} in directories of"
+        f" classes{_but(found)}{lie}"
+      )
+  parts: Parts = {
+    split: (name, walks[name].images) for split, name in folders.items()
+  }
   notes = []
   if "test" not in parts:
     parts["test"] = parts.pop("val")
-    notes.append(f"no directory of a test: {folders['val']}/ is the test")
+    notes.append(f"no directory of a test: {folders['val']} is the test")
   if "val" not in parts:
     name, images = parts["train"]
     drawn = _drawn(images, {"val": _SHARES["val"]})
-    parts |= {split: (name, own) for split, own in drawn.items()}
+    parts |= {split: (name, chosen) for split, chosen in drawn.items()}
     notes.append(
-      f"no directory of validation: a tenth of each class of {name}/ is, by a"
+      f"no directory of validation: a tenth of each class of {name} is, by a"
       " hash of names"
     )
   if others:
     notes.append(f"directories beside the splits ignored: {walk.some(others)}")
   every = [image for found in walks.values() for image in found.images]
   levels.check_classes(root / folders["train"], every, "move what is in {} up")
-  entries = [
-    Entry(f"{name}/{image}", image.split("/")[0], split)
-    for split, (name, images) in parts.items()
-    for image in images
-  ]
   return Listing(
     root,
-    _sorted(entries),
-    {},
-    (*notes, *levels.alike(every)),
-    walk.passed_over({f"{name}/": found for name, found in walks.items()}),
+    _entries(parts),
+    notes=(*notes, *levels.alike(every)),
+    passed_over=tuple(walk.passed_over(walks)),
   )
 
 
-def _bare(folder, found, split):
+def _but(found: walk.Walked) -> str:
+  """Says what lies in a directory without images in classes, for a message."""
   lie = walk.suffixes((*found.stray, *found.others))
-  return (
-    f"{folder}: there are no images for {split} in directories of classes"
-    + (f", but {lie}" if lie else "")
-    + "; without labels they must lie elsewhere" * bool(found.stray)
-  )
+  return f", but {lie}" if lie else ""
 
 
-def _lacking(root, places):
-  has = " and ".join(f"{places[s]}/" for s in SPLITS if s in places)
+def _lacking(root: pathlib.Path, places: Mapping[str, str]) -> str:
+  has = " and ".join(places[s] for s in SPLITS if s in places)
   if len(places) > 1:
     return f"{root} has {has}, but no directory train/"
   (name,) = places.values()
@@ -239,66 +244,70 @@ def _lacking(root, places):
   )
 
 
-def _from_classes(root, looks):
-  """A split that we draw.
+def _from_classes(root: pathlib.Path, may_be_splits: bool) -> Listing:
+  """Draws a split of directories of classes.
 
   Args:
-    root: which holds the classes.
-    looks: whether directories that can't be meant as classes are refused.
+    root: the directory that holds the classes.
+    may_be_splits: whether directories that hold splits are refused, since
+      nobody said that they are classes.
   """
   found = walk.walk(root)
   if not found.images:
-    lie = walk.suffixes((*found.stray, *found.others))
     raise ValueError(
-      f"no images in directories of {root}"
-      + (f", but {lie}" if lie else "")
-      + f"; there must be\n{LAYOUTS}"
+      f"no images in directories of {root}{_but(found)}; there must"
+      f" be\n{LAYOUTS}"
     )
-  if looks:
+  if may_be_splits:
     levels.check_splits(root, found.images)
   levels.check_classes(root, found.images, "--config.data.root={}")
-  entries = [
-    Entry(name, name.split("/")[0], split)
-    for split, names in _drawn(found.images, _SHARES).items()
-    for name in names
-  ]
+  drawn = _drawn(found.images, _SHARES)
   return Listing(
     root,
-    _sorted(entries),
-    {},
-    (
+    _entries({split: ("", names) for split, names in drawn.items()}),
+    notes=(
       "no splits: each class is split 70:10:20, by a hash of names",
       *levels.beside(root),
       *levels.alike(found.images),
     ),
-    walk.passed_over({"": found}),
+    passed_over=tuple(walk.passed_over({"": found})),
   )
 
 
-def _drawn(names, shares):
-  """Names by split, each class by itself."""
-  by_class = collections.defaultdict(list)
-  for name in names:
-    by_class[name.split("/")[0]].append(name)
-  parts = collections.defaultdict(list)
-  for members in by_class.values():
+def _entries(parts: Parts) -> tuple[Entry, ...]:
+  return _sorted(
+    Entry(prefix + image, image.split("/")[0], split)
+    for split, (prefix, images) in parts.items()
+    for image in images
+  )
+
+
+def _drawn(
+  names: Iterable[str], shares: Mapping[str, float]
+) -> dict[str, list[str]]:
+  """Draws shares of each class; returns names by split."""
+  parts: dict[str, list[str]] = {split: [] for split in ("train", *shares)}
+  for members in walk.by_folder(names).values():
     for name, split in _split(members, shares):
       parts[split].append(name)
-  return {split: parts[split] for split in ("train", *shares)}
+  return parts
 
 
-def _split(names, shares=_SHARES):
-  """Pairs of name and split: the same for the same names, on any machine.
+def _split(
+  names: Sequence[str], shares: Mapping[str, float] = _SHARES
+) -> Iterator[tuple[str, str]]:
+  """Yields pairs of name and split, for the same names the same on any machine.
 
   Names are ordered by a hash, so that one more file moves few others. Where
   there are as many files as splits, each split gets one; of fewer, none but
   training.
   """
 
-  def place(name):
-    return hashlib.md5(f"roli_jax/{name}".encode(errors="surrogateescape"))
+  def place(name: str) -> bytes:
+    text = f"roli_jax/{name}".encode(errors="surrogateescape")
+    return hashlib.md5(text).digest()
 
-  ordered = sorted(names, key=lambda name: place(name).digest())
+  ordered = sorted(names, key=place)
   for split, share in shares.items():
     enough = len(names) > len(shares)
     count = max(1, round(share * len(names))) if enough else 0
@@ -307,5 +316,5 @@ def _split(names, shares=_SHARES):
   yield from ((name, "train") for name in ordered)
 
 
-def _sorted(entries):
+def _sorted(entries: Iterable[Entry]) -> tuple[Entry, ...]:
   return tuple(sorted(entries, key=lambda e: (e.name, SPLITS.index(e.split))))

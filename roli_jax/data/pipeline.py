@@ -1,8 +1,9 @@
 """From a source to batches: shuffled, sharded by process, resumable by step."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -10,8 +11,12 @@ from absl import flags
 
 from roli_jax.data.source import Source, num_cores
 from roli_jax.files import extras
+from roli_jax.types import Integer
 
-Batch = dict[str, Any]
+if TYPE_CHECKING:  # since it comes with an extra
+  import grain
+
+Batch = dict[str, np.ndarray]
 
 
 def train_batches(
@@ -23,7 +28,7 @@ def train_batches(
   *,
   num_threads: int = 0,
 ) -> Iterator[Batch]:
-  """Endless batches of this process's images, from a step on.
+  """Yields endless batches of this process's images, from a step on.
 
   Every epoch is a permutation of its own; a batch may span two epochs, so none
   is short and no image is left out. Batch k, augmentations included, is a
@@ -33,11 +38,12 @@ def train_batches(
 
   Args:
     source: the training images.
-    batch_size: over all processes, which must divide it.
-    seed: of the order and the augmentations.
-    start: the first batch's number.
+    batch_size: images of all processes together, whose number divides it.
+    seed: seeds the order and the augmentations.
+    start: the first batch's number, from 0.
     num_workers: processes that decode and augment; 0: threads of this one.
-    num_threads: of each of them; 0: as many as cores.
+    num_threads: threads of each of them; 0: as many as cores where there are
+      no workers, else 1.
 
   Returns:
     An iterator of `{"image": uint8 [b, h, w, c], "label": int32 [b], "index":
@@ -66,51 +72,42 @@ def train_batches(
   # Positions make a batch, not images: a batch is looked up, or written, once.
   rows = rows[process::processes].batch(batch_size // processes)[start:]
   if source.is_plain:  # there is nothing for workers to do
-    return _read(rows.map(_Plain(source)), 0, num_threads or 2)
+    batches = rows.map(functools.partial(_plain, source))
+    return _read(batches, 0, num_threads or 2)
   # A copy, since the source may keep pixels, which workers don't need.
-  augmented = rows.map(_Augmented(dataclasses.replace(source)))
-  return _read(augmented, num_workers, num_threads)
+  augment = functools.partial(_augmented, dataclasses.replace(source))
+  return _read(rows.map(augment), num_workers, num_threads)
 
 
-def _with_chance(row, rng):
-  """A position, and the seed of what happens to its image."""
+def _with_chance(row: int, rng: np.random.Generator) -> np.ndarray:
+  """Returns a position and its augmentation's seed, int64 [2]."""
   return np.array([row, rng.integers(2**62)])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plain:
-  """Positions [b] -> a batch."""
-
-  source: Source
-
-  def __call__(self, rows: np.ndarray) -> Batch:
-    return {
-      "image": self.source.images[rows],
-      "label": self.source.labels[rows],
-      "index": self.source.indices[rows],
-    }
+def _plain(source: Source, rows: Integer[np.ndarray, "b"]) -> Batch:
+  """Takes the images at these positions as they are."""
+  return _batch(source, rows, source.images[rows])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Augmented:
-  """Positions and seeds [b, 2] -> a batch."""
-
-  source: Source
-
-  def __call__(self, pairs: np.ndarray) -> Batch:
-    rows = pairs[:, 0]
-    images = np.empty((len(rows), *self.source.shape), np.uint8)
-    for image, (row, chance) in zip(images, pairs.tolist(), strict=True):
-      rng = np.random.default_rng(chance)
-      image[:] = self.source.train_image(row, rng)
-    return {
-      "image": images,
-      "label": self.source.labels[rows],
-      "index": self.source.indices[rows],
-    }
+def _augmented(source: Source, pairs: Integer[np.ndarray, "b 2"]) -> Batch:
+  """Augments the images at these positions, each with its seed."""
+  images = np.empty((len(pairs), *source.shape), np.uint8)
+  for image, (row, chance) in zip(images, pairs.tolist(), strict=True):
+    image[:] = source.train_image(row, np.random.default_rng(chance))
+  return _batch(source, pairs[:, 0], images)
 
 
-def _read(batches, num_workers, num_threads) -> Iterator[Batch]:
+def _batch(source: Source, rows: np.ndarray, images: np.ndarray) -> Batch:
+  return {
+    "image": images,
+    "label": source.labels[rows],
+    "index": source.indices[rows],
+  }
+
+
+def _read(
+  batches: "grain.MapDataset", num_workers: int, num_threads: int
+) -> Iterator[Batch]:
   import grain
 
   threads = num_threads or (1 if num_workers else num_cores())

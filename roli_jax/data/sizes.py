@@ -8,10 +8,10 @@ class Facts:
   """A data set's size.
 
   Attributes:
-    num_classes: how many.
-    train: number of training images, as `val` and `test` of theirs.
-    val: see `train`.
-    test: see `train`.
+    num_classes: the number of classes.
+    train: the number of training images.
+    val: the number of validation images.
+    test: the number of test images.
     shape: (h, w, c) of an image as it is attacked, with the transforms that
       the data set has by default.
   """
@@ -23,7 +23,7 @@ class Facts:
   shape: tuple[int, int, int]
 
 
-# Of the six of the Guide benchmark: the sizes that docs/data.md derives.
+# The six of the Guide benchmark have the sizes that docs/data.md derives.
 FACTS = {
   "aircraft": Facts(100, 3_334, 3_333, 1_000, (224, 224, 3)),
   "caltech101": Facts(101, 5_899, 1_042, 1_000, (224, 224, 3)),

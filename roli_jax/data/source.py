@@ -4,17 +4,17 @@ import concurrent.futures
 import dataclasses
 import math
 import os
-from typing import Any
 
 import numpy as np
 
 from roli_jax.data import decode, transforms
 from roli_jax.files import extras
+from roli_jax.types import Float, Integer
 
 SPLITS = ("train", "val", "test")
 
-# Bytes of transformed images that a source keeps for the next time; a larger
-# split is decoded again.
+# Bytes of transformed images that a source keeps for the next time, 4 GiB; a
+# larger split is decoded again.
 KEEP = 4 * 2**30
 
 
@@ -25,12 +25,12 @@ class Source:
   Attributes:
     images: uint8, [n, h, w, c]; a pixel is its value over `white`.
     labels: int32, [n], within [0, num_classes).
-    indices: uint32, [n], who each image is in the whole data set. Random keys
+    indices: uint32, [n], each image's number in the whole data set. Random keys
       are folded from it, so it must not depend on the split's order.
-    num_classes: of the data set.
+    num_classes: the number of classes in the data set.
     white: the value of a white pixel, 255 for photographs.
-    split: its name.
-    classes: their names, in the order of labels; () if they have none.
+    split: `train`, `val` or `test`.
+    classes: names of the classes, in the order of labels; () if they have none.
     train_transforms: applied to images for training.
     eval_transforms: applied to images for everything else.
     skipped: how many files were left out because they are bad, or copies of
@@ -60,60 +60,66 @@ class Source:
   def shape(self) -> tuple[int, int, int]:
     """Height, width and channels of an image as it is attacked."""
     height, width, channels = self.images.shape[1:]
-    return (*_known(self.eval_transforms, (height, width)), channels)
+    size = transforms.size(self.eval_transforms, (height, width))
+    assert size is not None, "checked when the source was built"
+    return (*size, channels)
 
   @property
   def is_plain(self) -> bool:
     """Whether the arrays are already what training takes."""
     return not self.train_transforms
 
-  def picture(self, row: int) -> Any:
-    """The image of PIL at this position, before any transform."""
+  def picture(self, row: int) -> decode.Picture:
+    """Returns the image at this position, before any transform."""
     return decode.from_array(self.images[row])
 
-  def train_image(self, row: int, rng: np.random.Generator) -> np.ndarray:
-    """One augmented image, uint8 [h, w, c]."""
+  def train_image(
+    self, row: int, rng: np.random.Generator
+  ) -> Integer[np.ndarray, "h w c"]:
+    """Augments one image; returns uint8."""
     return transforms.apply(self.train_transforms, rng, self.picture(row))
 
-  def pixels(self, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
-    """Images as float32 in [0, 1], [n, h, w, c], for evaluation.
+  def pixels(
+    self, rows: slice | np.ndarray = slice(None)
+  ) -> Float[np.ndarray, "n h w c"]:
+    """Returns images for evaluation, float32 in [0, 1].
 
     What had to be decoded or transformed is kept as uint8, so that the next
     time is quick, unless all of the split would take more than KEEP bytes.
 
     Args:
-      rows: which; all of them take 4 h w c bytes each.
+      rows: positions in the split; an image takes 4 h w c bytes.
     """
     return np.divide(
       self._views(rows), np.float32(self.white), dtype=np.float32
     )
 
-  def _views(self, rows):
-    """Images after the eval transforms, uint8."""
+  def _views(self, rows: slice | np.ndarray) -> Integer[np.ndarray, "n h w c"]:
+    """Applies the eval transforms; returns uint8."""
     if not self.eval_transforms:
       return self.images[rows]
     wanted = np.arange(len(self))[rows].tolist()
     views = np.empty((len(wanted), *self.shape), np.uint8)
 
-    def fill(view, row):
-      kept = self._kept.get(row)
-      view[:] = self._view(row) if kept is None else kept
+    def fill(view: np.ndarray, row: int) -> None:
+      if row in self._kept:
+        view[:] = self._kept[row]
+        return
+      # The transforms of evaluation may be random: then by the image alone.
+      rng = np.random.default_rng(self.indices[row])
+      picture = self.picture(row)
+      view[:] = transforms.apply(self.eval_transforms, rng, picture)
 
     with concurrent.futures.ThreadPoolExecutor(num_cores()) as pool:
       for _ in pool.map(fill, views, wanted):
-        pass  # but raise what was raised
+        pass  # going through the results raises what a thread raised
     if len(self) * math.prod(self.shape) <= KEEP:
       for row, view in zip(wanted, views, strict=True):
         self._kept.setdefault(row, view)
     return views
 
-  def _view(self, row):
-    # The transforms of evaluation may be random: then by the image alone.
-    rng = np.random.default_rng(self.indices[row])
-    return transforms.apply(self.eval_transforms, rng, self.picture(row))
-
   def manifest(self) -> list[tuple[str, str, int]]:
-    """Rows of (split, class, number of images), one per class."""
+    """Returns rows of (split, class, number of images), one per class."""
     counts = np.bincount(self.labels, minlength=self.num_classes)
     names = self.classes or [str(i) for i in range(self.num_classes)]
     return [
@@ -122,14 +128,14 @@ class Source:
     ]
 
   def subset(self, size: int, seed: int) -> "Source":
-    """That many images, drawn by the seed, with the classes' shares kept.
+    """Draws images, with the classes' shares kept.
 
     Args:
-      size: how many; 0 for all.
-      seed: of the draw.
+      size: the number of images; 0 for all.
+      seed: seeds the draw.
 
     Raises:
-      ValueError: if there are not as many, or too few for the shares.
+      ValueError: there are not as many, or too few for the shares.
     """
     if size in (0, len(self)):
       return self
@@ -148,7 +154,7 @@ class Source:
     return self.take(rows)
 
   def take(self, rows: np.ndarray) -> "Source":
-    """The images at these positions."""
+    """Returns the source of the images at these positions."""
     return dataclasses.replace(
       self,
       images=self.images[rows],
@@ -157,29 +163,32 @@ class Source:
     )
 
 
-def _known(chain, before):
-  size = transforms.size(chain, before)
-  assert size is not None, "checked when the source was built"
-  return size
-
-
 def num_cores() -> int:
-  """That this process may run on."""
+  """Returns the number of cores that this process may run on."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 
 
 def stratified(
-  labels: np.ndarray, first: int, second: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Disjoint positions, as many as asked for, each with the classes' shares."""
+  labels: Integer[np.ndarray, "n"], first: int, second: int, seed: int
+) -> tuple[Integer[np.ndarray, "a"], Integer[np.ndarray, "b"]]:
+  """Draws disjoint positions, each part with the classes' shares.
+
+  Args:
+    labels: the class of each position.
+    first: the number of positions in the first part.
+    second: the number in the second.
+    seed: seeds the draw.
+
+  Returns:
+    The two parts, int64, each in ascending order.
+  """
   extras.need("sklearn")
   from sklearn import model_selection
 
-  positions = np.arange(len(labels))
   a, b = model_selection.train_test_split(
-    positions,
+    np.arange(len(labels)),
     train_size=first,
     test_size=second,
     stratify=labels,

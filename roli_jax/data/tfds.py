@@ -7,11 +7,14 @@ import io
 import json
 import os
 import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 from roli_jax.data import source
 from roli_jax.files import extras
+from roli_jax.types import Integer
 
 _TRAINING = 50_000  # images in CIFAR's training split; test images count on
 
@@ -25,7 +28,7 @@ prepares {name}; --config.data.root=DIR or TFDS_DATA_DIR, if it is elsewhere."""
 
 
 def cifar(name: str, split: str, root: str = "") -> source.Source:
-  """CIFAR-10 or CIFAR-100: 45,000 train, 5,000 val, 10,000 test images.
+  """Reads CIFAR-10 or CIFAR-100: 45,000 train, 5,000 val, 10,000 test images.
 
   Train and val are the first nine tenths and the last of the training split in
   the order of TFDS, as in the RoLI reference; see `order`. An image's index is
@@ -37,13 +40,13 @@ def cifar(name: str, split: str, root: str = "") -> source.Source:
     root: TFDS's directory of data; "" for $TFDS_DATA_DIR, or TFDS's own.
 
   Raises:
-    ValueError: where it is not prepared, with the command that prepares it;
-      records that are not the whole of a CIFAR.
+    ValueError: it is not prepared (the message has the command that prepares
+      it), or its records are not the whole of a CIFAR.
   """
   part = "test" if split == "test" else "train"
   records, label = _records(name, part, root)
   numbers = _numbers([record["id"] for record in records], part, name)
-  positions = dict(zip(numbers, range(len(records)), strict=True))
+  positions = {number: i for i, number in enumerate(numbers)}
   ordered = order(len(records), part)
   most = len(ordered) * 9 // 10
   numbers = {"train": ordered[:most], "val": ordered[most:]}.get(split, ordered)
@@ -63,20 +66,26 @@ def cifar(name: str, split: str, root: str = "") -> source.Source:
 
 @functools.cache
 def order(count: int, salt: str) -> list[int]:
-  """The numbers below `count` in the order in which TFDS has their records.
+  """Returns the numbers below `count` in the order of TFDS's records.
 
-  By the MD5 of the salt, which is the name of the split, and the number in
-  decimals, as a whole number of 128 bits.
+  By the MD5 of the salt and the number in decimals, as a whole number of 128
+  bits.
+
+  Args:
+    count: the number of records.
+    salt: the name of the split, as TFDS has it.
   """
 
-  def place(number):
+  def place(number: int) -> bytes:
     return hashlib.md5(f"{salt}{number}".encode()).digest()
 
   return sorted(range(count), key=place)
 
 
-def _records(name, part, root):
-  """A list of features, images still encoded; and the feature of labels."""
+def _records(
+  name: str, part: str, root: str
+) -> tuple[list[dict[str, Any]], Any]:
+  """Reads features by record, images still encoded; and TFDS's `ClassLabel`."""
   where = root or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   say = functools.partial(_PREPARE.format, name=name, where=where)
   try:
@@ -102,21 +111,17 @@ def _records(name, part, root):
   return records, builder.info.features["label"]
 
 
-def _format(directory):
-  """A digest of the files that TFDS prepared; "" if it prepared none."""
+def _format(directory: pathlib.Path) -> str:
+  """Returns the format of the files that TFDS prepared; "" without any."""
   for file in sorted(directory.glob("*/dataset_info.json")):
     return json.loads(file.read_text()).get("fileFormat", "tfrecord")
   return ""
 
 
-def _numbers(ids, part, name):
-  """The numbers in ids such as b"train_16399", each below their count once."""
-  texts = [bytes(x).decode() for x in ids]
-  numbers = [
-    int(text.removeprefix(f"{part}_"))
-    for text in texts
-    if text.removeprefix(f"{part}_").isdecimal()
-  ]
+def _numbers(ids: Iterable[Any], part: str, name: str) -> list[int]:
+  """Parses ids such as b"train_16399"; raises a ValueError if any lacks."""
+  texts = [bytes(x).decode().removeprefix(f"{part}_") for x in ids]
+  numbers = [int(text) for text in texts if text.isdecimal()]
   if sorted(numbers) != list(range(len(texts))):
     raise ValueError(
       f"the {len(texts)} records of {name}'s {part} split are not those of"
@@ -125,7 +130,7 @@ def _numbers(ids, part, name):
   return numbers
 
 
-def _decode(record):
+def _decode(record: Mapping[str, Any]) -> Integer[np.ndarray, "h w 3"]:
   extras.need("PIL")
   from PIL import Image
 

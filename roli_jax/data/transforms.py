@@ -15,53 +15,54 @@ from typing import Any
 import numpy as np
 
 from roli_jax import specs
+from roli_jax.data.decode import Picture
 from roli_jax.files import extras
+from roli_jax.types import Integer
 
 Size = tuple[int, int]  # height, width
 Rng = np.random.Generator
-Chain = tuple[functools.partial, ...]  # of `(rng, image) -> image`
+Chain = tuple[functools.partial, ...]  # each `(rng, image) -> image`
 
 PHOTO_TRAIN = ("resize:256", "random_crop:224", "flip")
 PHOTO_EVAL = ("resize:256", "center_crop:224")
 
-# Of "A Guide to Robust Generalization" (arXiv 2508.14079): nothing is cut.
+# Those of "A Guide to Robust Generalization" (arXiv 2508.14079), which cut
+# nothing off.
 GUIDE_TRAIN = ("stretch:224", "flip", "color_jitter:0.25", "rotate:2")
 GUIDE_EVAL = ("stretch:224",)
 
 
-def resize(rng: Rng, image: Any, side: int) -> Any:
-  """The shorter side becomes `side`; bilinear, antialiased by PIL."""
+def resize(rng: Rng, image: Picture, side: int) -> Picture:
+  """Resizes the shorter side to `side`; bilinear, antialiased by PIL."""
   width, height = image.size
   if width <= height:
     return _resized(image, side, int(side * height / width))
   return _resized(image, int(side * width / height), side)
 
 
-def stretch(rng: Rng, image: Any, side: int) -> Any:
-  """Both sides become `side`, the shape lost; bilinear, antialiased by PIL."""
+def stretch(rng: Rng, image: Picture, side: int) -> Picture:
+  """Resizes both sides to `side`, the shape lost; bilinear, antialiased."""
   return _resized(image, side, side)
 
 
-def _resized(image, width, height):
+def _resized(image: Picture, width: int, height: int) -> Picture:
   from PIL import Image
 
-  if (width, height) == image.size:
-    return image
   return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def center_crop(rng: Rng, image: Any, side: int) -> Any:
-  """The square in the middle; what is smaller stands in a black one."""
+def center_crop(rng: Rng, image: Picture, side: int) -> Picture:
+  """Crops the square in the middle; pads what is smaller with black."""
   return _cut(image, side, lambda over: round(over / 2))
 
 
-def random_crop(rng: Rng, image: Any, side: int) -> Any:
-  """A square anywhere; what is smaller stands in the middle of a black one."""
+def random_crop(rng: Rng, image: Picture, side: int) -> Picture:
+  """Crops a square anywhere; pads what is smaller with black, evenly."""
   return _cut(image, side, lambda over: int(rng.integers(over + 1)))
 
 
-def _cut(image, side, start: Callable[[int], int]):
-  """Starts where `start` says of the pixels left over in a direction."""
+def _cut(image: Picture, side: int, start: Callable[[int], int]) -> Picture:
+  """Crops a square that starts at `start` of the pixels left over each way."""
   left, top = (
     start(extent - side) if extent >= side else -((side - extent) // 2)
     for extent in image.size
@@ -69,16 +70,13 @@ def _cut(image, side, start: Callable[[int], int]):
   return image.crop((left, top, left + side, top + side))
 
 
-def random_resized_crop(rng: Rng, image: Any, side: int) -> Any:
-  """8 to 100% of the area, sides 3:4 to 4:3, resized to a square."""
-  from PIL import Image
-
-  image = image.crop(_box(rng, *image.size))
-  return image.resize((side, side), Image.Resampling.BILINEAR)
+def random_resized_crop(rng: Rng, image: Picture, side: int) -> Picture:
+  """Crops 8 to 100% of the area, sides 3:4 to 4:3; resizes it to a square."""
+  return stretch(rng, image.crop(_box(rng, *image.size)), side)
 
 
-def _box(rng, width, height):
-  """Left, top, right and bottom of a random crop, as torchvision draws it."""
+def _box(rng: Rng, width: int, height: int) -> tuple[int, int, int, int]:
+  """Draws left, top, right and bottom of a crop, as torchvision does."""
   for _ in range(10):
     area = width * height * rng.uniform(0.08, 1)
     ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -94,8 +92,8 @@ def _box(rng, width, height):
   return left, top, left + w, top + h
 
 
-def flip(rng: Rng, image: Any) -> Any:
-  """Every other image, by chance, has left and right exchanged."""
+def flip(rng: Rng, image: Picture) -> Picture:
+  """Exchanges left and right in half of the images, by chance."""
   from PIL import Image
 
   if rng.random() < 0.5:
@@ -103,20 +101,20 @@ def flip(rng: Rng, image: Any) -> Any:
   return image
 
 
-def rotate(rng: Rng, image: Any, degrees: float) -> Any:
-  """Turned by up to `degrees` either way, nearest pixels, black coming in."""
+def rotate(rng: Rng, image: Picture, degrees: float) -> Picture:
+  """Turns by up to `degrees` either way; nearest pixels, black coming in."""
   return image.rotate(rng.uniform(-degrees, degrees))
 
 
-def pad_crop(rng: Rng, image: Any, pad: int) -> Any:
-  """Moved by up to `pad` pixels in each direction, black coming in."""
+def pad_crop(rng: Rng, image: Picture, pad: int) -> Picture:
+  """Moves by up to `pad` pixels in each direction, black coming in."""
   left, top = rng.integers(-pad, pad + 1, 2).tolist()
   width, height = image.size
   return image.crop((left, top, left + width, top + height))
 
 
-def cutout(rng: Rng, image: Any, side: int) -> Any:
-  """A black square around a random pixel (DeVries and Taylor 2017)."""
+def cutout(rng: Rng, image: Picture, side: int) -> Picture:
+  """Blackens a square around a random pixel (DeVries and Taylor 2017)."""
   width, height = image.size
   x, y = int(rng.integers(width)), int(rng.integers(height))
   left, top = x - side // 2, y - side // 2
@@ -127,8 +125,8 @@ def cutout(rng: Rng, image: Any, side: int) -> Any:
   return image
 
 
-def color_jitter(rng: Rng, image: Any, strength: float) -> Any:
-  """Brightness, contrast and saturation in random order.
+def color_jitter(rng: Rng, image: Picture, strength: float) -> Picture:
+  """Changes brightness, contrast and saturation, in random order.
 
   Each by a factor between 1 - strength and 1 + strength; strength is at most 1.
   """
@@ -138,8 +136,10 @@ def color_jitter(rng: Rng, image: Any, strength: float) -> Any:
   return image
 
 
-def rand_augment(rng: Rng, image: Any, num_ops: int, magnitude: int) -> Any:
-  """So many of 14 operations, by chance, at one magnitude of 0 to 30.
+def rand_augment(
+  rng: Rng, image: Picture, num_ops: int, magnitude: int
+) -> Picture:
+  """Applies `num_ops` of 14 operations, by chance, at one magnitude of 0 to 30.
 
   Cubuk et al. 2020; operations and ranges are torchvision's, nearest pixels.
   """
@@ -157,14 +157,14 @@ OPERATIONS = (
 )  # fmt: skip
 
 
-def operate(name: str, image: Any, share: float, sign: int) -> Any:
-  """One operation of RandAugment.
+def operate(name: str, image: Picture, share: float, sign: int) -> Picture:
+  """Applies one operation of RandAugment.
 
   Args:
     name: a name in `OPERATIONS`.
-    image: of PIL, RGB.
-    share: of the largest magnitude, 0 to 1.
-    sign: 1 or -1, of those operations that have two directions.
+    image: an image of PIL, RGB.
+    share: the magnitude as a share of the largest one, 0 to 1.
+    sign: 1 or -1, the direction of those operations that have two.
   """
   from PIL import Image, ImageOps
 
@@ -184,20 +184,21 @@ def operate(name: str, image: Any, share: float, sign: int) -> Any:
   if name == "Posterize":
     return ImageOps.posterize(image, 8 - round(4 * share))
   if name == "Solarize":
-    # From the threshold on; less what a product of floats has too much.
+    # Rounding may leave the difference just above a whole number, which ceil
+    # would raise by one: 1e-6 is taken off before.
     return ImageOps.solarize(image, math.ceil(255 - 255 * share - 1e-6))
   if name == "AutoContrast":
     return ImageOps.autocontrast(image)
   return ImageOps.equalize(image) if name == "Equalize" else image
 
 
-def _enhance(name, image, factor):
+def _enhance(name: str, image: Picture, factor: float) -> Picture:
   from PIL import ImageEnhance
 
   return getattr(ImageEnhance, name)(image).enhance(factor)
 
 
-# How each is written.
+# How each is written in a config.
 TRANSFORMS: dict[Callable[..., Any], str] = {
   center_crop: "center_crop:224",
   color_jitter: "color_jitter:0.4",
@@ -211,12 +212,12 @@ TRANSFORMS: dict[Callable[..., Any], str] = {
   rotate: "rotate:2",
   stretch: "stretch:224",
 }
-_COLOUR = (color_jitter, rand_augment)  # of these, images have to have some
-_MOST = {"strength": 1, "magnitude": 30}
+_COLOUR = (color_jitter, rand_augment)  # take no grey images
+_MOST = {"strength": 1, "magnitude": 30}  # the largest values of arguments
 
 
 def build(texts: Iterable[str]) -> Chain:
-  """The transforms that `name:argument` strings mean.
+  """Makes a chain of `name:argument` strings, as a config has them.
 
   Raises:
     ValueError: an unknown name, or an argument that it does not take.
@@ -226,7 +227,7 @@ def build(texts: Iterable[str]) -> Chain:
   return tuple(_parse(text) for text in texts)
 
 
-def _parse(text):
+def _parse(text: str) -> functools.partial:
   name, colon, rest = text.partition(":")
   by_name = {make.__name__: make for make in TRANSFORMS}
   make = specs.lookup(by_name, name, "transform")
@@ -250,18 +251,19 @@ def _parse(text):
 
 
 def size(chain: Chain, before: Size | None) -> Size | None:
-  """The size that a chain ends at; None where it depends on the image.
+  """Returns the size that a chain ends at; None if it depends on the image.
 
   Args:
     chain: the transforms, in their order.
-    before: height and width before them; None: images have many.
+    before: height and width before them, in pixels; None: images have many.
   """
   if not chain:
     return before
   extras.need("PIL")
   from PIL import Image
 
-  found = set()
+  found: set[Size] = set()
+  # Two shapes, one wide and one high, for images of many.
   for height, width in [before] if before else [(40, 90), (97, 31)]:
     image = Image.new("RGB", (width, height))
     found.add(apply(chain, np.random.default_rng(0), image).shape[:2])
@@ -274,9 +276,9 @@ def check(
   """Raises a ValueError if the chains do not fit each other or the images.
 
   Args:
-    train: the chain of training.
-    held: the chain of what is held out, validation and tests.
-    before: the images' height and width, None if they have many.
+    train: the chain for training images.
+    held: the chain for validation and test images.
+    before: the images' height and width in pixels; None: they have many.
     channels: 1 for grey, 3 for colour.
   """
   for transform in (*train, *held):
@@ -300,8 +302,10 @@ def check(
     )
 
 
-def apply(chain: Chain, rng: Rng, image: Any) -> np.ndarray:
-  """The image after the chain, uint8 [h, w, c]."""
+def apply(
+  chain: Chain, rng: Rng, image: Picture
+) -> Integer[np.ndarray, "h w c"]:
+  """Applies the chain; returns uint8."""
   for transform in chain:
     image = transform(rng, image)
   array = np.asarray(image)

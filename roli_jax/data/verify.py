@@ -13,21 +13,23 @@ from roli_jax.data import decode
 from roli_jax.data.source import num_cores
 from roli_jax.files import extras
 
-# A number that changes when `picture.decode` takes less than before, or more is
-# remembered.
+# To be raised when `decode.decode` takes less than before, or more is
+# remembered: what older versions remembered is then decoded again.
 _RULES = 2
 
-# Of sound files, by this process: mark and digest, with a space between.
+# The sound files that this process has seen: mark and digest, with a space
+# between.
 _seen: set[str] = set()
 
 
 def look(
   base: pathlib.Path, names: Iterable[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-  """What is wrong with files, and what is in the others.
+  """Decodes files; returns what is wrong with them, or digests of their bytes.
 
-  What was decoded before, of the same size and time of change, is believed:
-  by a file under $XDG_CACHE_HOME or ~/.cache, if that can be written.
+  A file that was decoded before, and has the size and time of change that it
+  had, is not decoded again: a file under $XDG_CACHE_HOME or ~/.cache remembers
+  it, if that can be written.
 
   Args:
     base: where names start.
@@ -42,9 +44,7 @@ def look(
   known = dict(line.rsplit(" ", 1) for line in _seen | _remembered(cache))
   new = [name for name, mark in marks.items() if mark not in known]
   bad = {}
-  for name, (reason, digest) in zip(
-    new, _look_all([base / name for name in new]), strict=True
-  ):
+  for name, (reason, digest) in zip(new, _read_all(base, new), strict=True):
     if reason:
       bad[name] = reason
     else:
@@ -57,8 +57,8 @@ def look(
   return bad, digests
 
 
-def _mark(path):
-  """What changes when the file does; "" where there is none."""
+def _mark(path: pathlib.Path) -> str:
+  """Returns what changes when the file does; "" where there is no file."""
   try:
     found = os.stat(path)
   except OSError:
@@ -66,8 +66,11 @@ def _mark(path):
   return f"{os.path.abspath(path)} {found.st_size} {found.st_mtime_ns}"
 
 
-def _look_all(paths):
-  """What is wrong with each file, "" for nothing; and its digest."""
+def _read_all(
+  base: pathlib.Path, names: Iterable[str]
+) -> list[tuple[str, str]]:
+  """Returns what is wrong with each file, "" for nothing; and its digest."""
+  paths = [base / name for name in names]
   found = []
   with (
     progress.bar("checking images", len(paths)) as update,
@@ -75,25 +78,22 @@ def _look_all(paths):
     warnings.catch_warnings(),
   ):
     warnings.simplefilter("ignore")  # PIL's, of odd files
-    for seen in pool.map(_look_at, paths):
-      found.append(seen)
+    for result in pool.map(_read, paths):
+      found.append(result)
       update(1)
   return found
 
 
-def _look_at(path):
+def _read(path: pathlib.Path) -> tuple[str, str]:
   reason = reason_against(path)
-  return reason, "" if reason else _digest(path)
-
-
-def _digest(path):
-  """A digest of the bytes; a file just decoded is read again from memory."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+  if reason:
+    return reason, ""
+  with open(path, "rb") as file:  # from memory: it was just decoded
+    return "", hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def reason_against(path: pathlib.Path) -> str:
-  """Why a file can not be decoded, a few words; "" if it can be."""
+  """Says in a few words why a file can't be decoded; "" if it can be."""
   try:
     if not path.is_file():
       return "there is no such file"
@@ -101,29 +101,29 @@ def reason_against(path: pathlib.Path) -> str:
       return "empty"
     decode.decode(path)
   except Exception as error:  # decoders raise whatever the bytes lead them to
-    said = str(error).replace(str(path), "").strip() or type(error).__name__
-    if said.startswith("cannot identify"):
+    text = str(error).replace(str(path), "").strip() or type(error).__name__
+    if text.startswith("cannot identify"):
       return "no image"
-    return said.splitlines()[0][:80]
+    return text.splitlines()[0][:80]
   return ""
 
 
-def _cache_file(base):
+def _cache_file(base: pathlib.Path) -> pathlib.Path:
   home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   place = os.path.abspath(base).encode(errors="surrogateescape")
   name = hashlib.sha256(place).hexdigest()[:16]
   return pathlib.Path(home, "roli_jax", f"images-{name}.json")
 
 
-def _version():
+def _version() -> str:
   extras.need("PIL")
   import PIL
 
   return f"{_RULES} {PIL.__version__}"
 
 
-def _remembered(cache):
-  """Marks of files that were sound; none where nothing can be read."""
+def _remembered(cache: pathlib.Path) -> set[str]:
+  """Reads the sound files of earlier runs; none if the cache can't be read."""
   try:
     kept = json.loads(cache.read_text())
     return set(kept["sound"]) if kept["version"] == _version() else set()
@@ -131,7 +131,7 @@ def _remembered(cache):
     return set()
 
 
-def _remember(cache, sound):
+def _remember(cache: pathlib.Path, sound: Iterable[str]) -> None:
   text = json.dumps({"version": _version(), "sound": sorted(sound)})
   partial = cache.with_name(f"{cache.name}.{os.getpid()}")
   try:

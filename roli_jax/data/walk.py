@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from roli_jax.data import decode
 
@@ -36,34 +36,20 @@ class Walked:
   folders: tuple[str, ...]
   loops: tuple[str, ...]
 
-  def empty(self) -> dict[str, str]:
-    """The directories in it without an image, and what they hold instead."""
-    taken = {name.split("/")[0] for name in self.images}
-    held: dict[str, list[str]] = {
-      folder: [] for folder in self.folders if folder not in taken
-    }
-    for name in self.others:
-      folder = name.split("/")[0]
-      if folder in held:
-        held[folder].append(name)
-    return {
-      folder: suffixes(names) or "nothing" for folder, names in held.items()
-    }
-
 
 def walk(root: pathlib.Path) -> Walked:
-  """All that lies under a directory.
+  """Lists all that lies under a directory.
 
   Hidden directories are passed over. Links are followed, but a directory that
   lies on its own path is not entered again.
 
   Raises:
-    ValueError: a directory that can't be read.
+    ValueError: a directory can't be read.
   """
   files: list[str] = []
   loops: list[str] = []
 
-  def enter(folder, prefix, path):
+  def enter(folder: str, prefix: str, path: set[str]) -> None:
     real = os.path.realpath(folder)
     if real in path:
       loops.append(prefix.rstrip("/"))
@@ -73,24 +59,25 @@ def walk(root: pathlib.Path) -> Walked:
     for name in inner:
       enter(os.path.join(folder, name), f"{prefix}{name}/", {*path, real})
 
-  enter(root, "", set())
+  enter(str(root), "", set())
+  files.sort()
   images = [name for name in files if _is_image(name)]
   return Walked(
-    images=tuple(sorted(name for name in images if "/" in name)),
-    stray=tuple(sorted(name for name in images if "/" not in name)),
-    others=tuple(sorted(name for name in files if not _is_image(name))),
+    images=tuple(name for name in images if "/" in name),
+    stray=tuple(name for name in images if "/" not in name),
+    others=tuple(name for name in files if not _is_image(name)),
     folders=tuple(sorted(folders(root))),
     loops=tuple(sorted(loops)),
   )
 
 
 def folders(root: pathlib.Path) -> list[str]:
-  """Names of the directories in a directory, without the hidden."""
+  """Lists the directories in a directory, without the hidden."""
   return _children(root)[0]
 
 
 def named(root: pathlib.Path) -> tuple[dict[str, list[str]], list[str]]:
-  """Directories in a directory: by split, those called as one; and others."""
+  """Lists the directories in one: by split, those called as one; and others."""
   trees: dict[str, list[str]] = {}
   others: list[str] = []
   for name in sorted(folders(root)):
@@ -105,8 +92,16 @@ def has_images(root: pathlib.Path) -> bool:
   return bool(found.images or found.stray)
 
 
-def _children(folder):
-  """Directories and files; what macOS's archives add to others is hidden."""
+def by_folder(names: Iterable[str]) -> dict[str, list[str]]:
+  """Groups names by the first directory of their path: of images, the class."""
+  groups = collections.defaultdict(list)
+  for name in names:
+    groups[name.split("/")[0]].append(name)
+  return groups
+
+
+def _children(folder: str | pathlib.Path) -> tuple[list[str], list[str]]:
+  """Lists directories and files; what macOS adds to archives is hidden."""
   try:
     with os.scandir(folder) as entries:
       children = [(entry.name, _is_dir(entry)) for entry in entries]
@@ -118,66 +113,53 @@ def _children(folder):
   )
 
 
-def _is_dir(entry):
+def _is_dir(entry: os.DirEntry[str]) -> bool:
   try:
     return entry.is_dir()
   except OSError:  # a link to itself, which is as good as broken
     return False
 
 
-def _is_hidden(name):
+def _is_hidden(name: str) -> bool:
   return name.startswith(".") or name == "__MACOSX"
 
 
-def _suffix(name):
-  """In lower case; "" if it is hidden or has none."""
+def _suffix(name: str) -> str:
+  """Returns the suffix in lower case; "" if hidden, or without one."""
   base = os.path.basename(name)
   return "" if _is_hidden(base) else os.path.splitext(base)[1].lower()
 
 
-def _is_image(name):
+def _is_image(name: str) -> bool:
   return _suffix(name) in decode.SUFFIXES
 
 
 def suffixes(names: Iterable[str]) -> str:
-  """How many of these files have which suffix, as `3 .jp2, 1 .txt`."""
+  """Counts these files by suffix, as `3 .jp2, 1 .txt`; "" if there are none."""
   counts = collections.Counter(_suffix(name) or "other" for name in names)
-  said = [f"{count} {suffix}" for suffix, count in counts.most_common(_NAMED)]
-  return ", ".join(said) + (", ..." if len(counts) > _NAMED else "")
+  most = [f"{count} {suffix}" for suffix, count in counts.most_common(_NAMED)]
+  return ", ".join(most) + (", ..." if len(counts) > _NAMED else "")
 
 
 def some(names: Iterable[str]) -> str:
-  """The first of these names, for a message."""
+  """Joins the first five of these names, for a message."""
   names = list(names)
   return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
-def passed_over(walks: Mapping[str, Walked]) -> tuple[str, ...]:
-  """What the data set lacks of what was found, a line each.
+def passed_over(walks: Mapping[str, Walked]) -> Iterator[str]:
+  """Yields what was found and is not in the data set, a line for each kind.
 
   Args:
-    walks: of directories of classes, by what stands before their names, as
+    walks: directories of classes, by what stands before their names, such as
       `train/`.
   """
-  classes = {
-    name.split("/")[0] for found in walks.values() for name in found.images
-  }
+  classes = by_folder(n for found in walks.values() for n in found.images)
   others = [name for found in walks.values() for name in found.others]
-  stray = sum(len(found.stray) for found in walks.values())
-  loops = [
-    prefix + name for prefix, found in walks.items() for name in found.loops
-  ]
-  empty = [
-    f"{prefix}{folder}: {held}"
-    for prefix, found in walks.items()
-    for folder, held in found.empty().items()
-    if folder not in classes
-  ]
-  notes = []
   if others:
     known = decode.known()
     unread = [name for name in others if _suffix(name) in known]
-    notes.append(
+    yield (
       f"{len(others)} files without an image's suffix ignored"
       + (
         f"; PIL knows {suffixes(unread)}, which are not read here: convert"
@@ -186,16 +168,26 @@ def passed_over(walks: Mapping[str, Walked]) -> tuple[str, ...]:
         else ""
       )
     )
+  stray = sum(len(found.stray) for found in walks.values())
   if stray:
-    notes.append(f"{stray} images outside classes' directories ignored")
+    yield f"{stray} images outside classes' directories ignored"
+  loops = [
+    prefix + name for prefix, found in walks.items() for name in found.loops
+  ]
   if loops:
-    notes.append(
+    yield (
       f"{len(loops)} directories lead back to one that they lie in, and are"
       f" not entered again ({some(loops)})"
     )
+  empty = []
+  for prefix, found in walks.items():
+    inside = by_folder(found.others)
+    for folder in found.folders:
+      if folder not in classes:
+        held = suffixes(inside.get(folder, ())) or "nothing"
+        empty.append(f"{prefix}{folder}: {held}")
   if empty:
-    notes.append(
+    yield (
       f"{len(empty)} directories without an image are no classes"
       f" ({some(empty)})"
     )
-  return tuple(notes)

@@ -15,11 +15,13 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from roli_jax.types import PyTree
+
 _STEP = re.compile(r"\d{8}")
 
 
 def _score(metrics: dict[str, Any]) -> tuple[float, int]:
-  """The validation score; of equal ones the earliest step's is the best."""
+  """Returns what orders checkpoints: the score, then the earlier step."""
   score = metrics["score"]
   return (score if math.isfinite(score) else -math.inf, -metrics["step"])
 
@@ -27,14 +29,15 @@ def _score(metrics: dict[str, Any]) -> tuple[float, int]:
 def manager(
   directory: pathlib.Path, reading: bool = False
 ) -> ocp.CheckpointManager:
-  """Keeps the latest and the best step of a stage in this directory.
+  """Makes a manager that keeps a stage's latest and its best checkpoint.
 
   Saving is asynchronous and atomic: a process that is killed leaves the
   checkpoints before. Close it, or use it in `with`, to have all on disk.
 
   Args:
     directory: the stage's directory.
-    reading: leave what another process may be writing.
+    reading: leaves unfinished checkpoints alone, which another process may be
+      writing.
   """
   policies = [
     preservation_policy.LatestN(1),
@@ -53,8 +56,8 @@ def save(
   checkpoints: ocp.CheckpointManager,
   step: int,
   *,
-  model: Any,
-  rest: Any,
+  model: PyTree,
+  rest: PyTree,
   meta: dict[str, Any],
   score: float,
 ) -> None:
@@ -62,11 +65,11 @@ def save(
 
   Args:
     checkpoints: the manager of the stage's checkpoints.
-    step: steps taken.
-    model: a tree of arrays.
-    rest: a tree of arrays.
+    step: the number of steps taken.
+    model: a tree of arrays: parameters and running statistics.
+    rest: a tree of arrays: optimizer state, step, random key.
     meta: plain JSON.
-    score: validation accuracy; the largest is the best.
+    score: validation accuracy in [0, 1]; the largest is the best.
   """
   args = ocp.args.Composite(
     model=ocp.args.StandardSave(model),
@@ -79,13 +82,13 @@ def save(
 
 
 def restore(
-  checkpoints: ocp.CheckpointManager, step: int, **templates: Any
+  checkpoints: ocp.CheckpointManager, step: int, **templates: PyTree
 ) -> dict[str, Any]:
-  """The items asked for, on the shardings of their templates.
+  """Restores `model`, `rest` or both, on the shardings of their templates.
 
   Args:
     checkpoints: the manager of the stage's checkpoints.
-    step: one that is there.
+    step: the step of a checkpoint that is there.
     **templates: a tree of arrays like what was saved, for `model` and `rest`.
 
   Raises:
@@ -97,41 +100,50 @@ def restore(
     )
     for name, tree in templates.items()
   }
-  try:
-    return dict(checkpoints.restore(step, args=ocp.args.Composite(**items)))
-  except (KeyError, OSError, TypeError, ValueError) as error:
-    raise ValueError(
-      f"checkpoint {checkpoints.directory}/{step:08d} can't be restored:"
-      f" {_first_line(error)}"
-    ) from error
+  return _restore(checkpoints, step, "restored", **items)
 
 
 def restore_meta(
   checkpoints: ocp.CheckpointManager, step: int
 ) -> dict[str, Any]:
-  """What the checkpoint says of itself."""
-  items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+  """Reads the checkpoint's `meta` alone.
+
+  Raises:
+    ValueError: it can't be read.
+  """
+  return _restore(checkpoints, step, "read", meta=ocp.args.JsonRestore())[
+    "meta"
+  ]
+
+
+def _restore(
+  checkpoints: ocp.CheckpointManager,
+  step: int,
+  verb: str,
+  **items: ocp.args.CheckpointArgs,
+) -> dict[str, Any]:
   try:
-    return checkpoints.restore(step, args=items)["meta"]
-  except (KeyError, OSError, ValueError) as error:
+    return dict(checkpoints.restore(step, args=ocp.args.Composite(**items)))
+  except (KeyError, OSError, TypeError, ValueError) as error:
+    text = str(error).strip() or type(error).__name__
     raise ValueError(
-      f"checkpoint {checkpoints.directory}/{step:08d} can't be read:"
-      f" {_first_line(error)}"
+      f"checkpoint {checkpoints.directory}/{step:08d} can't be {verb}:"
+      f" {text.splitlines()[0][:200]}"
     ) from error
 
 
-def _first_line(error: Exception) -> str:
-  text = str(error).strip() or type(error).__name__
-  return text.splitlines()[0][:200]
-
-
 def directory(run: pathlib.Path, stage: Any) -> pathlib.Path:
-  """Where a run keeps a stage (`experiment.stages.Stage`)."""
+  """Returns where a run keeps the checkpoints of a stage.
+
+  Args:
+    run: the run's directory.
+    stage: an `experiment.stages.Stage`.
+  """
   return run / "checkpoints" / stage.directory
 
 
 def find(root: pathlib.Path) -> list[pathlib.Path]:
-  """The directories of stages at or below a directory, sorted."""
+  """Finds the directories that hold checkpoints, at or below this; sorted."""
   # Not rglob: it raises where a run that is writing has renamed a directory.
   return sorted(
     pathlib.Path(stage)
@@ -141,5 +153,5 @@ def find(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def step_of(path: pathlib.Path) -> int | None:
-  """The step, if the path is that of a single one."""
+  """Returns the step, if the path is that of a single checkpoint; else None."""
   return int(path.name) if _STEP.fullmatch(path.name) else None

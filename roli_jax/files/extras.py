@@ -2,7 +2,7 @@
 
 import importlib
 
-_EXTRA = {
+_EXTRA = {  # package -> extra
   "PIL": "data",
   "grain": "data",
   "matplotlib": "plots",
@@ -12,14 +12,14 @@ _EXTRA = {
 
 
 def need(*packages: str) -> None:
-  """Stands before the import of packages that an extra brings.
+  """Imports packages that an extra brings, to be called before their import.
 
   Args:
-    *packages: names of `PIL`, `grain`, `matplotlib`, `sklearn` and
+    *packages: `PIL`, `grain`, `matplotlib`, `sklearn` or
       `tensorflow_datasets`, as they are imported.
 
   Raises:
-    ModuleNotFoundError: one is not installed; it says which extra has it.
+    ModuleNotFoundError: one is not installed; the message has the extra.
   """
   for package in packages:
     try:

@@ -23,12 +23,13 @@ class Journal:
 
   Args:
     path: the directory; None keeps nothing.
-    about: what entries will be of, plain values. What an older version didn't
-      write is not compared.
-    older: what it wrote beside, which is not written any more.
+    about: plain values that tell this evaluation from others. Those that an
+      older version did not write are not compared.
+    older: plain values that only an older version wrote; compared where they
+      are there.
 
   Raises:
-    ValueError: the directory holds entries of something else, or can't be
+    ValueError: the directory holds entries of another evaluation, or can't be
       written to.
   """
 
@@ -57,7 +58,7 @@ class Journal:
       raise ValueError(f"{path} can't be written to: {error}") from error
 
   def entries(self, name: str) -> Iterator[dict[str, np.ndarray]]:
-    """All entries of that name, in their order.
+    """Yields all entries of that name, in their order.
 
     Raises:
       ValueError: one of them is damaged.
@@ -72,13 +73,17 @@ class Journal:
         ) from error
 
   def add(self, name: str, **arrays: Any) -> None:
-    """Another entry of that name."""
+    """Writes one more entry of that name; of several processes the first."""
     if self.path is not None and distributed.leads():
       count = len(self._files(name))
       _write(self.path / f"{name}-{count:06d}.npz", arrays)
 
   def filter(self, chosen: Callable[[Mapping[str, Any]], np.ndarray]) -> None:
-    """Keeps of each entry's jobs only those that a mask chooses."""
+    """Drops jobs from all entries.
+
+    Args:
+      chosen: entry -> bool [jobs], which of its jobs stay.
+    """
     if self.path is None or not distributed.leads():
       return
     for file in sorted(self.path.glob("*-[0-9]*.npz")):
@@ -86,41 +91,45 @@ class Journal:
         entry = dict(arrays)
       if "rows" in entry:
         mask = chosen(entry)
-        of_jobs = {
-          name: value[mask]
-          for name, value in entry.items()
-          if name not in ("work", "adv")
-        }
-        _write(file, {**entry, **of_jobs})
+        by_job = entry.keys() - {"work", "adv"}
+        _write(file, {**entry, **{name: entry[name][mask] for name in by_job}})
 
-  def _files(self, name):
+  def _files(self, name: str) -> list[pathlib.Path]:
     if self.path is None:
       return []
     digits = "[0-9]" * 6
     return sorted(self.path.glob(f"{glob.escape(name)}-{digits}.npz"))
 
 
-def _write(file, arrays):
+def _write(file: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+  """Writes the file whole or not at all."""
   partial = file.with_suffix(".partial")
   with partial.open("wb") as out:
     np.savez(out, **arrays)
   partial.replace(file)
 
 
-def digest(*arrays: Any) -> str:
-  """A hash of what the arrays hold; keys count as their data."""
+def digest(*arrays: jax.Array | np.ndarray | np.generic) -> str:
+  """Hashes arrays' types, shapes and values; returns 16 hexadecimal digits.
+
+  Args:
+    *arrays: arrays of jax or numpy; random keys count as their data.
+  """
   total = hashlib.sha256()
   for array in arrays:
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+      assert isinstance(array, jax.Array), "numpy has no keys"
       array = jax.random.key_data(array)
-    array = np.ascontiguousarray(array)
-    total.update(f"{array.dtype}{array.shape}".encode())
-    total.update(array.tobytes())
+    values = np.ascontiguousarray(array)
+    total.update(f"{values.dtype}{values.shape}".encode())
+    total.update(values.tobytes())
   return total.hexdigest()[:16]
 
 
-def _check_same(path, theirs, ours):
-  """Raises a ValueError; what only one of the two says is not compared."""
+def _check_same(
+  path: pathlib.Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]
+) -> None:
+  """Raises a ValueError if a value that both have differs."""
   ours = json.loads(json.dumps(ours))
   for name in sorted(theirs.keys() & ours.keys()):
     if theirs[name] != ours[name]:

@@ -6,15 +6,16 @@ import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import roli_jax
 from roli_jax import distributed
 
-# What config.json says beside the config's own fields; never compared.
+# Fields of config.json that are not the config's; never compared.
 _BESIDE = ("versions", "commit", "workdir")
-# What changes no number, or its rounding alone: a run may go on with another.
+# Fields that change no number, or its rounding alone: a run may go on with
+# others.
 _FREE = ("data.num_workers", "cpu_devices", "mesh", "target")
 # Fields that earlier runs lack, and what they ran with.
 _LATER = {"data": {"layout": ""}, "backbone": {"pool": "", "key": ""}}
@@ -24,17 +25,32 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 def claim(path: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
   """Makes the directory this config's own, or finds that it is already.
 
+  Args:
+    path: the run's directory.
+    config: plain values, as JSON has them.
+
   Returns:
     Warnings: versions that have changed since the run began.
 
   Raises:
     ValueError: it can't be written to, or belongs to another config.
   """
-  _make(path)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    writable = os.access(path, os.W_OK | os.X_OK)
+  except OSError as error:
+    raise ValueError(f"workdir {path} can't be made: {error}") from error
+  if not writable:
+    raise ValueError(f"workdir {path} can't be written to")
   file = path / "config.json"
   ours = json.loads(json.dumps(config))
   if not file.exists():
-    write_json(file, {**ours, **_beside(path)})
+    beside = {
+      "versions": _versions(),
+      "commit": _commit(),
+      "workdir": str(path),
+    }
+    write_json(file, {**ours, **beside})
     return []
   theirs = read_config(path)
   differences = list(_differences(theirs, ours))
@@ -55,7 +71,7 @@ def claim(path: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
 
 
 def finish(path: pathlib.Path, num_rows: int) -> None:
-  """Notes that the run has all of its rows, so many."""
+  """Notes that the run has all of its rows, and how many there are."""
   write_json(path / "finished.json", {"rows": num_rows})
 
 
@@ -79,9 +95,10 @@ def same_code(a: pathlib.Path, b: pathlib.Path) -> bool:
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
-  """The config of the run in this directory, lists as tuples.
+  """Reads the config of the run in this directory, lists as tuples.
 
-  Fields that came after it are as they were then.
+  Fields that the run's version of the project did not have yet are added with
+  what it ran with.
 
   Raises:
     ValueError: there is none.
@@ -104,23 +121,17 @@ def write_json(file: pathlib.Path, value: Any) -> None:
   partial.replace(file)
 
 
-def _make(path):
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    writable = os.access(path, os.W_OK | os.X_OK)
-  except OSError as error:
-    raise ValueError(f"workdir {path} can't be made: {error}") from error
-  if not writable:
-    raise ValueError(f"workdir {path} can't be written to")
-
-
-def _tuples(value):
+def _tuples(value: Any) -> Any:
+  """Makes the lists in a value of JSON tuples."""
   if isinstance(value, dict):
     return {k: _tuples(v) for k, v in value.items()}
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _differences(theirs, ours, prefix=""):
+def _differences(
+  theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
+  """Yields a line for each field that differs, but for those in _FREE."""
   theirs, ours = _tuples(theirs), _tuples(ours)
   for key in sorted(theirs.keys() | ours.keys()):
     a, b = theirs.get(key, "absent"), ours.get(key, "absent")
@@ -132,30 +143,21 @@ def _differences(theirs, ours, prefix=""):
       yield f"{prefix}{key}: {_short(a)} -> {_short(b)}"
 
 
-def _short(value):
+def _short(value: Any) -> str:
   text = repr(value)
   return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _beside(path):
-  return {
-    "versions": _versions(),
-    "commit": _commit(),
-    "workdir": str(path),
-  }
-
-
-def _versions():
-  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+def _versions() -> dict[str, str]:
   return {
     "python": platform.python_version(),
     "roli_jax": roli_jax.__version__,
-    **versions,
+    **{name: importlib.metadata.version(name) for name in _PACKAGES},
   }
 
 
 def _commit() -> str | None:
-  """The commit of the package's checkout, where it is one."""
+  """Returns the commit of the package's checkout; None where it is none."""
   folder = pathlib.Path(roli_jax.__file__).parents[1]
   if not (folder / ".git").exists():
     return None  # a virtual environment may lie in somebody else's checkout
