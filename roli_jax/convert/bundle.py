@@ -7,7 +7,7 @@ Leaves stand under their paths (`backbone/block0/attn/q/kernel`, `head/bias`,
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from roli_jax import models, trees
+from roli_jax.convert import resample
 from roli_jax.types import Params, PyTree
 
 FORMAT = "roli_jax"
@@ -25,12 +26,12 @@ class Coverage:
   """What became of each tensor of a foreign file.
 
   Attributes:
-    layout: the names that it has.
+    layout: the name of the `Layout` whose names the tensors have.
     wrapped: the name of the network in the file, "" for the file itself.
     used: keys of the tensors that the model is made of.
-    resampled: those of them that were fitted to another size of images.
-    dropped: the file's classifier, where a new one was asked for.
-    ignored: what no pass needs, by rule.
+    resampled: keys of those that were fitted to another size of images.
+    dropped: keys of the file's classifier, where a new one was asked for.
+    ignored: keys of tensors that no pass needs, by rule.
     normalised_by: where mean and standard deviation are from.
     others: the networks in the file that were not taken, "" without any.
     assumed: what the file can't tell, a sentence each.
@@ -47,7 +48,7 @@ class Coverage:
   assumed: tuple[str, ...] = ()
 
   def notes(self) -> list[str]:
-    """What whoever takes the weights has to know, a sentence each."""
+    """Returns what a user of the weights has to know, a sentence each."""
     notes = list(self.assumed)
     if self.others:
       taken = self.wrapped or "."
@@ -60,12 +61,13 @@ class Bundle:
   """A model, its parameters and its running statistics (`{}` without any).
 
   Attributes:
-    model: the static half.
-    params: the three trees.
-    stats: running statistics.
-    layout: the names of the foreign file that it came from; "": none.
-    extras: tensors of that file that no pass needs, for the way back.
-    coverage: what became of that file's tensors.
+    model: the static half of the classifier.
+    params: its three trees, as NumPy arrays.
+    stats: its running statistics.
+    layout: the name of the foreign file's `Layout`; "" for a file of ours.
+    extras: tensors of that file that no pass needs, by their keys, so that
+      they can be written again.
+    coverage: what became of that file's tensors; None for a file of ours.
   """
 
   model: models.Model
@@ -77,7 +79,7 @@ class Bundle:
 
 
 def write(bundle: Bundle, path: pathlib.Path) -> None:
-  """Writes the bundle; a reader of a file half written is left the old one.
+  """Writes the bundle; while it is written, readers find the old file.
 
   Raises:
     ValueError: a method has added to the backbone.
@@ -101,11 +103,11 @@ def write(bundle: Bundle, path: pathlib.Path) -> None:
 def write_tensors(
   tensors: Mapping[str, Any], path: pathlib.Path, metadata: dict[str, str]
 ) -> None:
-  """Writes a safetensors file, whole or not at all."""
+  """Writes a safetensors file; while it is written, readers find the old."""
   from safetensors import numpy as safetensors
 
   partial = path.with_name(path.name + ".partial")
-  # safetensors writes an array's memory as it lies, transposed or not.
+  # safetensors writes an array's memory in its order, even if transposed.
   arrays = {k: np.array(v, order="C") for k, v in tensors.items()}
   # Its own save_file makes files that only their owner can read.
   partial.write_bytes(safetensors.save(arrays, metadata))
@@ -115,7 +117,12 @@ def write_tensors(
 def from_tensors(
   tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], what: str
 ) -> Bundle:
-  """The bundle of what `write` wrote.
+  """Returns the bundle that `write` wrote.
+
+  Args:
+    tensors: the arrays of the file, by the paths of leaves.
+    metadata: those of the file, which name the model.
+    what: the name of the file, for messages.
 
   Raises:
     ValueError: leaves that are not the model's, both sides listed, or that
@@ -123,14 +130,9 @@ def from_tensors(
   """
   about = json.loads(metadata["model"])
   tree = trees.unpaths(dict(tensors))
-  params = Params(
-    backbone=tree.get("backbone", {}),
-    peft={},
-    head=tree.get("head", {}),
-  )
   bundle = Bundle(
     models.from_spec(about),
-    params,
+    params_of(tree),
     tree.get("stats", {}),
     about.get("layout", ""),
     tree.get("extras", {}),
@@ -139,27 +141,35 @@ def from_tensors(
   return bundle
 
 
-def check(bundle: Bundle, what: str) -> None:
-  """Raises a ValueError unless the leaves are the model's, and in order."""
-  expected = jax.eval_shape(bundle.model.init, jax.random.key(0))
-  trees.check_same((bundle.params, bundle.stats), expected, what)
-  check_arrays(
-    {**trees.paths(bundle.params), **trees.paths(bundle.stats)}, what
+def params_of(tree: Mapping[str, PyTree]) -> Params:
+  """Returns a tree's `backbone` and `head`, where it has them."""
+  return Params(
+    backbone=tree.get("backbone", {}), peft={}, head=tree.get("head", {})
   )
+
+
+def check(bundle: Bundle, what: str) -> None:
+  """Raises a ValueError unless the leaves are the model's, floats, finite."""
+  expected = jax.eval_shape(bundle.model.init, jax.random.key(0))
+  variables = (bundle.params, bundle.stats)
+  trees.check_same(variables, expected, what)
+  arrays = {k: v for tree in variables for k, v in trees.paths(tree).items()}
+  check_arrays(arrays, what)
 
 
 def check_arrays(arrays: Mapping[str, Any], what: str) -> None:
   """Raises a ValueError unless all are floats of 16 bits or more, and finite.
 
-  Whole numbers and 8 bits are quantized weights, whose scale is elsewhere.
+  Integers and 8 bits are quantized weights, whose scale is elsewhere.
+
+  Args:
+    arrays: by name.
+    what: the name of what holds them, for the message.
   """
   for name, array in arrays.items():
     dtype = np.asarray(array).dtype
-    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize not in (
-      2,
-      4,
-      8,
-    ):
+    is_float = jnp.issubdtype(dtype, jnp.floating)
+    if not is_float or dtype.itemsize not in (2, 4, 8):
       raise ValueError(
         f"{what}: {name} is {dtype}, and weights are float32, float64, float16"
         " or bfloat16; if it is quantized, bring it back to float32 first"
@@ -171,12 +181,68 @@ def check_arrays(arrays: Mapping[str, Any], what: str) -> None:
 def with_classes(
   model: models.Model, num_classes: int, head_init: str = "kaiming_fan_out"
 ) -> models.Model:
-  """The same backbone under a new linear head."""
+  """Returns the same backbone under a new linear head.
+
+  Args:
+    model: any model.
+    num_classes: the width of the head.
+    head_init: the distribution that its kernel is drawn from.
+  """
   head = models.heads.linear(num_classes, head_init)
   return dataclasses.replace(model, head=head, num_classes=num_classes)
 
 
-def zero_head(model: models.Model) -> PyTree:
-  """The head's tree, all zeros."""
-  like, _ = jax.eval_shape(model.init, jax.random.key(0))
-  return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.head)
+def fitted(
+  bundle: Bundle,
+  mean: Sequence[float | int] | None,
+  std: Sequence[float | int] | None,
+  num_classes: int | None,
+  image_size: int | None,
+) -> tuple[Bundle, list[str]]:
+  """Returns the bundle for other images or classes, and the resampled leaves.
+
+  Args:
+    bundle: any bundle.
+    mean: per channel, in units of [0, 1]; None: the bundle's.
+    std: per channel; None: the bundle's.
+    num_classes: the width of a new head of zeros; None: the bundle's head.
+    image_size: the side that images are resized to; None: the bundle's.
+
+  Raises:
+    ValueError: see `_each_channel`; the backbone can't take images of that
+      side.
+  """
+  params = bundle.params
+  model = dataclasses.replace(
+    bundle.model,
+    mean=_each_channel(mean, bundle.model.mean, "mean"),
+    std=_each_channel(std, bundle.model.std, "std"),
+  )
+  resampled: list[str] = []
+  if image_size is not None:
+    model, params, resampled = resample.to_size(model, params, image_size)
+  if num_classes is not None:
+    model = with_classes(model, num_classes)
+    like, _ = jax.eval_shape(model.init, jax.random.key(0))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.head)
+    params = dataclasses.replace(params, head=zeros)
+  return dataclasses.replace(bundle, model=model, params=params), resampled
+
+
+def _each_channel(
+  given: Sequence[float | int] | None, default: tuple[float, ...], what: str
+) -> tuple[float, ...]:
+  """Returns the given numbers, one a channel, or else the default.
+
+  Raises:
+    ValueError: not as many numbers as `default` has, or not finite; a standard
+      deviation that is not positive.
+  """
+  values = default if given is None else tuple(float(x) for x in given)
+  if len(values) != len(default) or not np.isfinite(values).all():
+    raise ValueError(
+      f"expected {len(default)} finite numbers as {what}, got {given}"
+    )
+  if what == "std" and min(values) <= 0:
+    raise ValueError(f"expected positive numbers as std, got {given}")
+  return values

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from absl import logging
 
-from roli_jax import models, trees
+from roli_jax import models
 from roli_jax.convert import bundle as bundles
 from roli_jax.convert import (
   kinds,
+  naming,
   networks,
   plain,
-  resample,
   state_dict,
   text,
   torch_file,
@@ -29,22 +29,22 @@ _TORCH = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
 
 
 def shipped(model: str) -> dict[str, pathlib.Path]:
-  """The weights of this model that come with the package, by name."""
+  """Returns the weights of a model that come with the package, by name."""
   folder = pathlib.Path(str(importlib.resources.files("roli_jax"))) / "weights"
   files = sorted(folder.glob(f"{model}_*.safetensors"))
   return {file.stem.removeprefix(f"{model}_"): file for file in files}
 
 
 def find(model: str, weights: str, hint: str = "") -> pathlib.Path:
-  """The file that a config means by a model and its weights.
+  """Returns the file that a config means by a model and its weights.
 
   Args:
     model: a name in `models.MODELS`.
     weights: the name of shipped weights (`robust`), or a path.
-    hint: how to get them, for the message.
+    hint: how to get the weights, for the message; "" for none.
 
   Raises:
-    ValueError: neither; the message says which there are.
+    ValueError: there are no such weights; the message lists those there are.
   """
   names = shipped(model)
   if weights in names:
@@ -53,9 +53,9 @@ def find(model: str, weights: str, hint: str = "") -> pathlib.Path:
   if weights and path.exists():
     inside = path / f"{model}.safetensors"  # as --mode=convert writes it
     return inside if inside.exists() else path
-  known = f"; {model} comes with {', '.join(names)}" if names else ""
+  shipped_ones = f"; {model} comes with {', '.join(names)}" if names else ""
   how = f"; {hint}" if hint else ""
-  raise ValueError(f"no weights of {model} at {weights!r}{known}{how}")
+  raise ValueError(f"no weights of {model} at {weights!r}{shipped_ones}{how}")
 
 
 def load(
@@ -70,30 +70,32 @@ def load(
   pool: str | None = None,
   key: str | None = None,
 ) -> Bundle:
-  """The bundle of a file, ours or another framework's.
+  """Returns the bundle of a file, ours or another framework's.
 
-  What names and shapes don't tell is assumed; a warning and
-  `bundle.coverage.notes()` say what, and which other networks the file holds.
+  What names and shapes don't determine is assumed; a warning and
+  `bundle.coverage.notes()` list the assumptions, and the other networks that
+  the file holds.
 
   Args:
-    source: a safetensors file, ours or not; a PyTorch checkpoint; a .npz; all
-      of them told by content, under any name; a directory that holds our
-      bundle, or a checkpoint of one of our runs; or a state dict: names to
-      arrays, perhaps in dicts and lists.
-    model: a name in `models.MODELS`; None: told from shapes.
-    format: a name in `convert.FORMATS`; None: told from names. Of ours it says
-      nothing.
-    mean: per channel; None: the file's own, or else the format's.
-    std: what the pixels are divided by; None: the format's own.
+    source: a safetensors file, ours or not, a PyTorch checkpoint or a .npz,
+      which are recognised by their content; a directory that holds our bundle,
+      or a checkpoint of one of our runs; or a state dict: names to arrays,
+      perhaps in dicts and lists.
+    model: a name in `models.MODELS`; None: recognised by shapes.
+    format: a name in `convert.FORMATS`; None: recognised by names. Not used
+      for files of ours.
+    mean: per channel, in units of [0, 1]; None: the file's own, or else the
+      format's.
+    std: per channel, by which pixels are divided; None: as for `mean`.
     num_classes: None keeps the file's classifier; a number drops it and puts a
       zero head of that width.
     image_size: the side that images are resized to inside the model; another
       one than the weights' resamples their positions. None: the weights'.
-    pool: of a ViT, what its feature is: `token`, the class token, or `mean`,
-      the mean of the others. None: what the names tell, else `token`.
-    key: which network of a checkpoint: its dotted path, or a part of it, as
-      `ema`. None: an averaged one, else the model, else the first whose names
-      are known.
+    pool: the feature of a ViT: `token`, the class token, or `mean`, the mean
+      of the others. None: as the names show, else `token`.
+    key: the network of a checkpoint, by its dotted path or a part of it, such
+      as `ema`. None: an averaged one, else the model, else the first whose
+      names are known.
 
   Raises:
     ValueError: the file can't be read, or is refused; its tensors are not the
@@ -119,28 +121,22 @@ def load(
 
 
 def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of any file that is read at all, as they are.
+  """Returns the arrays of any file that can be read, as they are.
 
   Args:
     path: as `source` of `load`.
 
   Returns:
-    Arrays by their names in the file, dotted where dicts are in dicts: of
-    `{"model": {"fc.bias": ...}}` `model.fc.bias`. Of a bundle of ours its
-    leaves by their paths.
+    Arrays by their names in the file, dotted where dicts are in dicts:
+    `{"model": {"fc.bias": ...}}` has `model.fc.bias`. A bundle's leaves stand
+    under their paths.
 
   Raises:
     ValueError: the file can't be read, or is refused.
   """
   found = opened(pathlib.Path(path).expanduser())
   if isinstance(found, Bundle):
-    return trees.paths(
-      {
-        "backbone": found.params.backbone,
-        "head": found.params.head,
-        "stats": found.stats,
-      }
-    )
+    return naming.leaves(found.params, found.stats)
   return networks.arrays(found)
 
 
@@ -149,17 +145,18 @@ def text_tower(
   num_heads: int | None = None,
   act: str = "gelu",
 ) -> tuple[models.Text, PyTree]:
-  """The text tower in a CLIP's file, and its parameters.
+  """Returns the text tower in a CLIP's file, and its parameters.
 
-  What `load` leaves of an open_clip file, `logit_scale` included. Texts for it
-  are made by `tokenizer.Tokenizer`.
+  These are the tensors that `load` ignores in an open_clip file, `logit_scale`
+  included. `tokenizer.Tokenizer` encodes texts for it.
 
   Args:
     source: a safetensors file or a PyTorch checkpoint with open_clip's names,
       or a state dict.
-    num_heads: which no file says; None: its width / 64, as in every CLIP.
+    num_heads: of attention, which no file holds; None: width / 64, as in
+      every CLIP.
     act: `gelu`, or `quick_gelu` where OpenAI's own weights are in the file or
-      were what training began with; a file does not say.
+      were what training began with, which no file holds.
 
   Raises:
     ValueError: the file can't be read, or is refused; it holds no text tower,
@@ -186,30 +183,25 @@ def adjusted(
   pool: str | None = None,
   key: str | None = None,
 ) -> Bundle:
-  """A bundle of ours with what `load` is asked for."""
+  """Returns a bundle of ours with the options of `load`.
+
+  Raises:
+    ValueError: a key, which our files don't have; options that `load` refuses.
+  """
   if key is not None:
     raise ValueError(
       f"there is no network {key!r}: these weights are ours, of one alone"
     )
-  about, params = models.with_options(found.model, pool=pool), found.params
-  about = dataclasses.replace(
-    about,
-    mean=state_dict.each_channel(mean, about.mean, "mean"),
-    std=state_dict.each_channel(std, about.std, "std"),
-  )
-  if image_size is not None:
-    about, params, _ = resample.to_size(about, params, image_size)
-  if num_classes is not None:
-    about = bundles.with_classes(about, num_classes)
-    params = dataclasses.replace(params, head=bundles.zero_head(about))
-  return dataclasses.replace(found, model=about, params=params)
+  model = models.with_options(found.model, pool=pool)
+  bundle = dataclasses.replace(found, model=model)
+  return bundles.fitted(bundle, mean, std, num_classes, image_size)[0]
 
 
 def opened(path: pathlib.Path) -> Bundle | Any:
-  """What a file holds: our bundle, or a checkpoint of another framework.
+  """Returns our bundle, or the checkpoint of another framework, of a file.
 
   Raises:
-    ValueError: it can't be read, or is refused.
+    ValueError: the file can't be read, or is refused.
   """
   if not path.exists():
     raise ValueError(f"there are no weights at {path}")
@@ -227,7 +219,7 @@ def opened(path: pathlib.Path) -> Bundle | Any:
 
 
 def _from_directory(path: pathlib.Path) -> Bundle | Any:
-  """A bundle's file in it, or the best checkpoint of a stage of a run."""
+  """Returns a directory's bundle, or the best checkpoint of a run's stage."""
   files = sorted(path.glob("*.safetensors"))
   # What a method has added may lie beside the model that it is for.
   files = [file for file in files if file.stem in models.MODELS] or files
@@ -237,7 +229,7 @@ def _from_directory(path: pathlib.Path) -> Bundle | Any:
 
 
 def _plain(model: models.Model, meta: Mapping[str, Any]) -> models.Model:
-  """The model of a checkpoint to which no method has added anything."""
+  """Returns the model, if no method has added anything to its checkpoint."""
   if not meta["adds"]:
     return model
   raise ValueError(
@@ -252,13 +244,16 @@ def from_stage(
   enter: Callable[[models.Model, Mapping[str, Any]], models.Model],
   files: Sequence[pathlib.Path] = (),
 ) -> Bundle:
-  """The checkpoint that a directory means: of a step, or a stage's best.
+  """Returns the checkpoint in a directory: of a step, or a stage's best.
 
   Args:
     path: the directory of a step or stage, or one above a single stage.
-    enter: the model with what its method adds, from the plain one and what the
-      checkpoint says.
-    files: what is there instead, for the message.
+    enter: returns the model with what its method adds, from the plain model
+      and the checkpoint's metadata.
+    files: the files of weights in the directory, for the message.
+
+  Raises:
+    ValueError: there isn't one stage; leaves that are not the model's.
   """
   stages = checkpoint.find(path)
   if checkpoint.step_of(path) is not None:
@@ -294,9 +289,10 @@ def save(
   """Writes the bundle, or its state dict in another format.
 
   Args:
-    bundle: what `load` gave, perhaps with other params.
-    path: the file to write. With a format, `.safetensors`, or one of PyTorch's
-      (`.pth`, `.pt`, `.bin`), which `torch.load` reads.
+    bundle: as `load` returns it, perhaps with other params.
+    path: the file to write. With a format it is a safetensors file, unless its
+      suffix is one of PyTorch's (`.pth`, `.pt`, `.bin`): then `torch.load`
+      reads it.
     format: a name in `convert.FORMATS`; None: ours.
 
   Raises:

@@ -50,6 +50,13 @@ _NAMED = (
     "read its arrays with tf.train.load_checkpoint")),
 )  # fmt: skip
 
+# Names that end so are in zip files that are no checkpoints.
+_ZIPPED = (
+  (".weights.h5", "it is a model of Keras",
+   "load it there, and save its arrays by name with numpy.savez"),
+  ("/constants.pkl", "it is a program of TorchScript",
+   "torch.jit.load it, and save its state_dict"),
+)  # fmt: skip
 
 # What lies in directories that some write in the place of a file.
 _DIRECTORIES = (
@@ -64,10 +71,10 @@ _DIRECTORIES = (
 
 
 def of(path: pathlib.Path) -> str:
-  """`torch`, `safetensors` or `npz`.
+  """Returns the kind of a file: `torch`, `safetensors` or `npz`.
 
   Args:
-    path: a file. Its beginning is read, and of a zip file the names in it.
+    path: the file. Its beginning is read, and a zip file's list of names.
 
   Raises:
     ValueError: it is something else; the message says what, and what to do.
@@ -92,31 +99,26 @@ def of(path: pathlib.Path) -> str:
 
 
 def _zip(path: pathlib.Path) -> str:
-  """The kind of a zip file; torch's reader says which ones are broken."""
+  """Returns the kind of a zip file; torch's reader refuses broken ones."""
   try:
     with zipfile.ZipFile(path) as archive:
       names = archive.namelist()
   except (OSError, ValueError, zipfile.BadZipFile):
     return "torch"
-  for member, what in (
-    (".weights.h5", "it is a model of Keras; load it there, and save its arrays"
-     " by name with numpy.savez"),
-    ("/constants.pkl", "it is a program of TorchScript; torch.jit.load it, and"
-     " save its state_dict"),
-  ):  # fmt: skip
+  for member, what, todo in _ZIPPED:
     if any(name.endswith(member) for name in names):
-      raise ValueError(f"{path} can't be read: {what}")
+      raise ValueError(f"{path} can't be read: {what}; {todo}")
   return "npz" if all(name.endswith(".npy") for name in names) else "torch"
 
 
 def _other(head: bytes, name: str) -> tuple[str, str]:
-  """What a file that begins so is, and what to do about it."""
+  """Returns what a file is that begins so, and what to do about it."""
   for pattern, what, todo in _OTHERS:
     if re.match(pattern, head):
       return what, todo
-  for suffix, said in _NAMED:
+  for suffix, what_and_todo in _NAMED:
     if re.search(rf"(?i)({suffix})\Z", name):
-      return said
+      return what_and_todo
   if re.match(rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]", head):
     return _ONNX
   text = re.match(rb"[\t\r\n -~]{1,40}(?s:.*)", head)
@@ -127,7 +129,11 @@ def _other(head: bytes, name: str) -> tuple[str, str]:
 
 
 def refuse_directory(path: pathlib.Path) -> None:
-  """Raises a ValueError that says what the directory is, if that is known."""
+  """Raises a ValueError that names what the directory holds, if known.
+
+  Args:
+    path: a directory without one file of weights.
+  """
   for patterns, what, todo in _DIRECTORIES:
     if any(True for pattern in patterns for _ in path.glob(pattern)):
       raise ValueError(f"{path} can't be read: {what}; {todo}")
@@ -140,6 +146,7 @@ def refuse_directory(path: pathlib.Path) -> None:
 
 
 def _readable(path: pathlib.Path) -> bool:
+  """Returns whether the file is of a kind that can be read."""
   try:
     return bool(of(path))
   except ValueError:

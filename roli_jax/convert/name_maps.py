@@ -9,14 +9,15 @@ Leaves that get the same name (q, k and v) are stacked there.
 
 import dataclasses
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
 from roli_jax import models
 from roli_jax.models import zoo
 
+T = TypeVar("T")
 Rules = tuple[tuple[str, str], ...]
 
 _TORCH = {
@@ -32,8 +33,8 @@ class Layout:
   """How some formats name and shape the tensors of a family.
 
   Attributes:
-    name: the name of the layout.
-    formats: that use it.
+    name: the name of the layout, as bundles and messages have it.
+    formats: the formats that use it, names in `FORMATS`.
     family: the class of the backbones.
     mark: a pattern that a key of such a file matches. A file that bears the
       marks of two layouts is of the later one.
@@ -43,7 +44,8 @@ class Layout:
       leading axes of length 1.
     kind: the attribute that tells the family's backbones from those of other
       layouts: "clip", "same" or none.
-    pools: whether a name of the layout doesn't tell how a model is pooled.
+    pools: whether files of the layout may hold models that are pooled by a
+      mean, which names don't always show.
   """
 
   name: str
@@ -57,16 +59,17 @@ class Layout:
   pools: bool = False
 
   def holds(self, backbone: Any) -> bool:
-    """Whether the backbone is one of the layout's."""
+    """Returns whether the backbone is one of the layout's."""
     kinds = (k for k in ("clip", "same") if getattr(backbone, k, False))
     return isinstance(backbone, self.family) and self.kind == next(kinds, "")
 
-  def drops(self, key: str) -> bool:
-    """Whether no pass needs the tensor of that key."""
-    return any(re.fullmatch(pattern, key) for pattern in self.dropped)
+  def needed(self, tensors: Mapping[str, T]) -> dict[str, T]:
+    """Returns the tensors, by key, without those that no pass needs."""
+    dropped = re.compile("|".join(self.dropped) or r"(?!)")
+    return {k: v for k, v in tensors.items() if not dropped.fullmatch(k)}
 
   def key(self, path: str) -> str:
-    """The foreign name of a leaf.
+    """Returns the foreign name of a leaf, from its path.
 
     Raises:
       ValueError: there is none.
@@ -82,7 +85,7 @@ class Layout:
     raise ValueError(f"the layout {self.name} has no name for {path}")
 
   def keys(self, paths: Iterable[str]) -> dict[str, list[str]]:
-    """The leaves of each foreign key, as they are stacked: q, k, v."""
+    """Returns the paths behind each foreign key, in their order: q, k, v."""
     leaves: dict[str, list[str]] = {}
     for path in paths:
       leaves.setdefault(self.key(path), []).append(path)
@@ -91,30 +94,42 @@ class Layout:
     return leaves
 
   def outward(self, key: str, paths: list[str], leaves: list[Any]) -> Any:
-    """The foreign tensor of these leaves, which `inward` takes apart again."""
+    """Returns the foreign tensor of some leaves, which `inward` takes apart.
+
+    Args:
+      key: the foreign name.
+      paths: the leaves' paths, as `keys` returns them.
+      leaves: their arrays.
+    """
     if key in self.plain:
       shape = leaves[0].shape
       return leaves[0].reshape(shape[sum(np.cumprod(shape) == 1) :])
-    kernel = paths[0].endswith("/kernel")
-    turned = [leaf.transpose(_TURNED[leaf.ndim]) if kernel else leaf
-              for leaf in leaves]  # fmt: skip
-    return np.concatenate(turned) if len(turned) > 1 else turned[0]
+    if paths[0].endswith("/kernel"):
+      leaves = [leaf.transpose(_TO_TORCH[leaf.ndim]) for leaf in leaves]
+    return np.concatenate(leaves) if len(leaves) > 1 else leaves[0]
 
   def inward(
     self, key: str, paths: list[str], tensor: Any, shapes: list[tuple]
   ) -> list[Any]:
-    """The leaves, of these shapes, that a foreign tensor holds."""
+    """Returns the leaves that a foreign tensor holds.
+
+    Args:
+      key: the foreign name.
+      paths: the leaves' paths, as `keys` returns them.
+      tensor: the foreign tensor.
+      shapes: the leaves' shapes.
+    """
     if key in self.plain:
       return [tensor.reshape(shapes[0])]
-    kernel = paths[0].endswith("/kernel")
     parts = np.split(tensor, len(paths)) if len(paths) > 1 else [tensor]
-    back = {n: np.argsort(axes) for n, axes in _TURNED.items()}
-    return [part.transpose(back[part.ndim]) if kernel else part
-            for part in parts]  # fmt: skip
+    if paths[0].endswith("/kernel"):
+      return [part.transpose(_FROM_TORCH[part.ndim]) for part in parts]
+    return parts
 
 
-# A kernel's axes as PyTorch has them: outputs, inputs, rows, columns.
-_TURNED = {2: (1, 0), 4: (3, 2, 0, 1)}
+# A kernel's axes as PyTorch has them, outputs, inputs, rows, columns, and back.
+_TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
+_FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
 
 _BLOCK = r"backbone/block(\d+)"
 _HEAD = ("head", "head")
@@ -232,49 +247,57 @@ _CONVNEXT_META: Rules = (
 )
 
 
-def _resnet() -> Rules:
-  of_stage = tuple(
-    (rf"backbone/stage{i}/block(\d+)/{ours}", rf"layer{i + 1}.\1.{theirs}")
-    for i in range(4)
-    for ours, theirs in (
-      (r"norm(\d)", r"bn\2"),
-      (r"conv(\d)", r"conv\2"),
-      ("shortcut", "downsample.0"),
-      ("shortcut_norm", "downsample.1"),
+def _stages(
+  count: int, first: int, block: str, *names: tuple[str, str]
+) -> Rules:
+  """Returns the rules of a ResNet's stages.
+
+  Args:
+    count: the number of stages.
+    first: the foreign number of the first stage.
+    block: the foreign name of a stage's blocks, its number in braces.
+    *names: our and the foreign names within a block; \\1 is its number.
+  """
+  return tuple(
+    (
+      rf"backbone/stage{i}/block(\d+)/{ours}",
+      rf"{block.format(first + i)}.\1.{theirs}",
     )
-  )
-  return (
-    ("backbone/stem", "conv1"),
-    ("backbone/stem_norm", "bn1"),
-    *of_stage,
-    ("head", "fc"),
+    for i in range(count)
+    for ours, theirs in names
   )
 
 
-def _wide_resnet(
-  stem: str, block: str, conv: str, norm: str, shortcut: str, last: str,
-  head: str, first: int,
-) -> Rules:  # fmt: skip
-  """`block` has the stage, counted from `first`, in its braces."""
-  of_stage = tuple(
-    (rf"backbone/stage{i}/block(\d+)/{ours}{k}",
-     rf"{block.format(i + first)}.\1.{theirs}")
-    for i in range(3)
-    for ours, k, theirs in (
-      ("norm", 1, norm.format(first)),
-      ("norm", 2, norm.format(first + 1)),
-      ("conv", 1, conv.format(first)),
-      ("conv", 2, conv.format(first + 1)),
-      ("shortcut", "", shortcut),
-    )
-  )  # fmt: skip
-  return (
-    ("backbone/stem", stem),
-    *of_stage,
-    ("backbone/norm", last),
-    ("head", head),
-  )
-
+_BN_CONV: Rules = ((r"norm(\d)", r"bn\2"), (r"conv(\d)", r"conv\2"))
+_DOWNSAMPLE: Rules = (
+  ("shortcut", "downsample.0"),
+  ("shortcut_norm", "downsample.1"),
+)
+_RESNET: Rules = (
+  ("backbone/stem", "conv1"),
+  ("backbone/stem_norm", "bn1"),
+  *_stages(4, 1, "layer{}", *_BN_CONV, *_DOWNSAMPLE),
+  ("head", "fc"),
+)
+_WIDE_RESNET: Rules = (
+  ("backbone/stem", "conv1"),
+  *_stages(3, 1, "block{}.layer", *_BN_CONV, ("shortcut", "convShortcut")),
+  ("backbone/norm", "bn1"),
+  ("head", "fc"),
+)
+_DM_BLOCK: Rules = (
+  ("norm1", "batchnorm_0"),
+  ("norm2", "batchnorm_1"),
+  ("conv1", "conv_0"),
+  ("conv2", "conv_1"),
+  ("shortcut", "shortcut"),
+)
+_DM_WIDE_RESNET: Rules = (
+  ("backbone/stem", "init_conv"),
+  *_stages(3, 0, "layer.{}.block", *_DM_BLOCK),
+  ("backbone/norm", "batchnorm"),
+  ("head", "logits"),
+)
 
 # Of two that a format has for a family the first is the one it writes.
 LAYOUTS = (
@@ -331,32 +354,24 @@ LAYOUTS = (
   ),
   Layout(
     "resnet", ("timm", "torchvision", "ares"), models.ResNet,
-    r"layer1\.0\.conv1\.weight", _resnet(),
+    r"layer1\.0\.conv1\.weight", _RESNET,
   ),
   Layout(
     "dm_wide_resnet", ("robustbench",), models.WideResNet,
-    r"init_conv\.weight",
-    _wide_resnet(
-      "init_conv", "layer.{}.block", "conv_{}", "batchnorm_{}", "shortcut",
-      "batchnorm", "logits", 0,
-    ),
+    r"init_conv\.weight", _DM_WIDE_RESNET,
     kind="same",
   ),
   Layout(
     "wide_resnet", ("robustbench",), models.WideResNet,
-    r"block1\.layer\.0\.conv1\.weight",
-    _wide_resnet(
-      "conv1", "block{}.layer", "conv{}", "bn{}", "convShortcut", "bn1", "fc",
-      1,
-    ),
+    r"block1\.layer\.0\.conv1\.weight", _WIDE_RESNET,
     # Some files hold a second first block that no pass goes through.
     dropped=(r"sub_block1\..*",),
   ),
 )  # fmt: skip
 
 _TEXT_BLOCK = r"transformer.resblocks.\1"
-# Of open_clip's files the half beside the visual one, whose paths are those of
-# a text tower alone.
+# The half of open_clip's files beside the visual one; its paths are those of a
+# text tower alone.
 TEXT = Layout(
   "open_clip_text", ("open_clip",), models.Text,
   r"token_embedding\.weight",
@@ -379,8 +394,7 @@ TEXT = Layout(
   plain=("positional_embedding", "text_projection"),
 )  # fmt: skip
 
-# Mean and standard deviation of formats that have their own; of the others
-# they are the model's.
+# Mean and standard deviation of a format's images; None: the model's own.
 FORMATS = {
   "timm": None,
   "torchvision": zoo.IMAGENET,

@@ -13,7 +13,7 @@ from roli_jax import models, trees
 from roli_jax.convert import resample
 from roli_jax.convert.name_maps import LAYOUTS, TEXT, Layout
 from roli_jax.convert.networks import Network
-from roli_jax.types import Params
+from roli_jax.types import Params, PyTree
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -23,40 +23,20 @@ _READ = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Off:
-  """The keys of tensors that are not as a model has them."""
-
-  missing: tuple[str, ...]
-  unexpected: tuple[str, ...]
-  misshapen: tuple[str, ...]
-
-  def __len__(self) -> int:
-    return len(self.missing) + len(self.unexpected) + len(self.misshapen)
-
-  def __str__(self) -> str:
-    sides = {
-      "missing": self.missing,
-      "unexpected": self.unexpected,
-      "of another shape": self.misshapen,
-    }
-    return "; ".join(
-      f"{len(keys)} {side}: {', '.join(keys[:2])}" + ", ..." * (len(keys) > 2)
-      for side, keys in sides.items()
-      if keys
-    )
+# The keys of tensors that are not as a model has them, by what is wrong.
+Faults = dict[str, list[str]]
 
 
 def marked(
   found: list[Network], model: str | None, format: str | None, what: str
 ) -> tuple[Network, Layout]:
-  """The first network that bears the mark of a layout, and the layout.
+  """Returns the first network that bears the mark of a layout, and the layout.
 
   Args:
-    found: those in the file.
-    model: whose layouts count; None: those of all.
-    format: the name of the file's format; None: told from its names.
-    what: whose networks these are, for messages.
+    found: the networks in the file.
+    model: the model whose layouts count; None: those of all models.
+    format: the name of the file's format; None: recognised by its names.
+    what: the name of the file, for messages.
 
   Raises:
     ValueError: there is none.
@@ -68,10 +48,10 @@ def marked(
     if not known:
       raise ValueError(f"{format} has no names for a {model}")
   for network in found:
-    if own := [x for x in known if x in network.layouts]:
-      return network, own[-1]
+    if borne := [x for x in known if x in network.layouts]:
+      return network, borne[-1]
   if model is not None and format is not None:
-    return found[0], known[0]  # told; what is missing is listed
+    return found[0], known[0]  # the caller lists what is missing
   marks = [network for network in found if set(network.layouts) - {TEXT}]
   first = max(marks or found, key=lambda network: len(network.tensors))
   formats = sorted({x for layout in known for x in layout.formats})
@@ -82,16 +62,18 @@ def marked(
   )
 
 
-def told(layout: Layout, network: Network, pool: str | None, what: str) -> str:
-  """The name of the model whose tensors these are, but for its head.
+def identify(
+  layout: Layout, network: Network, pool: str | None, what: str
+) -> str:
+  """Returns the name of the model whose tensors these are, but for its head.
 
   Raises:
     ValueError: there is none; the message says which is nearest.
   """
-  name, off = _nearest(network, layout, pool)
-  if not len(off):
+  name, faults = _nearest(network, layout, pool)
+  if not faults:
     return name
-  hint = _unsupported(name, len(off), f" ({off})")
+  hint = _unsupported(name, faults)
   raise ValueError(f"{what} has names of the layout {layout.name}; {hint}")
 
 
@@ -100,42 +82,57 @@ def instead(
   layout: Layout | None = None,
   asked: models.Model | None = None,
 ) -> str:
-  """What a network is that isn't the model that was asked for.
+  """Returns what a network is, if it isn't the model that was asked for.
 
-  One that has most of that model's tensors is not looked for among others.
+  A network that has most of that model's tensors is not compared with others.
+
+  Args:
+    network: what was read.
+    layout: its layout of names; None: that of the last mark, or the nearest.
+    asked: the model that was asked for; None: any.
   """
-  own = [x for x in network.layouts if x is not TEXT]
-  layout = layout or (own[-1] if own else _similar(network))
-  if layout and asked:
-    off = _off(network, layout, asked)
-    if 2 * len(off) < len(network.tensors):
-      return _unsupported(asked.name, len(off)) if len(off) else _READ
+  if layout is None:
+    marks = [x for x in network.layouts if x is not TEXT]
+    layout = marks[-1] if marks else _similar(network)
   if layout is None:
     return (
       "this architecture isn't supported; nearest is none of ours: all its"
       f" {len(network.tensors)} tensors have other names; {_READ}"
     )
-  name, off = _nearest(network, layout)
-  if len(off):
-    return _unsupported(name, len(off), f" ({off})")
+  if asked:
+    faults = _faults(network, layout, asked)
+    if 2 * _count(faults) < len(network.tensors):
+      return _unsupported(asked.name, faults, False) if faults else _READ
+  name, faults = _nearest(network, layout)
+  if faults:
+    return _unsupported(name, faults)
   return f"it is a {name} of the format {layout.formats[0]}"
 
 
-def _unsupported(name: str, number: int, which: str = "") -> str:
+def _count(faults: Faults) -> int:
+  return sum(map(len, faults.values()))
+
+
+def _unsupported(name: str, faults: Faults, are_listed: bool = True) -> str:
+  number = _count(faults)
   differ = f"{number} tensors differ" if number > 1 else "1 tensor differs"
+  sides = "; ".join(
+    f"{len(keys)} {side}: {', '.join(keys[:2])}" + ", ..." * (len(keys) > 2)
+    for side, keys in faults.items()
+  )
   return (
     f"this architecture isn't supported; nearest is {name}, from which"
-    f" {differ}{which}; {_READ}"
+    f" {differ}{f' ({sides})' if are_listed else ''}; {_READ}"
   )
 
 
 def sized(
   layout: Layout, network: Network, name: str, pool: str | None
 ) -> tuple[models.Model, Shapes]:
-  """The model that the network is of, and the shapes of its leaves.
+  """Returns the model of a network, and the shapes of its leaves.
 
-  The width of its head, the size of its images, and what its feature is, are
-  the network's.
+  The width of its head, the size of its images and its pooling are the
+  network's.
 
   Raises:
     ValueError: a classifier that is no matrix; see `headed`.
@@ -167,14 +164,14 @@ def headed(
   network: Network,
   pool: str | None = None,
 ) -> models.Model:
-  """The model under the kind of head that files of the layout hold.
+  """Returns the model under the kind of head that files of the layout hold.
 
   Args:
     layout: the network's layout of names.
-    name: the model's name.
+    name: a name in `models.MODELS`.
     width: the number of classes of the head.
-    network: which tells of a ViT whether it has a class token, and whether its
-      last normalisation is of the feature.
+    network: its names show whether a ViT has a class token, and whether its
+      last normalisation comes after pooling.
     pool: a name in `models.POOLS`; None: `token` where both are possible.
 
   Raises:
@@ -186,8 +183,8 @@ def headed(
       layout.key(f"backbone/{path}") in network.tensors
       for path in ("cls", "fc_norm/scale")
     )
-    own = "token" if cls and not late else "mean"
-    backbone = model.backbone.clone(pool=own, cls=cls, fc_norm=late)
+    shown = "token" if cls and not late else "mean"
+    backbone = model.backbone.clone(pool=shown, cls=cls, fc_norm=late)
     model = dataclasses.replace(model, backbone=backbone)
   elif pool == "mean":
     raise ValueError(
@@ -205,13 +202,13 @@ def _created(layout: Layout, name: str, width: int = 2) -> models.Model:
 
 @functools.cache
 def shapes(model: models.Model) -> Shapes:
-  """The shape of each leaf, parameters and statistics."""
+  """Returns the shape of each leaf, parameters and statistics, by path."""
   variables = jax.eval_shape(model.init, jax.random.key(0))
   return {k: tuple(v.shape) for k, v in leaves(*variables).items()}
 
 
-def leaves(params: Params, stats: Any) -> dict[str, Any]:
-  """The leaves by their paths, without what a method has added."""
+def leaves(params: Params, stats: PyTree) -> dict[str, Any]:
+  """Returns the leaves by their paths, without what a method has added."""
   return trees.paths(
     {"backbone": params.backbone, "head": params.head, "stats": stats}
   )
@@ -220,7 +217,13 @@ def leaves(params: Params, stats: Any) -> dict[str, Any]:
 def foreign_shapes(
   layout: Layout, keys: dict[str, list[str]], shapes: Shapes
 ) -> Shapes:
-  """The shape of each foreign tensor, from those of our leaves."""
+  """Returns the shape of each foreign tensor, from those of our leaves.
+
+  Args:
+    layout: of the foreign names.
+    keys: for each foreign name its leaves' paths.
+    shapes: the leaves' shapes, by path.
+  """
   zero = np.zeros((), np.int8)
   return {
     key: layout.outward(
@@ -232,22 +235,23 @@ def foreign_shapes(
 
 def _nearest(
   network: Network, layout: Layout, pool: str | None = None
-) -> tuple[str, _Off]:
-  """The model with the fewest tensors unlike a network's, and those."""
-  offs: dict[str, _Off] = {}
+) -> tuple[str, Faults]:
+  """Returns the model with the fewest faults of a network, and those."""
+  found: dict[str, Faults] = {}
   for name in models.MODELS:
-    if not layout.holds(_created(layout, name).backbone):
-      continue
-    model = headed(layout, name, 2, network, pool)
-    offs[name] = _off(network, layout, model)
-    if not len(offs[name]):
-      break
-  name = min(offs, key=lambda name: len(offs[name]))
-  return name, offs[name]
+    if layout.holds(_created(layout, name).backbone):
+      model = headed(layout, name, 2, network, pool)
+      found[name] = _faults(network, layout, model)
+      if not found[name]:
+        break
+  return min(found.items(), key=lambda item: _count(item[1]))
 
 
-def _off(network: Network, layout: Layout, model: models.Model) -> _Off:
-  """How a network differs from a model, but for head and size of images."""
+def _faults(network: Network, layout: Layout, model: models.Model) -> Faults:
+  """Returns how a network differs from a model.
+
+  Its head and what depends on the size of its images are free.
+  """
   expected = shapes(model)
   keys = layout.keys(expected)
   free = {
@@ -256,35 +260,32 @@ def _off(network: Network, layout: Layout, model: models.Model) -> _Off:
     if paths[0].startswith("head/") or resample.can(paths[0])
   }
   theirs = foreign_shapes(layout, keys, expected)
-  got = {
-    key: tensor.shape
-    for key, tensor in network.tensors.items()
-    if not layout.drops(key)
+  needed = layout.needed(network.tensors)
+  got = {key: tensor.shape for key, tensor in needed.items()}
+  compared = got.keys() & theirs.keys() - free
+  sides = {
+    "missing": sorted(theirs.keys() - got.keys() - free),
+    "unexpected": sorted(got.keys() - theirs.keys()),
+    "of another shape": sorted(k for k in compared if got[k] != theirs[k]),
   }
-  return _Off(
-    tuple(sorted(theirs.keys() - got.keys() - free)),
-    tuple(sorted(got.keys() - theirs.keys())),
-    tuple(
-      sorted(
-        key for key in got.keys() & theirs.keys() - free
-        if got[key] != theirs[key]
-      )
-    ),
-  )  # fmt: skip
+  return {side: found for side, found in sides.items() if found}
 
 
 def _similar(network: Network) -> Layout | None:
-  """The layout that shares the most names with a network, by its toys."""
+  """Returns the layout that shares the most names with a network, if any.
+
+  Names are those of the glyph models, which are small, numbers left out.
+  """
   have = _numberless(network.tensors)
-  common = {}
+  common: dict[Layout, int] = {}
   for layout in LAYOUTS:
     for name in [name for name in models.MODELS if name.startswith("glyph")]:
       model = _created(layout, name)
       if layout.holds(model.backbone):
         keys = layout.keys(shapes(model))
-        common[layout.name] = len(have & _numberless(keys))
-  best = max(common, key=lambda name: common[name])
-  return next(x for x in LAYOUTS if x.name == best) if common[best] else None
+        common[layout] = len(have & _numberless(keys))
+  best = max(common, key=lambda layout: common[layout])
+  return best if common[best] else None
 
 
 def _numberless(keys: Iterable[str]) -> set[str]:

@@ -16,18 +16,20 @@ import numpy as np
 
 from roli_jax.convert.name_maps import LAYOUTS, TEXT, Layout
 
-# Of several networks the averaged ones go first, which are what the published
-# accuracies are of, and what trained beside the model last.
+# Averaged networks go first, since published accuracies are theirs, and what
+# was trained beside the model last.
 _AVERAGED = re.compile(r"(.*_)?(ema|swa|averaged)(_.*)?")
 _ORDER = ("last", "state_dict", "model_state_dict", "model", "net")
 _BESIDE = ("attacker", "optimizer")
 # What a model that normalises its own images calls mean and deviation.
 _MEANS = {"mean": "std", "new_mean": "new_std", "mu": "sigma"}
-_Numbers = tuple[float, ...] | None
+_Numbers = tuple[float, ...] | None  # one number, or one a channel
 COUNTER = "num_batches_tracked"
-# Of a checkpoint: containers within one another, all of them, those of arrays;
-# of one of these the networks. More are meant to keep us busy.
-_DEEPEST, _MOST, _MOST_DICTS, _MOST_PREFIXES = 100, 10**6, 2000, 200
+# Limits of a checkpoint, beyond which it is meant to keep us busy.
+_DEEPEST = 100  # containers within one another
+_MOST = 10**6  # containers
+_MOST_DICTS = 2000  # containers of arrays
+_MOST_PREFIXES = 200  # networks in one of these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,36 +38,38 @@ class Network:
 
   Attributes:
     name: its dotted path in the checkpoint, "" for the checkpoint itself.
-    layouts: those whose marks it bears, in their order.
-    tensors: what it is made of.
-    mean, std: of the normalisation that is beside it, if there is one.
-    extras: what no pass needs, for the way back: counters, the normalisation.
+    layouts: those whose marks it bears, in the order of `LAYOUTS`.
+    tensors: its tensors.
+    mean: of the normalisation beside it, one number or one a channel, in units
+      of [0, 1]; None without one.
+    std: its standard deviation, in the same form.
+    extras: tensors that no pass needs, so that they can be written again:
+      counters, the normalisation.
   """
 
   name: str
   layouts: tuple[Layout, ...]
   tensors: dict[str, np.ndarray]
-  mean: tuple[float, ...] | None
-  std: tuple[float, ...] | None
+  mean: _Numbers
+  std: _Numbers
   extras: dict[str, np.ndarray]
 
 
 def find(source: Any, what: str, key: str | None = None) -> list[Network]:
-  """The networks in a checkpoint, those to be preferred first.
+  """Returns the networks in a checkpoint, those to be preferred first.
 
   Args:
     source: dicts and lists of arrays, and of anything else.
-    what: whose it is, for messages.
-    key: which of them: its name, or a part of that, or "." for the checkpoint
-      itself; None: all.
+    what: the name of the file, for messages.
+    key: the name of a network, or a part of it, or "." for the checkpoint
+      itself; None: all networks.
 
   Raises:
     ValueError: there is no tensor in it, or no network of that key.
   """
-  found = [
-    network for name, arrays in list(_dicts(source))
-    for network in _split(name, arrays)
-  ]  # fmt: skip
+  # All dicts are found, and limits kept, before any is split.
+  dicts = list(_dicts(source))
+  found = [network for item in dicts for network in _split(*item)]
   if not found:
     held = list(source)[:5] if isinstance(source, Mapping) else source
     raise ValueError(
@@ -87,13 +91,13 @@ def find(source: Any, what: str, key: str | None = None) -> list[Network]:
 
 
 def named(networks: list[Network]) -> str:
-  """Their names, for a message; "." is the checkpoint itself."""
+  """Returns their names, for a message; "." is the checkpoint itself."""
   names = [network.name or "." for network in networks]
   return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def arrays(source: Any) -> dict[str, np.ndarray]:
-  """All arrays of a checkpoint under their dotted paths."""
+  """Returns all arrays of a checkpoint under their dotted paths."""
   return {
     f"{name}.{key}" if name else key: np.asarray(value)
     for name, tensors in _dicts(source)
@@ -102,9 +106,9 @@ def arrays(source: Any) -> dict[str, np.ndarray]:
 
 
 def _dicts(source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Each dict that has arrays in it, or list, under its dotted path.
+  """Yields each dict and list that has arrays in it, after its dotted path.
 
-  Keys that are no words are those of an optimizer, which numbers its state.
+  Keys that are no strings are those of an optimizer, which numbers its state.
   """
   waiting, seen, yielded = [("", source, 0)], 0, 0
   while waiting:
@@ -132,11 +136,12 @@ def _dicts(source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _is_array(value: Any) -> bool:
-  """Whether it is an array of numbers, not of text say."""
+  """Returns whether it is an array of numbers, not of text or objects."""
   return hasattr(value, "shape") and np.asarray(value).dtype.kind in "biufcV"
 
 
 def _rank(network: Network) -> tuple[bool, int]:
+  """Returns the place of a network, by its name; the lowest is preferred."""
   words = network.name.split(".")
   ranks = [_ORDER.index(word) for word in words if word in _ORDER]
   if any(map(_AVERAGED.fullmatch, words)):
@@ -145,14 +150,13 @@ def _rank(network: Network) -> tuple[bool, int]:
 
 
 def _split(name: str, tensors: dict[str, Any]) -> list[Network]:
-  """The networks in one dict: one for each prefix of keys that bear marks."""
+  """Returns the networks in one dict, one for each prefix of marked keys."""
   marks = _marks(tensors)
   if not marks:
     first, *rest = tensors
-    words = first.split(".")[
-      : min((_shared(first, k) for k in rest), default=0)
-    ]
-    return [_bare(name, ".".join(words), (), _arrays(tensors))]
+    shared_by_all = min((_shared(first, key) for key in rest), default=0)
+    prefix = ".".join(first.split(".")[:shared_by_all])
+    return [_bare(name, prefix, (), _arrays(tensors))]
   owned: dict[str, dict[str, np.ndarray]] = {prefix: {} for prefix in marks}
   for key, value in tensors.items():
     shared = {prefix: _shared(prefix, key) for prefix in marks}
@@ -162,19 +166,15 @@ def _split(name: str, tensors: dict[str, Any]) -> list[Network]:
     for prefix in [max(inside, key=len)] if inside else marks:
       if shared[prefix] == most:
         owned[prefix][key] = value
-  return [
-    _bare(
-      f"{name}.{prefix}".strip("."),
-      prefix,
-      marks[prefix],
-      _arrays(owned[prefix]),
-    )
-    for prefix in marks
-  ]
+  networks = []
+  for prefix, layouts in marks.items():
+    path = f"{name}.{prefix}".strip(".")
+    networks.append(_bare(path, prefix, layouts, _arrays(owned[prefix])))
+  return networks
 
 
 def _marks(keys: Iterable[str]) -> dict[str, tuple[Layout, ...]]:
-  """The prefixes before layouts' marks, and which layouts' they are."""
+  """Returns the prefixes before layouts' marks, and those layouts."""
   found: dict[str, list[Layout]] = {}
   for layout in (*LAYOUTS, TEXT):
     pattern = re.compile(rf"(?:(.*?)\.)?(?:{layout.mark})")
@@ -186,7 +186,7 @@ def _marks(keys: Iterable[str]) -> dict[str, tuple[Layout, ...]]:
 
   # A part of one layout's names may look like another's mark: a Swin's stage
   # like a ViT. A second network within has the same layout, as an average has.
-  def stands(prefix):
+  def stands(prefix: str) -> bool:
     return all(
       set(found[prefix]) & set(found[outer])
       for outer in found
@@ -197,11 +197,9 @@ def _marks(keys: Iterable[str]) -> dict[str, tuple[Layout, ...]]:
 
 
 def _shared(prefix: str, key: str) -> int:
-  """How many words of a prefix a key begins with; its last is its own."""
+  """Returns how many words of a prefix a key begins with, its last left out."""
   pairs = zip(prefix.split("."), key.split(".")[:-1], strict=False)
-  return sum(
-    1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-  )
+  return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _bare(
@@ -210,7 +208,7 @@ def _bare(
   layouts: tuple[Layout, ...],
   tensors: dict[str, np.ndarray],
 ) -> Network:
-  """The network of these tensors, some of which may stand outside of it."""
+  """Returns the network of these tensors, some of which may be beside it."""
   normalisation, mean, std = _normalisation(prefix, tensors)
   bare, extras = {}, dict(normalisation)
   for key, tensor in tensors.items():
@@ -236,9 +234,9 @@ def _bare(
 def _normalisation(
   prefix: str, tensors: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], _Numbers, _Numbers]:
-  """The mean and deviation beside a network that are the nearest to it.
+  """Returns the nearest mean and deviation beside a network, and their tensors.
 
-  Others go along with them if they say the same, and are left over if not.
+  Other tensors of equal values belong to them; tensors of other values stay.
   """
   pairs = [
     (key, re.sub(r"\w+$", _MEANS[leaf], key))
@@ -247,21 +245,21 @@ def _normalisation(
     and mean.size in (1, 3)
     and mean.dtype.kind == "f"
   ]
-  told = {
+  values = {
     pair: tuple(tuple(map(float, tensors[key].ravel())) for key in pair)
     for pair in pairs
     if pair[1] in tensors and tensors[pair[1]].dtype.kind == "f"
   }
-  if not told:
+  if not values:
     return {}, None, None
-  nearest = min(told, key=lambda p: (-_shared(prefix, p[0]), p[0].count(".")))
-  same = [key for pair in told if told[pair] == told[nearest] for key in pair]
-  mean, std = told[nearest]
+  nearest = min(values, key=lambda p: (-_shared(prefix, p[0]), p[0].count(".")))
+  mean, std = values[nearest]
+  same = [key for pair in values if values[pair] == (mean, std) for key in pair]
   return {key: tensors[key] for key in same}, mean, std
 
 
 def _arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """In this machine's byte order; half precision is widened."""
+  """Returns arrays in this machine's byte order, half precision widened."""
   arrays = {key: np.asarray(value) for key, value in values.items()}
   half = (np.float16, jnp.bfloat16)
   return {

@@ -1,20 +1,24 @@
 """The pickles of PyTorch's checkpoints, read by a machine of our own.
 
 A pickle is a program: it may call whatever it names. So none is ever given to
-`pickle`. `run` knows the instructions that `torch.save` writes, and the calls
-it knows are those of `_CALLS`; a file that names anything else is refused
-before it gets further.
+`pickle`. `run` follows the instructions that `torch.save` writes, and calls
+only what `_CALLS` lists; it refuses a file that names anything else before it
+reads on.
 """
 
 import collections
 import dataclasses
+import io
 import pickletools
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
+
+T = TypeVar("T")
+Load = Callable[[str, int, int], np.ndarray]
 
 STORAGES = {
   "torch.BFloat16Storage": "bfloat16",
@@ -31,7 +35,7 @@ STORAGES = {
   "torch.ShortStorage": "int16",
 }
 
-# The kinds that came after classes of storages, and stand on bare bytes.
+# Dtypes without a class of storages: their tensors have bare bytes.
 _LATER = (
   "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
   "uint16", "uint32", "uint64",
@@ -47,20 +51,23 @@ AGAIN = "load it with torch and save its state_dict anew"
 
 
 class Refused(ValueError):
-  """Why a file isn't read, to stand after its path."""
+  """The reason why a file isn't read; callers put its path before it."""
 
 
 class _Name(str):
-  """What a pickle calls a thing of Python's: never looked up, only compared."""
+  """The name of a class or function: compared, and never imported."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
+  """The memory of tensors: bytes, and the dtype of the values in them."""
+
   data: np.ndarray
   dtype: np.dtype
 
 
 def check_size(key: str, size: int, expected: int) -> None:
+  """Refuses a storage of another number of bytes than expected."""
   if size != expected:
     raise Refused(
       f"has {size} bytes in storage {key!r}, whose tensors need {expected}"
@@ -69,25 +76,36 @@ def check_size(key: str, size: int, expected: int) -> None:
 
 # Pickles: a stack of values, and instructions that take from it and put.
 
-_LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_EMPTY = {"EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_DICT": dict}
+_NEW: dict[str, Callable[[], Any]] = {
+  "NONE": lambda: None,
+  "NEWTRUE": lambda: True,
+  "NEWFALSE": lambda: False,
+  "EMPTY_TUPLE": tuple,
+  "EMPTY_LIST": list,
+  "EMPTY_SET": set,
+  "EMPTY_DICT": dict,
+}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def run(instructions: Any, storage: Callable[..., np.ndarray]) -> Any:
-  """The value of one pickle.
+def run(instructions: bytes | io.BufferedReader, storage: Load) -> Any:
+  """Returns the value of one pickle.
 
   Args:
-    instructions: bytes, or a file that is left behind the pickle's end.
-    storage: from a storage's key, its count of values and the size of one to
-      its bytes.
+    instructions: bytes, or a file, which is read up to the pickle's end.
+    storage: returns a storage's bytes, from its key, its number of values and
+      the size of a value in bytes.
+
+  Raises:
+    Refused: it names what no weights need, or is broken. Bytes at random can
+      raise any other error.
   """
   stack: list[Any] = []
   marks: list[int] = []
   memo: dict[int, Any] = {}
   arg: Any
 
-  def take(start):
+  def take(start: int) -> list[Any]:
     if not 0 <= start <= len(stack):
       raise Refused("is broken: its pickle takes what it never put")
     items = stack[start:]
@@ -98,30 +116,28 @@ def run(instructions: Any, storage: Callable[..., np.ndarray]) -> Any:
     match instruction.name:
       case "PROTO" | "FRAME" | "STOP":
         pass
-      case "NONE" | "NEWTRUE" | "NEWFALSE" as name:
-        stack.append(_LITERALS[name])
+      case name if name in _NEW:
+        stack.append(_NEW[name]())
       case "MARK":
         marks.append(len(stack))
       case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE" as name:
         memo[len(memo) if name == "MEMOIZE" else arg] = stack[-1]
       case "GET" | "BINGET" | "LONG_BINGET":
         stack.append(memo[arg])
-      case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
+      case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
         stack.append(tuple(take(len(stack) - _TUPLES[name])))
       case "TUPLE":
         stack.append(tuple(take(marks.pop())))
-      case "EMPTY_LIST" | "EMPTY_SET" | "EMPTY_DICT" as name:
-        stack.append(_EMPTY[name]())
       case "APPEND" | "APPENDS" as name:
         items = take(len(stack) - 1 if name == "APPEND" else marks.pop())
-        _of(list, stack[-1]).extend(items)
+        _as(list, stack[-1]).extend(items)
       case "ADDITEMS":
         items = take(marks.pop())
-        _of(set, stack[-1]).update(map(_key, items))
+        _as(set, stack[-1]).update(map(_key, items))
       case "SETITEM" | "SETITEMS" as name:
         items = take(len(stack) - 2 if name == "SETITEM" else marks.pop())
         pairs = zip(items[::2], items[1::2], strict=True)
-        _of(dict, stack[-1]).update(_dict(pairs))
+        _as(dict, stack[-1]).update(_dict(pairs))
       case "GLOBAL":
         stack.append(_name(*arg.split(" ", 1)))
       case "STACK_GLOBAL":
@@ -133,7 +149,7 @@ def run(instructions: Any, storage: Callable[..., np.ndarray]) -> Any:
         state = stack.pop()
         _build(stack[-1], state)
       case "BINPERSID":
-        stack.append(_storage(storage, *_of(tuple, stack.pop())))
+        stack.append(_storage(storage, *_as(tuple, stack.pop())))
       case name if re.search("INT|LONG|FLOAT|STRING|BYTES|UNICODE", name):
         stack.append(arg)
       case name:
@@ -141,7 +157,8 @@ def run(instructions: Any, storage: Callable[..., np.ndarray]) -> Any:
   return stack.pop()
 
 
-def _of(kind: type, value: Any) -> Any:
+def _as(kind: type[T], value: Any) -> T:
+  """Returns the value, if it is of this type."""
   if not isinstance(value, kind):
     raise Refused(
       f"has a {type(value).__name__} in the place of a {kind.__name__}"
@@ -150,20 +167,21 @@ def _of(kind: type, value: Any) -> Any:
 
 
 def _key(key: Any) -> Any:
-  """A key, if plain: the hash of a tuple of tuples can take for ever."""
+  """Returns a key, if plain: hashing tuples in tuples can take for ever."""
   parts = key if isinstance(key, tuple) else (key,)
   if not all(isinstance(x, str | bytes | int | float | None) for x in parts):
     raise Refused(f"has a {type(key).__name__} for a key")
   return key
 
 
-def _dict(pairs: Any) -> dict[Any, Any]:
+def _dict(pairs: Iterable[Any]) -> dict[Any, Any]:
   return {_key(key): value for key, value in pairs}
 
 
 def _name(module: Any, name: Any) -> _Name:
-  module = "__builtin__" if module == "builtins" else _of(str, module)
-  found = _Name(f"{module}.{_of(str, name)}")
+  """Returns the name of a class or function, if weights may need it."""
+  module = "__builtin__" if module == "builtins" else _as(str, module)
+  found = _Name(f"{module}.{_as(str, name)}")
   if found not in _CALLS and found not in _HELD:
     raise Refused(
       f"names {found!r:.80}, which no weights need; if you trust it, {AGAIN}"
@@ -172,9 +190,10 @@ def _name(module: Any, name: Any) -> _Name:
 
 
 def _call(called: Any, args: Any) -> Any:
-  if _of(_Name, called) not in _CALLS:
+  """Returns what our own function for a name makes of the arguments."""
+  if _as(_Name, called) not in _CALLS:
     raise Refused(f"calls {called!r}, which no weights need; {AGAIN}")
-  return _CALLS[called](*_of(tuple, args))
+  return _CALLS[called](*_as(tuple, args))
 
 
 def _build(target: Any, state: Any) -> None:
@@ -182,19 +201,19 @@ def _build(target: Any, state: Any) -> None:
   if isinstance(target, collections.OrderedDict):
     return  # a state dict's `_metadata`: the versions of its layers
   if isinstance(target, dict):
-    target.update(_dict(_of(dict, state).items()))
+    target.update(_dict(_as(dict, state).items()))
   elif isinstance(target, np.ndarray) and target.base is None:
     _, shape, dtype, fortran, data = state
     data = _bytes(data)
     # Reshaped only for its check of the shape.
-    shape = np.frombuffer(data, _of(np.dtype, dtype)).reshape(shape).shape
+    shape = np.frombuffer(data, _as(np.dtype, dtype)).reshape(shape).shape
     target.__setstate__((1, shape, dtype, fortran, data))
   elif not isinstance(target, np.dtype) or state[1] not in ("<", "|"):
     raise Refused(f"sets the attributes of a {type(target).__name__}")
 
 
 def _storage(
-  storage: Callable[..., np.ndarray],
+  storage: Load,
   kind: Any,
   name: Any = None,
   key: Any = None,
@@ -202,13 +221,13 @@ def _storage(
   count: Any = None,
   view: Any = None,
 ) -> _Storage:
-  """The storage of a persistent id."""
+  """Returns the storage of a persistent id, whose fields these are."""
   if kind != "storage":
-    raise Refused(f"refers to a {_of(str, kind)}, not to a storage; {AGAIN}")
-  if _of(_Name, name) not in _READABLE:
+    raise Refused(f"refers to a {_as(str, kind)}, not to a storage; {AGAIN}")
+  if _as(_Name, name) not in _READABLE:
     raise Refused(f"has a storage of class {name!r}; {AGAIN}")
   dtype = jnp.dtype(_READABLE[name])
-  data = storage(_of(str, key), _of(int, count), dtype.itemsize)
+  data = storage(_as(str, key), _as(int, count), dtype.itemsize)
   if view is not None:
     _, start, length = view
     if not 0 <= start <= start + length <= count:
@@ -229,15 +248,19 @@ def _tensor(
   hooks: Any = None,
   metadata: Any = None,
 ) -> np.ndarray:
-  """The array of a tensor, over its storage's own memory."""
+  """Returns the array of a tensor, over its storage's own memory.
+
+  Offset and strides count values, not bytes. A tensor that would reach outside
+  its storage is refused.
+  """
   if metadata:
     raise Refused(f"has a tensor that stands for its conjugate; {AGAIN}")
-  dtype, data = _of(_Storage, storage).dtype, storage.data
+  dtype, data = _as(_Storage, storage).dtype, storage.data
   ends = [
-    (_of(int, n) - 1) * _of(int, stride)
-    for n, stride in zip(_of(tuple, size), _of(tuple, strides), strict=True)
+    (_as(int, n) - 1) * _as(int, stride)
+    for n, stride in zip(_as(tuple, size), _as(tuple, strides), strict=True)
   ]
-  last = _of(int, offset) + sum(ends)
+  last = _as(int, offset) + sum(ends)
   if min(0, offset, *size, *strides) < 0:
     raise Refused(f"has a tensor of size {size} and negative strides")
   if not all(size):
@@ -254,33 +277,36 @@ def _tensor(
 
 
 def _tensor_v3(
-  storage, offset, size, strides, requires_grad, hooks, dtype, metadata=None
-):
-  """The names of dtypes that have no class of storages."""
-  if _of(_Name, dtype) not in _DTYPES:
+  storage: Any, offset: Any, size: Any, strides: Any, *others: Any
+) -> np.ndarray:
+  """Returns the array of a tensor whose dtype has no class of storages."""
+  requires_grad, hooks, dtype, *metadata = others
+  if _as(_Name, dtype) not in _DTYPES:
     raise Refused(f"has a tensor of {dtype!r}; {AGAIN} as float32")
-  storage = dataclasses.replace(_of(_Storage, storage), dtype=_DTYPES[dtype])
-  return _tensor(storage, offset, size, strides, metadata=metadata)
+  storage = dataclasses.replace(_as(_Storage, storage), dtype=_DTYPES[dtype])
+  unused = (requires_grad, hooks)
+  return _tensor(storage, offset, size, strides, *unused, *metadata)
 
 
 def _bytes(text: Any, encoding: Any = "latin1") -> bytes:
-  """Bytes, which protocol 2 writes as text."""
-  # Whatever the encoding is called: a codec's name makes Python import it.
-  return text if isinstance(text, bytes) else _of(str, text).encode("latin1")
+  """Returns bytes, which protocol 2 writes as text."""
+  # The encoding is not looked up: a codec's name makes Python import it.
+  return text if isinstance(text, bytes) else _as(str, text).encode("latin1")
 
 
 def _dtype(code: Any, *_: Any) -> np.dtype:
-  if not re.fullmatch(r"[biufc]\d+", _of(str, code)):
+  """Returns one of NumPy's dtypes of numbers, from a code such as `f4`."""
+  if not re.fullmatch(r"[biufc]\d+", _as(str, code)):
     raise Refused(f"has values of numpy's dtype {code!r}; {AGAIN}")
   return np.dtype(code)
 
 
 def _ordered(pairs: Any = None) -> collections.OrderedDict:
-  return collections.OrderedDict(_dict(_of(list, pairs or [])))
+  return collections.OrderedDict(_dict(_as(list, pairs or [])))
 
 
-def _scalar(dtype: Any, data: Any) -> Any:
-  return np.frombuffer(_bytes(data), _of(np.dtype, dtype), 1)[0]
+def _scalar(dtype: Any, data: Any) -> np.generic:
+  return np.frombuffer(_bytes(data), _as(np.dtype, dtype), 1)[0]
 
 
 # Objects that hold settings, and are read as dicts of them.
@@ -294,9 +320,9 @@ _SETTINGS = (
 _CALLS: dict[str, Callable[..., Any]] = {
   **dict.fromkeys(_SETTINGS, lambda: {}),
   "__builtin__.bytes": lambda: b"",
-  "__builtin__.set": lambda items: set(map(_key, _of(list, items))),
+  "__builtin__.set": lambda items: set(map(_key, _as(list, items))),
   "_codecs.encode": _bytes,
-  "collections.Counter": lambda counts: _of(dict, counts),
+  "collections.Counter": lambda counts: _as(dict, counts),
   "collections.OrderedDict": _ordered,
   "collections.defaultdict": lambda factory: {},
   "numpy._core.multiarray._reconstruct": lambda *_: np.empty(0, np.uint8),
@@ -305,7 +331,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
   "numpy.core.multiarray.scalar": _scalar,
   "numpy.dtype": _dtype,
   "pathlib.PosixPath": lambda *parts: "/".join(parts),
-  "torch.Size": lambda size: tuple(_of(tuple, size)),
+  "torch.Size": lambda size: tuple(_as(tuple, size)),
   "torch._tensor._rebuild_from_type_v2": lambda called, kind, args, state: (
     _call(called, args)
   ),
@@ -314,7 +340,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
   "torch._utils._rebuild_tensor": _tensor,
   "torch._utils._rebuild_tensor_v2": _tensor,
   "torch._utils._rebuild_tensor_v3": _tensor_v3,
-  "torch.device": lambda kind, *_: _of(str, kind),
+  "torch.device": lambda kind, *_: _as(str, kind),
 }
 
 # What a pickle may name without calling it.

@@ -19,12 +19,17 @@ _RESIZED = ("positions", "relative_bias")
 
 
 def can(path: str) -> bool:
-  """Whether a leaf's shape depends on the size of the images."""
+  """Returns whether a leaf's shape depends on the size of the images."""
   return path.endswith(_RESIZED)
 
 
 def native_size(backbone: Any, shapes: dict[str, tuple[int, ...]]) -> int:
-  """The side of the images that leaves of these shapes are for; 0: any."""
+  """Returns the side of images that leaves of these shapes are for; 0: any.
+
+  Args:
+    backbone: a ViT or Swin, whose patches and stages count.
+    shapes: the leaves' shapes, by path.
+  """
   for path, shape in shapes.items():
     if path.endswith("positions"):
       return math.isqrt(shape[-2]) * backbone.patch
@@ -37,7 +42,12 @@ def native_size(backbone: Any, shapes: dict[str, tuple[int, ...]]) -> int:
 def to_size(
   model: models.Model, params: Params, image_size: int
 ) -> tuple[models.Model, Params, list[str]]:
-  """The model for images resized to another side, and which leaves changed.
+  """Returns the model for images of another side, and the resized leaves.
+
+  Args:
+    model: any model.
+    params: its parameters.
+    image_size: the side that images are resized to, in pixels.
 
   Raises:
     ValueError: the backbone can't take images of that side.
@@ -45,10 +55,8 @@ def to_size(
   model = dataclasses.replace(model, image_size=image_size)
   like, _ = jax.eval_shape(model.init, jax.random.key(0))
   shapes = {k: v.shape for k, v in trees.paths(like.backbone).items()}
-  changed = [
-    path for path, leaf in trees.paths(params.backbone).items()
-    if leaf.shape != shapes[path]
-  ]  # fmt: skip
+  leaves = trees.paths(params.backbone)
+  changed = [p for p, leaf in leaves.items() if leaf.shape != shapes[p]]
   backbone = trees.map_named(
     lambda path, leaf: _fit(leaf, shapes[path]) if path in changed else leaf,
     params.backbone,
@@ -58,7 +66,12 @@ def to_size(
 
 
 def _fit(leaf: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """The last places but one of a leaf, a square after some class tokens."""
+  """Returns a leaf with its axis of places resized.
+
+  Args:
+    leaf: [..., tokens + side ** 2, d] or [side ** 2, d].
+    shape: the shape to come, whose side is another.
+  """
   old, new = math.isqrt(leaf.shape[-2]), math.isqrt(shape[-2])
   grid = leaf[..., leaf.shape[-2] - old * old :, :]
   resized = jax.image.resize(

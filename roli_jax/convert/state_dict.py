@@ -9,13 +9,12 @@ import numpy as np
 
 from roli_jax import models, specs, trees
 from roli_jax.convert import bundle as bundles
-from roli_jax.convert import naming, networks, resample
+from roli_jax.convert import naming, networks
 from roli_jax.convert.bundle import Bundle, Coverage
 from roli_jax.convert.name_maps import FORMATS, LAYOUTS, Layout
 from roli_jax.convert.networks import COUNTER, Network
-from roli_jax.types import Params
 
-# What neither names nor shapes tell, in words.
+# The assumption where neither names nor shapes tell.
 _POOL = (
   "pool=token: names don't tell whether a ViT's feature is the class token or,"
   " as under timm's global_pool='avg', fc_norm=False, the mean of the others"
@@ -35,12 +34,12 @@ def to_bundle(
   key: str | None = None,
   what: str = "the state dict",
 ) -> Bundle:
-  """A state dict as a bundle; see `convert.load`.
+  """Returns the bundle of a state dict; see `convert.load`.
 
   Raises:
     ValueError: tensors that are missing, left over, of another shape, of a
-      dtype that no weights have or not finite; a layout or a model that can't
-      be told; no such network. Both sides are listed.
+      dtype that no weights have or not finite; a layout or a model that is
+      not recognised; no such network. Both sides are listed.
   """
   _check_words(model, format, pool)
   found = networks.find(source, what, key)
@@ -49,25 +48,23 @@ def to_bundle(
     what = f"{what}, {network.name}"
   if others := networks.named(_others(found, network)):
     what = f"{what} (key= takes another: {others})"
-  needed = {k: v for k, v in network.tensors.items() if not layout.drops(k)}
+  needed = layout.needed(network.tensors)
   bundles.check_arrays(needed, what)
-  name = model or naming.told(layout, network, pool, what)
+  name = model or naming.identify(layout, network, pool, what)
   whole, expected = naming.sized(layout, network, name, pool)
   keys = _keys(layout, network, whole, num_classes, what)
   leaves = tree(layout, keys, expected, network.tensors)
-  params = Params(
-    backbone=leaves["backbone"], peft={}, head=leaves.get("head", {})
-  )
   named = format or layout.formats[0]
-  whole = _normalised(whole, network, FORMATS[named], mean, std)
-  resampled: list[str] = []
-  if image_size is not None:
-    whole, params, resampled = resample.to_size(whole, params, image_size)
-  dropped: list[str] = []
-  if num_classes is not None:
-    dropped = [k for k, paths in keys.items() if _of_head(paths)]
-    whole = bundles.with_classes(whole, num_classes)
-    params = dataclasses.replace(params, head=bundles.zero_head(whole))
+  bundle = Bundle(
+    whole,
+    bundles.params_of(leaves),
+    leaves.get("stats", {}),
+    layout.name,
+    network.extras,
+  )
+  both = _normalisation(whole, network, FORMATS[named], mean, std)
+  bundle, resampled = bundles.fitted(bundle, *both, num_classes, image_size)
+  dropped = _of_head(keys) if num_classes is not None else set()
   assumed = layout.pools and whole.backbone.pool == "token" and pool is None
   coverage = Coverage(
     layout=layout.name,
@@ -80,28 +77,32 @@ def to_bundle(
     others=others,
     assumed=(_POOL,) if assumed else (),
   )
-  return Bundle(
-    whole, params, leaves.get("stats", {}), layout.name, network.extras,
-    coverage,
-  )  # fmt: skip
+  return dataclasses.replace(bundle, coverage=coverage)
 
 
 def _others(found: list[Network], network: Network) -> list[Network]:
-  """Those that could be meant in its place: with a matrix at least."""
+  """Returns those that could be meant in its place: with a matrix at least."""
   return [
-    x for x in found
-    if x is not network and any(v.ndim > 1 for v in x.tensors.values())
-  ]  # fmt: skip
+    other
+    for other in found
+    if other is not network
+    and any(tensor.ndim > 1 for tensor in other.tensors.values())
+  ]
 
 
-def _check_words(model, format, pool):
-  for registry, word, what in (
+def _check_words(
+  model: str | None, format: str | None, pool: str | None
+) -> None:
+  """Raises a ValueError unless the names are of a model, format and pool."""
+  pools = dict.fromkeys(models.POOLS)
+  tables: tuple[tuple[Mapping[str, Any], str | None, str], ...] = (
     (models.MODELS, model, "model"),
     (FORMATS, format, "format"),
-    (dict.fromkeys(models.POOLS), pool, "pool"),
-  ):
+    (pools, pool, "pool"),
+  )
+  for table, word, what in tables:
     if word is not None:
-      specs.lookup(registry, word, what)
+      specs.lookup(table, word, what)
 
 
 def _keys(
@@ -111,7 +112,7 @@ def _keys(
   num_classes: int | None,
   what: str,
 ) -> dict[str, list[str]]:
-  """The network's keys and the leaves that each of them stands for.
+  """Returns the network's keys and the leaves that each of them stands for.
 
   Raises:
     ValueError: tensors that are missing, left over or of another shape; no
@@ -119,15 +120,11 @@ def _keys(
   """
   expected = naming.shapes(model)
   keys = layout.keys(expected)
-  head = {key for key, paths in keys.items() if _of_head(paths)}
-  headless = not head & network.tensors.keys()
+  headless = not _of_head(keys) & network.tensors.keys()
   if headless:
-    keys = {key: paths for key, paths in keys.items() if key not in head}
-  got = {
-    key: tensor.shape
-    for key, tensor in network.tensors.items()
-    if not layout.drops(key)
-  }
+    keys = {key: keys[key] for key in keys if key not in _of_head(keys)}
+  needed = layout.needed(network.tensors)
+  got = {key: tensor.shape for key, tensor in needed.items()}
   theirs = naming.foreign_shapes(layout, keys, expected)
   try:
     trees.check_shapes(got, theirs, f"{what}, {layout.name}")
@@ -142,40 +139,51 @@ def _keys(
   return keys
 
 
-def _of_head(paths: list[str]) -> bool:
-  return paths[0].startswith("head/")
+def _of_head(keys: Mapping[str, list[str]]) -> set[str]:
+  """Returns the keys, of those and their leaves, that are the classifier's."""
+  return {key for key, paths in keys.items() if paths[0].startswith("head/")}
 
 
-def _normalised(
-  model: models.Model, network: Network, usual: Any, mean: Any, std: Any
-) -> models.Model:
-  """The model with what is given, or is the file's, the format's, its own.
+def _normalisation(
+  model: models.Model,
+  network: Network,
+  usual: tuple[Sequence[float], Sequence[float]] | None,
+  mean: Sequence[float | int] | None,
+  std: Sequence[float | int] | None,
+) -> tuple[Sequence[float | int], Sequence[float | int]]:
+  """Returns mean and deviation: as given, the file's, the format's, or usual.
 
   Args:
-    model: whose images are meant.
-    network: beside which the file's may stand, one for all channels perhaps.
-    usual: mean and deviation of the format, or None.
-    mean: what is given, or None.
-    std: what the pixels are divided by; None: the format's own.
-
-  Raises:
-    ValueError: not as many numbers as channels, or not finite.
+    model: whose own mean and deviation are taken last.
+    network: whose file may hold them, perhaps one number for all channels.
+    usual: those of the format, taken if it has as many channels.
+    mean: the given mean, or None.
+    std: the given deviation, or None.
   """
   if usual is None or len(usual[0]) != model.channels:
     usual = (model.mean, model.std)
-  both = []
-  for given, theirs, default, what in (
-    (mean, network.mean, usual[0], "mean"),
-    (std, network.std, usual[1], "std"),
-  ):
-    if given is None and theirs is not None and len(theirs) == 1:
-      theirs = theirs * model.channels
-    chosen = theirs if given is None else given
-    both.append(each_channel(chosen, default, what))
-  return dataclasses.replace(model, mean=both[0], std=both[1])
+  return (
+    _chosen(mean, network.mean, usual[0]),
+    _chosen(std, network.std, usual[1]),
+  )
 
 
-def _normalised_by(mean: Any, network: Network, format: str) -> str:
+def _chosen(
+  given: Sequence[float | int] | None,
+  theirs: tuple[float, ...] | None,
+  usual: Sequence[float],
+) -> Sequence[float | int]:
+  """Returns the first that is not None, one number a channel."""
+  if given is not None:
+    return given
+  if theirs is None:
+    return usual
+  return theirs * len(usual) if len(theirs) == 1 else theirs
+
+
+def _normalised_by(
+  mean: Sequence[float | int] | None, network: Network, format: str
+) -> str:
   if mean is not None:
     return "as given"
   if network.mean is not None:
@@ -189,7 +197,14 @@ def tree(
   shapes: dict[str, tuple[int, ...]],
   tensors: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-  """The leaves that these keys stand for, as a tree."""
+  """Returns the leaves that tensors hold, as a tree.
+
+  Args:
+    layout: of the names of the tensors.
+    keys: for each tensor its leaves' paths, as `Layout.keys` returns them.
+    shapes: the leaves' shapes, by path.
+    tensors: at least those of `keys`.
+  """
   leaves: dict[str, np.ndarray] = {}
   for key, paths in keys.items():
     each = layout.inward(key, paths, tensors[key], [shapes[p] for p in paths])
@@ -198,23 +213,25 @@ def tree(
 
 
 def to_state_dict(bundle: Bundle, format: str) -> dict[str, np.ndarray]:
-  """The bundle under the names of a format, which is undone by `to_bundle`.
+  """Returns the bundle under the names of a format; `to_bundle` undoes it.
 
-  Of a format with more than one layout, the one that the bundle came from, or
-  the newest.
+  Where a format has more than one layout, it is the one that the bundle came
+  from, or the newest.
+
+  Args:
+    bundle: without what a method has added.
+    format: a name in `convert.FORMATS`.
 
   Raises:
     ValueError: the format has no names for this model, or for what a method
       has added to it.
   """
   specs.lookup(FORMATS, format, "format")
-  known = [
-    layout for layout in LAYOUTS
-    if format in layout.formats and layout.holds(bundle.model.backbone)
-  ]  # fmt: skip
+  backbone = bundle.model.backbone
+  known = [x for x in LAYOUTS if format in x.formats and x.holds(backbone)]
   if not known:
     raise ValueError(f"{format} has no names for a {bundle.model.name}")
-  if getattr(bundle.model.backbone, "pool", "") == "mean":
+  if getattr(backbone, "pool", "") == "mean":
     known = [layout for layout in known if layout.pools]
   if not known:
     raise ValueError(
@@ -251,24 +268,5 @@ def to_state_dict(bundle: Bundle, format: str) -> dict[str, np.ndarray]:
 
 
 def format_of(bundle: Bundle) -> str:
-  """The main format of the layout that the bundle came from."""
+  """Returns the main format of the layout that the bundle came from."""
   return next(x.formats[0] for x in LAYOUTS if x.name == bundle.layout)
-
-
-def each_channel(
-  given: Sequence[float | int] | None, otherwise: tuple[float, ...], what: str
-) -> tuple[float, ...]:
-  """What is given, one number a channel.
-
-  Raises:
-    ValueError: as many numbers as `otherwise` has were expected; a deviation
-      that is not positive.
-  """
-  values = otherwise if given is None else tuple(float(x) for x in given)
-  if len(values) != len(otherwise) or not np.isfinite(values).all():
-    raise ValueError(
-      f"expected {len(otherwise)} finite numbers as {what}, got {given}"
-    )
-  if what == "std" and min(values) <= 0:
-    raise ValueError(f"expected positive numbers as std, got {given}")
-  return values

@@ -20,12 +20,12 @@ def to_text(
   act: str = "gelu",
   what: str = "the state dict",
 ) -> tuple[models.Text, PyTree]:
-  """The text tower in a state dict of a CLIP; see `convert.text_tower`.
+  """Returns the text tower in a state dict of a CLIP; see `convert.text_tower`.
 
   Raises:
     ValueError: there is none; tensors that are missing, left over, of another
-      shape, of a dtype that no weights have or not finite; a width that says
-      nothing of the heads.
+      shape, of a dtype that no weights have or not finite; a width that does
+      not determine the number of heads.
   """
   specs.lookup(models.text.ACTS, act, "act")
   found = networks.find(source, what)
@@ -54,7 +54,7 @@ def to_text(
   )
   expected = _shapes(module)
   names = TEXT.keys(expected)
-  needed = {k: v for k, v in file.tensors.items() if not TEXT.drops(k)}
+  needed = TEXT.needed(file.tensors)
   bundles.check_arrays(needed, what)
   trees.check_shapes(
     {key: tensor.shape for key, tensor in needed.items()},
@@ -65,6 +65,7 @@ def to_text(
 
 
 def _shapes(module: models.Text) -> dict[str, tuple[int, ...]]:
+  """Returns the shape of each parameter, by path."""
   ids = np.zeros((1, 1), np.int32)
   like = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
   return {k: tuple(v.shape) for k, v in trees.paths(like).items()}

@@ -1,11 +1,12 @@
 """PyTorch's checkpoints, read and written without PyTorch."""
 
+import io
 import os
 import pathlib
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -15,15 +16,15 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def read(path: str | pathlib.Path) -> Any:
-  """The object in a file of `torch.save`, its tensors as read-only arrays.
+  """Returns the object in a file of `torch.save`, tensors as read-only arrays.
 
-  Tensors that shared memory share it still. Parameters are tensors, what is
-  known of a tensor's gradient is dropped, objects that hold settings
-  (`argparse.Namespace`) are dicts, and a dtype is its name.
+  Tensors that shared memory still share it. Parameters become arrays too, a
+  tensor's requires_grad and hooks are dropped, objects that hold settings
+  (`argparse.Namespace`) become dicts, and a dtype its name.
 
   Raises:
-    ValueError: there is no such file, it is broken or no checkpoint, or it
-      names something that no weights need.
+    ValueError: there is no such file; it is broken or no checkpoint; it names
+      something that no weights need.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -43,7 +44,11 @@ def read(path: str | pathlib.Path) -> Any:
 def write(path: str | pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
   """Writes a state dict that `torch.load` reads.
 
-  A reader of a file half written is left the old one.
+  While it is written, readers find the old file.
+
+  Args:
+    path: the file to write.
+    arrays: the state dict, of dtypes that torch has.
 
   Raises:
     ValueError: torch has no such dtype.
@@ -58,7 +63,7 @@ def write(path: str | pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
   partial = path.with_name(path.name + ".partial")
   with zipfile.ZipFile(partial, "w") as archive:
 
-    def put(name, data):
+    def put(name: str, data: bytes | memoryview) -> None:
       # A ZipInfo has no date, so that the same arrays make the same file.
       archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
 
@@ -72,13 +77,16 @@ def write(path: str | pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _pickled(arrays: Mapping[str, np.ndarray]) -> bytes:
-  """The pickle of an OrderedDict of tensors, whose names only torch knows."""
+  """Returns the pickle of an OrderedDict of tensors, as torch.save writes it.
+
+  It names classes of torch, so that `pickle` could write it only with torch.
+  """
   classes = {name: storage for storage, name in STORAGES.items()}
 
-  def value(x):
+  def value(x: Any) -> bytes:
     return pickle.dumps(x, protocol=2)[2:-1]  # less its PROTO and STOP
 
-  def name(dotted):
+  def name(dotted: str) -> bytes:
     return "c{}\n{}\n".format(*dotted.rsplit(".", 1)).encode()
 
   empty = name("collections.OrderedDict") + b")R"
@@ -97,7 +105,8 @@ def _pickled(arrays: Mapping[str, np.ndarray]) -> bytes:
 # Files: the zip of torch 1.6 on, and the row of pickles before it.
 
 
-def _reader(file: BinaryIO) -> Callable[[BinaryIO], Any]:
+def _reader(file: io.BufferedReader) -> Callable[[io.BufferedReader], Any]:
+  """Returns the reader of a file's format, which its beginning shows."""
   head = file.read(262)
   file.seek(0)
   if head[8:9] == b"{":
@@ -113,10 +122,10 @@ def _reader(file: BinaryIO) -> Callable[[BinaryIO], Any]:
   )
 
 
-def _read_zip(file: BinaryIO) -> Any:
+def _read_zip(file: io.BufferedReader) -> Any:
   with zipfile.ZipFile(file) as archive:
     members = {info.filename: info for info in archive.infolist()}
-    # So a small file can't grow into a large one in memory.
+    # Refused, so that a small file can't grow into a large one in memory.
     if any(info.compress_type for info in members.values()):
       raise Refused(f"is compressed, which torch.save never does; {AGAIN}")
     if sum(info.file_size for info in members.values()) > _size(file):
@@ -132,7 +141,7 @@ def _read_zip(file: BinaryIO) -> Any:
       raise Refused(f"is of a big-endian machine; there, {AGAIN}")
     storages: dict[str, np.ndarray] = {}
 
-    def storage(key, count, itemsize):
+    def storage(key: str, count: int, itemsize: int) -> np.ndarray:
       if key not in storages:
         data = archive.read(f"{root}data/{key}")
         storages[key] = np.frombuffer(data, np.uint8)
@@ -142,12 +151,12 @@ def _read_zip(file: BinaryIO) -> Any:
     return run(archive.read(pickles[0]), storage)
 
 
-def _read_legacy(file: BinaryIO) -> Any:
+def _read_legacy(file: io.BufferedReader) -> Any:
   storages: dict[str, np.ndarray] = {}
   counts: dict[str, int] = {}
   left = _size(file)
 
-  def storage(key, count, itemsize):
+  def storage(key: str, count: int, itemsize: int) -> np.ndarray:
     # The bytes come after the pickle, so a tensor is made over empty memory.
     nonlocal left
     if key not in storages:
@@ -171,11 +180,12 @@ def _read_legacy(file: BinaryIO) -> Any:
     raise Refused("has tensors without a storage, or a storage without any")
   for key in keys:
     count = int.from_bytes(file.read(8), "little")
-    data: Any = storages[key].data
-    if count != counts[key] or file.readinto(data) != len(data):  # type: ignore
+    data = storages[key].data
+    if count != counts[key] or file.readinto(data) != len(data):
       raise Refused(f"is truncated, or broken at storage {key!r}")
   return result
 
 
-def _size(file: BinaryIO) -> int:
+def _size(file: io.BufferedReader) -> int:
+  """Returns the size of a file in bytes."""
   return os.fstat(file.fileno()).st_size

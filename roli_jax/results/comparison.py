@@ -1,7 +1,7 @@
 """Many runs side by side, paired by seed, and what one run compares beside."""
 
+import itertools
 import math
-import re
 from collections.abc import Iterable, Sequence
 from statistics import mean
 
@@ -9,53 +9,39 @@ from roli_jax import statistics
 from roli_jax.results import record
 from roli_jax.results.grouping import (
   CLEAN,
+  CORRUPTIONS,
   Attacked,
   Group,
-  Row,
+  Values,
   attacks,
   by_group,
+  by_run,
   by_seed,
-  corrupted,
-  curved,
-  is_curve,
-  is_member,
+  expected_robustness,
+  kinds,
+  measured_curves,
 )
-from roli_jax.results.tables import Table, percent, spread
-
-Values = dict[int, float]  # by seed
+from roli_jax.results.record import Row
+from roli_jax.results.tables import Table, filled, percent, spread
 
 _LEVEL = 0.05  # of error, at which two are called separated
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-  """What a sweep found: its runs' accuracies, and how they differ."""
-  made = [accuracies(rows), differences(rows), frontier(rows), expected(rows),
-          corruptions(rows), validation(rows)]  # fmt: skip
-  return [table for table in made if table.rows]
+  """Returns a sweep's tables: its runs' accuracies, and how they differ."""
+  made = (accuracies, differences, frontier, expected, corruptions, validation)
+  return filled(table(rows) for table in made)
 
 
-def runs(rows: Iterable[Row]) -> dict[str, list[Row]]:
-  """Rows by the name of their run, without its seed."""
-  found: dict[str, list[Row]] = {}
-  for row in rows:
-    name = re.sub(r"-?\bseed=\d+", "", row["run"])
-    found.setdefault(name, []).append(row)
-  return found
+def by_name(rows: Sequence[Row]) -> dict[str, tuple[Group, list[Row]]]:
+  """Returns what is compared, by name: runs that differ in their seed are one.
 
-
-def lines_of(rows: Sequence[Row]) -> dict[str, tuple[Group, list[Row]]]:
-  """What is compared, by name: runs that differ in their seed are one.
-
-  A probe that several share stands once.
+  A probe that several runs share stands once.
   """
   found: dict[str, tuple[Group, list[Row]]] = {}
   seen = set()
-  for run, of_run in runs(rows).items():
-    groups = {
-      group: own
-      for group, own in by_group(of_run).items()
-      if not is_member(group)
-    }
+  for run, of_run in by_run(rows).items():
+    groups = {g: own for g, own in by_group(of_run).items() if not g.is_member}
     adapted = [group for group in groups if group.stage != "probe"]
     for group, own in groups.items():
       if group.stage != "probe":
@@ -73,66 +59,80 @@ def lines_of(rows: Sequence[Row]) -> dict[str, tuple[Group, list[Row]]]:
   return found
 
 
-def kinds(tests: Sequence[Row]) -> dict[str, Attacked | None]:
-  """What accuracy is told of; None stands for corruptions."""
-  shown = [attack for attack in attacks(tests) if not is_curve(attack, tests)]
-  found: dict[str, Attacked | None] = {
-    attack.name: attack for attack in (CLEAN, *shown)
-  }
-  if any(Attacked.of(row).is_corruption for row in tests):
-    found["corruptions"] = None
-  return found
+def spreads(rows: Sequence[Row], shown: Iterable[Attacked]) -> list[str]:
+  """Returns a cell for each kind of accuracy: mean and spread over seeds."""
+  return [spread(by_seed(rows, kind).values()) for kind in shown]
 
 
-def values(own: Sequence[Row], kind: Attacked | None) -> Values:
-  """Each seed's accuracy of a kind."""
-  return corrupted(own) if kind is None else by_seed(own, kind)
+def columns(tests: Sequence[Row], shown: Sequence[Attacked]) -> list[str]:
+  """Returns the names of kinds of accuracy; of fewer images, with their count.
+
+  Where cells differ in their count, it is the least.
+  """
+  counts = [
+    sorted({row["n"] for row in tests if Attacked.of(row) == kind})
+    for kind in shown
+  ]
+  most = max(itertools.chain(*counts), default=0)
+  return [
+    kind.name + (f", {each[0]} images" if each and each != [most] else "")
+    for kind, each in zip(shown, counts, strict=True)
+  ]
+
+
+def num_seeds(rows: Iterable[Row]) -> str:
+  """Returns the number of seeds, as a cell."""
+  return str(len({row["seed"] for row in rows}))
+
+
+def _runs_table(
+  rows: Sequence[Row],
+  shown: Sequence[Attacked],
+  title: str,
+  names: Iterable[str],
+  note: str = "",
+) -> Table:
+  """Returns the table of each run's accuracies, a column for each kind."""
+  lines = [
+    (name, f"{group.lr:g}", num_seeds(own), *spreads(own, shown))
+    for name, (group, own) in by_name(rows).items()
+  ]
+  title = f"{title}: percent, mean ± SD of seeds"
+  return Table(title, ("run", "lr", "seeds", *names), lines, note)
 
 
 def accuracies(rows: Sequence[Row]) -> Table:
-  """Each run's test accuracies: mean and spread over seeds."""
+  """Returns each run's test accuracies: mean and spread over seeds."""
   tests = record.where(rows, split="test")
-  known = kinds(tests) if tests else {}
-  lines = [
-    (
-      name,
-      f"{group.lr:g}",
-      str(len({row["seed"] for row in own})),
-      *(spread(values(own, kind).values()) for kind in known.values()),
-    )
-    for name, (group, own) in lines_of(tests).items()
-  ]
-  counts = {
-    name: sorted({r["n"] for r in tests if Attacked.of(r) == kind})
-    for name, kind in known.items()
-  }
-  most = max((n for of in counts.values() for n in of), default=0)
-  header = [
-    name + (f", {of[0]} images" if of and of != [most] else "")
-    for name, of in counts.items()
-  ]
-  return Table(
-    "Test accuracy: percent, mean ± SD of seeds",
-    ("run", "lr", "seeds", *header),
-    lines,
-    "Attacks that not all runs or seeds have seen say so by their gaps.",
-  )
+  shown = kinds(tests)
+  note = "Attacks that not all runs or seeds have seen say so by their gaps."
+  names = columns(tests, shown)
+  return _runs_table(tests, shown, "Test accuracy", names, note)
+
+
+def validation(rows: Sequence[Row]) -> Table:
+  """Returns validation accuracies, by which a sweep's parameters are chosen."""
+  held_out = record.where(rows, split="val")
+  shown = [CLEAN, *attacks(held_out)[:1]]
+  names = [kind.name for kind in shown]
+  return _runs_table(held_out, shown, "Validation accuracy", names)
 
 
 def differences(rows: Sequence[Row]) -> Table:
-  """Each run minus the first, paired by seed, in each kind of accuracy."""
+  """Returns each run minus the first, paired by seed, in each accuracy."""
   tests = record.where(rows, split="test")
   if not tests:
     return Table("", (), ())
-  every = lines_of(tests)
-  adapted = [name for name, (of, _) in every.items() if of.stage != "probe"]
-  names = adapted or list(every)
-  first, *others = names
+  every = by_name(tests)
+  adapted = [
+    name for name, (group, _) in every.items() if group.stage != "probe"
+  ]
+  first, *others = adapted or list(every)
   base = every[first][1]
   pairs = [
-    ((name, said), values(every[name][1], kind), values(base, kind))
+    ((name, kind.name), by_seed(every[name][1], kind), by_seed(base, kind))
     for name in others
-    for said, kind in kinds(tests).items()
+    for kind in kinds(tests)
   ]
   return paired(f"Differences from {first}", ("run", "accuracy"), pairs)
 
@@ -143,14 +143,14 @@ def paired(
   pairs: Iterable[tuple[tuple[str, ...], Values, Values]],
   note: str = "",
 ) -> Table:
-  """The difference of each pair: every table of differences is made here.
+  """Returns the difference of each pair: all tables of differences call this.
 
   Only seeds that both sides have count. A pair has no line where one of its
   sides was not measured at all.
 
   Args:
     title: the title of the table.
-    names: the names of the columns that say what is compared.
+    names: the names of the columns that identify a pair.
     pairs: for each line the cells of those columns, then the accuracies by
       seed, in [0, 1], of what is compared and of what is subtracted.
     note: what else the reader has to know.
@@ -162,21 +162,20 @@ def paired(
     (*pair[0], *_judged(points, p_holm))
     for pair, points, p_holm in zip(measured, each, corrected, strict=True)
   ]
-  header = (*names, "mean", "95% Student interval", "each seed", "p_holm",
-            "verdict")  # fmt: skip
+  judged = ("mean", "95% Student interval", "each seed", "p_holm", "verdict")
   count = sum(not math.isnan(p_holm) for p_holm in corrected)
-  said = (
+  method = (
     "In points, paired by the seeds that both have. The interval is Student's"
     " with seeds - 1 degrees of freedom, of each line alone; p_holm is the p"
     f" value after Holm's correction for the {count} comparisons of this table."
     f" A verdict says what it rests on: p_holm below {_LEVEL:g}, or the"
     " interval only, which chance gives one line in twenty."
   )
-  return Table(title, header, lines, f"{said} {note}".strip())
+  return Table(title, (*names, *judged), lines, f"{method} {note}".strip())
 
 
 def _points(ours: Values, theirs: Values) -> list[float]:
-  """Differences in points, of the seeds that both have.
+  """Returns differences in points, of the seeds that both have.
 
   Rounded, so that accuracies that differ alike have equal differences: what
   floating point leaves between them would pass for a spread.
@@ -186,7 +185,7 @@ def _points(ours: Values, theirs: Values) -> list[float]:
 
 
 def _judged(points: list[float], p_holm: float) -> tuple[str, ...]:
-  """Mean, interval, each seed, corrected p value and verdict, as text."""
+  """Returns mean, interval, each seed, corrected p value and verdict."""
   if not points:
     return "", "", "", "", "no seed in common"
   mean, low, high = statistics.t_interval(points)
@@ -202,7 +201,7 @@ def _judged(points: list[float], p_holm: float) -> tuple[str, ...]:
 def _verdict(
   points: list[float], low: float, high: float, p_holm: float
 ) -> str:
-  """Whether the two are separated, and by which: p_holm or the interval."""
+  """Returns whether the two are separated, and by p_holm or the interval."""
   if len(points) < 2:
     return "one seed"
   if math.isnan(p_holm):
@@ -218,40 +217,41 @@ def _verdict(
 
 
 def frontier(rows: Sequence[Row]) -> Table:
-  """Ensembles of a stage and what it started from, at every alpha."""
+  """Returns accuracies of ensembles, at every alpha.
+
+  An ensemble joins what a stage started from, alpha 0, and what it ended at.
+  """
   tests = record.where(rows, split="test")
-  both = (CLEAN, *attacks(tests)[:1])
+  shown = (CLEAN, *attacks(tests)[:1])
   lines = [
     (
       f"{run}: {group.method}, {group.weights}",
       *group.stage.split("-"),
-      *(spread(by_seed(own, kind).values()) for kind in both),
+      *spreads(own, shown),
     )
-    for run, of_run in runs(tests).items()
+    for run, of_run in by_run(tests).items()
     for group, own in by_group(of_run).items()
-    if is_member(group)
+    if group.is_member
   ]
   return Table(
     "Ensembles by alpha: percent, mean ± SD of seeds",
-    ("of", "ensemble", "alpha", *(kind.name for kind in both)),
+    ("of", "ensemble", "alpha", *(kind.name for kind in shown)),
     lines,
     "alpha 0: what the stage started from; 1: what it ended at.",
   )
 
 
 def expected(rows: Sequence[Row]) -> Table:
-  """Expected robustness, where accuracy was measured at several radii."""
+  """Returns expected robustness, where accuracy is known at several radii."""
   tests = record.where(rows, split="test")
   lines = []
-  for run, of_run in runs(tests).items():
-    for curve, points in curved(of_run).items():
-      radii = sorted(points)
-      if not radii[0] and not is_member(curve.group):
-        value = statistics.expected_robustness(
-          radii, [points[e] for e in radii]
-        )
+  for run, of_run in by_run(tests).items():
+    for curve, points in measured_curves(of_run).items():
+      value = expected_robustness(points)
+      if value is not None and not curve.group.is_member:
         about = (run, curve.group.name, str(curve.seed), curve.recipe)
-        lines.append((*about, f"{radii[-1]:g} {curve.norm}", percent(value)))
+        largest = f"{max(points):g} {curve.norm}"
+        lines.append((*about, largest, percent(value)))
   return Table(
     "Expected robustness: percent",
     ("run", "method", "seed", "attack", "up to", "mean accuracy"),
@@ -261,42 +261,23 @@ def expected(rows: Sequence[Row]) -> Table:
 
 
 def corruptions(rows: Sequence[Row]) -> Table:
-  """Accuracy under each corruption, the mean over severities and seeds."""
+  """Returns accuracy under each corruption, over severities and seeds."""
   tests = record.where(rows, split="test")
-  corrupt = [row for row in tests if Attacked.of(row).is_corruption]
-  names = sorted({row["attack"] for row in corrupt})
+  corrupted = [row for row in tests if Attacked.of(row).is_corruption]
+  names = sorted({row["attack"] for row in corrupted})
   lines = []
-  for run, (_, own) in lines_of(corrupt).items():
+  for run, (_, own) in by_name(corrupted).items():
     each = [
-      corrupted(record.where(own, attack=name)).values() for name in names
+      by_seed(record.where(own, attack=name), CORRUPTIONS) for name in names
     ]
-    error = 1 - mean(corrupted(own).values())
-    lines.append((run, *map(spread, each), percent(error)))
-  severities = sorted({int(row["eps"]) for row in corrupt})
+    cells = [spread(values.values()) for values in each]
+    error = 1 - mean(by_seed(own, CORRUPTIONS).values())
+    lines.append((run, *cells, percent(error)))
+  severities = sorted({int(row["eps"]) for row in corrupted})
   return Table(
     "Accuracy under corruptions: percent, mean ± SD of seeds",
     ("run", *names, "mean error"),
     lines,
     f"Severities {', '.join(map(str, severities))}; the mean error over types"
     " and severities isn't divided by another model's.",
-  )
-
-
-def validation(rows: Sequence[Row]) -> Table:
-  """Validation accuracies, by which a sweep's parameters are chosen."""
-  held = record.where(rows, split="val")
-  both = [CLEAN, *attacks(held)[:1]]
-  lines = [
-    (
-      name,
-      f"{group.lr:g}",
-      str(len({row["seed"] for row in own})),
-      *(spread(by_seed(own, kind).values()) for kind in both),
-    )
-    for name, (group, own) in lines_of(held).items()
-  ]
-  return Table(
-    "Validation accuracy: percent, mean ± SD of seeds",
-    ("run", "lr", "seeds", *(kind.name for kind in both)),
-    lines,
   )

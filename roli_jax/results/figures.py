@@ -4,8 +4,8 @@ import collections
 import dataclasses
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,20 +17,27 @@ from roli_jax.results.grouping import (
   Group,
   attacks,
   by_group,
+  by_run,
   by_seed,
-  curved,
-  is_member,
+  kinds,
+  measured_curves,
 )
+from roli_jax.results.record import Row
 
-Row = dict[str, Any]
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+else:  # matplotlib is an extra, and slow to import
+  Figure = Any
 
-# Of a group: linear, RanLI, RoLI, std; the same colour in every figure.
+# Of a group, by its method or else its init; the same in every figure.
 _COLOURS = {
   "linear": "#777777",
   "ranli": "#d1495b",
   "roli": "#00798c",
   "std": "#edae49",
 }
+_ATTACK_COLOURS = ["#d1495b", "#edae49", "#66a182", "#8d5a97", "#2e4057"]
+_SPLITS = {"train": "training", "val": "adversarial validation"}
 
 
 def write(
@@ -46,18 +53,20 @@ def write(
     log: the rows of `training.jsonl`.
     folder: where figures go, and where `examples.npz` lies if there is one.
     evaluated: summaries of ensembles and searches.
+
+  Returns:
+    The files.
   """
   folder.mkdir(exist_ok=True)
-  examples = folder / "examples.npz"
   figures = {
-    "accuracy": lambda: _bars(rows),
-    "curve": lambda: _curve(rows),
-    "evaluations": lambda: _evaluations(evaluated),
-    "examples": lambda: _examples(examples) if examples.exists() else None,
-    "frontier": lambda: _frontier(record.where(rows, split="test")),
-    "training": lambda: _training(rows, log),
+    "accuracy": _bars(rows),
+    "curve": _curve(rows),
+    "evaluations": _evaluations(evaluated),
+    "examples": _examples(folder / "examples.npz"),
+    "frontier": _frontier(record.where(rows, split="test")),
+    "training": _training(rows, log),
   }
-  return _save({name: draw() for name, draw in figures.items()}, folder)
+  return _save(figures, folder)
 
 
 def write_sweep(
@@ -68,6 +77,9 @@ def write_sweep(
   Args:
     rows: the rows of all runs.
     folder: where figures go.
+
+  Returns:
+    The files.
   """
   folder.mkdir(exist_ok=True)
   tests = record.where(rows, split="test")
@@ -83,20 +95,21 @@ def examples(
   *,
   eps: float | int,
   title: str = "",
-) -> Any:
-  """Clean images, what was added to them, and what came out.
+) -> Figure:
+  """Draws clean images, what was added to them, and what came out.
 
   Args:
     images: [n, h, w, c] in [0, 1], n at least 1.
     adv: the adversarial images, of the same shape.
     labels: [n], classes or their names.
-    clean_said: [n], what the model says of the clean images.
-    adv_said: [n], and of the adversarial ones.
-    eps: a change that is drawn black or white; grey is none.
-    title: above it all.
+    clean_said: [n], the class that the model predicts of each clean image.
+    adv_said: [n], the class that it predicts of each adversarial image.
+    eps: the change of a pixel that is drawn black or white, in units of
+      [0, 1]; grey is no change.
+    title: a line above the figure; "" for none.
 
   Returns:
-    A figure of matplotlib's.
+    The figure.
   """
   figure = _figure(1.1 * len(images) + 1, 4.2)
   axes = figure.subplots(3, len(images), squeeze=False)
@@ -107,8 +120,8 @@ def examples(
       axis.imshow(np.clip(image, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
       axis.set(xticks=[], yticks=[])
     line[0].set_ylabel(name)
-  for line, said in ((axes[0], clean_said), (axes[2], adv_said)):
-    for axis, label, guess in zip(line, labels, said, strict=True):
+  for line, guesses in ((axes[0], clean_said), (axes[2], adv_said)):
+    for axis, label, guess in zip(line, labels, guesses, strict=True):
       right = label == guess
       between = " " if len(f"{guess}{label}") < 8 else "\n"
       axis.set_title(
@@ -120,15 +133,15 @@ def examples(
   return figure
 
 
-def broken(summaries: Sequence[Row], names: Sequence[str]) -> Any:
-  """What became of each evaluation's images: a bar, its parts the attacks.
+def broken(summaries: Sequence[Row], names: Sequence[str]) -> Figure:
+  """Draws what became of images: a bar an evaluation, its parts the attacks.
 
   Args:
     summaries: what `evaluate.Result.summary` returns, one for each bar.
     names: the names of the bars.
 
   Returns:
-    A figure of matplotlib's.
+    The figure.
   """
   figure = _figure(9, 1.4 + 0.5 * len(summaries))
   axis = figure.subplots()
@@ -160,27 +173,22 @@ def by_radius(
   lines: Mapping[str, Mapping[float, float | int]],
   norm: str,
   eps: float | int,
-) -> Any:
-  """Accuracy against the radius.
+) -> Figure:
+  """Draws accuracy against the radius.
 
   Args:
     lines: by name, the accuracy at each radius, in [0, 1].
-    norm: the norm of the radii.
-    eps: the one that is marked.
+    norm: the norm of the radii, for the label of their axis.
+    eps: the radius that is marked.
 
   Returns:
-    A figure of matplotlib's.
+    The figure.
   """
   figure = _figure(5.5, 4)
   axis = figure.subplots()
   for name, points in lines.items():
-    radii = sorted(points)
-    axis.plot(
-      radii,
-      [100 * points[radius] for radius in radii],
-      "o-" if len(radii) < 20 else "-",
-      label=name,
-    )
+    style = "o-" if len(points) < 20 else "-"
+    axis.plot(*_in_percent(points), style, label=name)
   axis.axvline(eps, color="black", linewidth=0.8, linestyle=":")
   axis.set(xlabel=f"eps ({norm})", ylabel="accuracy, %", ylim=(0, 100))
   axis.grid(alpha=0.3)
@@ -188,7 +196,18 @@ def by_radius(
   return figure
 
 
-def _save(figures, folder):
+def _in_percent(
+  points: Mapping[float, float | int],
+) -> tuple[list[float], list[float]]:
+  """Returns a curve's radii, sorted, and its accuracies there in percent."""
+  radii = sorted(points)
+  return radii, [100 * points[radius] for radius in radii]
+
+
+def _save(
+  figures: Mapping[str, Figure | None],
+  folder: pathlib.Path,
+) -> list[pathlib.Path]:
   written = []
   for name, figure in figures.items():
     if figure is not None:
@@ -197,31 +216,41 @@ def _save(figures, folder):
   return written
 
 
-def _runs(tests):
-  """Each run a line, each kind of accuracy a mark with its seeds' spread."""
-  lines = comparison.lines_of(tests)
-  if not lines:
+def _mean_and_deviation(
+  rows: Iterable[Row], kind: Attacked
+) -> tuple[float, float] | None:
+  """Returns those of seeds, in percent; the deviation of one seed is 0."""
+  values = [100 * value for value in by_seed(rows, kind).values()]
+  if not values:
     return None
-  kinds = comparison.kinds(tests)
-  figure = _figure(8, 1.6 + 0.45 * len(lines))
+  deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+  return statistics.mean(values), deviation
+
+
+def _runs(tests: Sequence[Row]) -> Figure | None:
+  """Draws each run as a line, each kind of accuracy as a mark with whiskers."""
+  runs = comparison.by_name(tests)
+  if not runs:
+    return None
+  shown = kinds(tests)
+  figure = _figure(8, 1.6 + 0.45 * len(runs))
   axis = figure.subplots()
-  for i, (name, kind) in enumerate(kinds.items()):
-    label = name
-    for y, (_, own) in enumerate(lines.values()):
-      values = [100 * x for x in comparison.values(own, kind).values()]
-      if values:
+  for i, kind in enumerate(shown):
+    label = kind.name
+    for y, (_, own) in enumerate(runs.values()):
+      if measured := _mean_and_deviation(own, kind):
         axis.errorbar(
-          statistics.mean(values),
-          y + 0.09 * (i - len(kinds) / 2),
-          xerr=statistics.stdev(values) if len(values) > 1 else 0,
+          measured[0],
+          y + 0.09 * (i - len(shown) / 2),
+          xerr=measured[1],
           fmt="osD^vP*X"[i % 8],
           color=f"C{i}",
           markersize=5,
           capsize=2,
           label=label,
         )
-        label = ""
-  axis.set_yticks(range(len(lines)), list(lines), fontsize=8)
+        label = ""  # one entry in the legend for each kind
+  axis.set_yticks(range(len(runs)), list(runs), fontsize=8)
   axis.invert_yaxis()
   axis.grid(axis="x", alpha=0.3)
   axis.set_xlabel("test accuracy, %; whiskers: standard deviation of seeds")
@@ -229,15 +258,15 @@ def _runs(tests):
   return figure
 
 
-def _frontier(tests):
-  """Clean against robust accuracy of ensembles, over all alphas."""
+def _frontier(tests: Sequence[Row]) -> Figure | None:
+  """Draws clean against robust accuracy of ensembles, over all alphas."""
   main = attacks(tests)[:1]
   lines: dict[str, dict[float, tuple[float, float]]] = {}
   stars: dict[str, tuple[float, float]] = {}
-  for run, of_run in comparison.runs(tests).items():
+  for run, of_run in by_run(tests).items():
     for group, own in by_group(of_run).items():
       family, _, alpha = group.stage.partition("-")
-      if is_member(group) or family == "vrf":
+      if group.is_member or family == "vrf":
         clean, robust = (
           100 * statistics.mean(by_seed(own, kind).values())
           for kind in (CLEAN, *main)
@@ -251,12 +280,18 @@ def _frontier(tests):
     return None
   figure = _figure(6, 4.6)
   axis = figure.subplots()
+  ends = {0.0: "probe", 1.0: "fine-tuned"}
   for name, points in lines.items():
-    at = [points[alpha] for alpha in sorted(points)]
-    axis.plot(*zip(*at, strict=True), "o-", markersize=4, label=name)
-    for alpha, said in ((0, "probe"), (1, "fine-tuned")):
-      axis.annotate(said, points[alpha], fontsize=8, xytext=(4, -10),
-                    textcoords="offset points")  # fmt: skip
+    in_order = [points[alpha] for alpha in sorted(points)]
+    axis.plot(*zip(*in_order, strict=True), "o-", markersize=4, label=name)
+    for end, label in ends.items():
+      axis.annotate(
+        label,
+        points[end],
+        fontsize=8,
+        xytext=(4, -10),
+        textcoords="offset points",
+      )
   for name, point in stars.items():
     axis.plot(*point, "*", markersize=12, label=name)
   axis.set(
@@ -266,64 +301,60 @@ def _frontier(tests):
   return figure
 
 
-def _figure(width, height):
+def _figure(width: float | int, height: float | int) -> Figure:
+  """Returns an empty figure of this size, in inches."""
   extras.need("matplotlib")
   from matplotlib import figure
 
   return figure.Figure(figsize=(width, height), layout="constrained")
 
 
-def _colour(group):
+def _colour(group: Group) -> str:
   return _COLOURS["linear" if group.method == "linear" else group.init]
 
 
-def _label(group, groups):
-  """What tells this group from the others."""
+def _label(group: Group, groups: Iterable[Group]) -> str:
+  """Returns the group's name, and the settings in which others differ."""
+  alike = [other for other in groups if other.stage == group.stage]
   parts = [group.name]
-  for field, word in (("train_size", "{} images"), ("steps", "{} steps")):
-    values = {getattr(g, field) for g in groups if g.stage == group.stage}
-    if len(values) > 1:
-      parts.append(word.format(getattr(group, field)))
+  if len({other.train_size for other in alike}) > 1:
+    parts.append(f"{group.train_size} images")
+  if len({other.steps for other in alike}) > 1:
+    parts.append(f"{group.steps} steps")
   return "\n".join(parts)
 
 
-def _bars(rows):
-  """Clean and robust accuracy of each group: mean and spread over seeds."""
+def _bars(rows: Sequence[Row]) -> Figure | None:
+  """Draws clean and robust accuracy of each group, with whiskers for seeds."""
   tests = record.where(rows, split="test")
   if not tests:
     return None
-  groups = {g: of for g, of in by_group(tests).items() if not is_member(g)}
+  groups = {g: own for g, own in by_group(tests).items() if not g.is_member}
   attack = attacks(tests)[0]
   backbones = collections.Counter(group.weights for group in groups)
   figure = _figure(2 + 1.3 * len(groups), 4.4)
-  axes = figure.subplots(
-    1,
-    len(backbones),
-    sharey=True,
-    squeeze=False,
-    width_ratios=list(backbones.values()),
-  )[0]
+  widths = list(backbones.values())
+  (axes,) = figure.subplots(
+    1, len(widths), sharey=True, squeeze=False, width_ratios=widths
+  )
   for axis, backbone in zip(axes, backbones, strict=True):
-    own = [group for group in groups if group.weights == backbone]
-    for x, group in enumerate(own):
+    shown = [group for group in groups if group.weights == backbone]
+    for x, group in enumerate(shown):
       for kind, side, alpha in ((CLEAN, -0.2, 0.4), (attack, 0.2, 1.0)):
-        own_values = by_seed(groups[group], kind).values()
-        values = [100 * value for value in own_values]
-        if not values:
-          continue
-        mean = statistics.mean(values)
-        axis.bar(
-          x + side,
-          mean,
-          width=0.38,
-          yerr=statistics.stdev(values) if len(values) > 1 else 0,
-          capsize=3,
-          color=_colour(group),
-          alpha=alpha,
-        )
-        axis.text(x + side, 2, f"{mean:.1f}", ha="center", fontsize=8)
-    labels = [_label(group, groups) for group in own]
-    axis.set_xticks(range(len(own)), labels, fontsize=8)
+        if measured := _mean_and_deviation(groups[group], kind):
+          mean, deviation = measured
+          axis.bar(
+            x + side,
+            mean,
+            width=0.38,
+            yerr=deviation,
+            capsize=3,
+            color=_colour(group),
+            alpha=alpha,
+          )
+          axis.text(x + side, 2, f"{mean:.1f}", ha="center", fontsize=8)
+    labels = [_label(group, groups) for group in shown]
+    axis.set_xticks(range(len(shown)), labels, fontsize=8)
     axis.set_title(f"{backbone} backbone")
     axis.set_ylim(0, 100)
   axes[0].set_ylabel("test accuracy, %")
@@ -334,27 +365,23 @@ def _bars(rows):
   return figure
 
 
-def _curve(rows):
-  """Accuracy against eps, of the seed for which it was measured."""
+def _curve(rows: Sequence[Row]) -> Figure | None:
+  """Draws accuracy against eps, of the seed for which it was measured."""
   tests = record.where(rows, split="test")
-  curves = curved(tests)
+  curves = measured_curves(tests)
   if not curves:
     return None
   main = attacks(tests)[0]
   norms = sorted({curve.norm for curve in curves})
   figure = _figure(5.5 * len(norms), 4)
-  axes = figure.subplots(1, len(norms), sharey=True, squeeze=False)[0]
+  (axes,) = figure.subplots(1, len(norms), sharey=True, squeeze=False)
   for axis, norm in zip(axes, norms, strict=True):
     for curve, points in curves.items():
       if curve.norm == norm:
-        axis.plot(
-          sorted(points),
-          [100 * points[eps] for eps in sorted(points)],
-          "o-" if curve.recipe == main.recipe else "s--",
-          color=_colour(curve.group),
-          label=curve.name,
-        )
-    if norm == main.norm:
+        style = "o-" if curve.recipe == main.recipe else "s--"
+        color = _colour(curve.group)
+        axis.plot(*_in_percent(points), style, color=color, label=curve.name)
+    if norm == main.norm and main.eps is not None:
       axis.axvline(main.eps, color="black", linewidth=0.8, linestyle=":")
       axis.annotate("training radius", (main.eps, 2), fontsize=8)
     axis.set(xlabel=f"eps ({norm})", ylim=(0, 100))
@@ -363,39 +390,36 @@ def _curve(rows):
   return figure
 
 
-def _evaluations(evaluated):
-  """What became of each evaluation's images, under the names of cells."""
-  if not evaluated:
+def _evaluations(
+  summaries: Sequence[Row],
+) -> Figure | None:
+  """Draws what became of each evaluation's images, under cells' names."""
+  if not summaries:
     return None
-  return broken(evaluated, [_title(one) for one in evaluated])
+  titles = []
+  for summary in summaries:
+    row = summary["row"]
+    attack = f"{Attacked.of(row).recipe}, {row['norm']} {summary['eps']:g}"
+    titles.append(f"{row['cell']}\n{attack}, n {summary['n']}")
+  return broken(summaries, titles)
 
 
-def _title(one):
-  row = one["row"]
-  recipe = Attacked.of(row).recipe
-  return f"{row['cell']}\n{recipe}, {row['norm']} {one['eps']:g}, n {one['n']}"
-
-
-_ATTACK_COLOURS = ["#d1495b", "#edae49", "#66a182", "#8d5a97", "#2e4057"]
-
-
-def _training(rows, log):
-  """Training loss and validation accuracy by step, means over seeds."""
+def _training(rows: Sequence[Row], log: Sequence[Row]) -> Figure | None:
+  """Draws training loss and validation accuracy by step, means over seeds."""
   groups = {row["cell"]: Group.of(row) for row in rows}
   figure = _figure(9, 3.8)
   axes = figure.subplots(1, 2)
-  for axis, split, metric in (
-    (axes[0], "train", "loss"),
-    (axes[1], "val", "accuracy"),
-  ):
-    curves = collections.defaultdict(lambda: collections.defaultdict(list))
+  metrics = {"train": "loss", "val": "accuracy"}
+  for axis, (split, metric) in zip(axes, metrics.items(), strict=True):
+    curves: dict[Group, dict[int, list[float]]] = {}
     for row in record.where(log, split=split, metric=metric):
       group = groups.get(row["cell"])
       if group and (split == "train" or row["attack"] != "none"):
         group = dataclasses.replace(
           group, stage=row["stage"], steps=row["steps"], lr=row["lr"]
         )
-        curves[group][row["step"]].append(row["value"])
+        points = curves.setdefault(group, {})
+        points.setdefault(row["step"], []).append(row["value"])
     for group, points in curves.items():
       axis.plot(
         list(points),
@@ -412,14 +436,14 @@ def _training(rows, log):
   return figure
 
 
-_SPLITS = {"train": "training", "val": "adversarial validation"}
-
-
-def _examples(file):
-  """What was kept of the last stage, as a picture."""
-  shown = np.load(file)
+def _examples(file: pathlib.Path) -> Figure | None:
+  """Draws the adversarial examples that were kept of the last stage."""
+  if not file.exists():
+    return None
+  kept = np.load(file)
+  names = ("images", "adv", "labels", "clean_said", "adv_said")
   return examples(
-    shown["images"], shown["adv"], shown["labels"],
-    shown["clean_said"], shown["adv_said"],
-    eps=float(shown["eps"]), title=f"{shown['cell']}: what the model says",
-  )  # fmt: skip
+    *(kept[name] for name in names),
+    eps=float(kept["eps"]),
+    title=f"{kept['cell']}: what the model says",
+  )

@@ -1,15 +1,32 @@
-"""What rows are of: cells that differ in their seed alone, attacks, curves."""
+"""Rows sorted by what they measure: cells, attacks, curves, runs."""
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 
-Row = dict[str, Any]
+from roli_jax import statistics
+from roli_jax.results.record import Row
+
+Values = dict[int, float]  # accuracies in [0, 1], by seed
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+Part = TypeVar("Part", bound="_PartOfRow")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Group:
+class _PartOfRow:
+  """Some fields of a row, by which rows are compared and sorted."""
+
+  @classmethod
+  def of(cls: type[Part], row: Row) -> Part:
+    return cls(**{f.name: row[f.name] for f in dataclasses.fields(cls)})
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Group(_PartOfRow):
   """Cells that differ in their seed alone."""
 
   weights: str
@@ -21,13 +38,9 @@ class Group:
   steps: int
   lr: float
 
-  @classmethod
-  def of(cls, row: Row) -> "Group":
-    return cls(**{f.name: row[f.name] for f in dataclasses.fields(cls)})
-
   @property
   def name(self) -> str:
-    """As people call it: `full RanLI (small head)`."""
+    """As people call it: `full RanLI small head`."""
     inits = {"ranli": "RanLI", "roli": "RoLI", "std": "std"}
     name = f"{self.method} {inits[self.init]}"
     if self.stage != "adapt":
@@ -35,20 +48,30 @@ class Group:
     heads = {"small": " small head", "zeroshot": " zero-shot head"}
     return name + heads.get(self.head_init, "")
 
+  @property
+  def is_member(self) -> bool:
+    """Whether it is one of an ensemble's frontier, `wise_ft-0.3`."""
+    return "-" in self.stage
+
+
+# Kinds of AutoAttack; at another budget than its own it is `custom`.
+_VERSIONS = {
+  "fast": "fast (non-standard)",
+  "custom": "custom (non-standard)",
+  "plus": "plus",
+  "rand": "rand",
+}
+
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Attacked:
-  """What a row's images went through."""
+class Attacked(_PartOfRow):
+  """What was done to the images of a row before they were classified."""
 
   attack: str
   attack_steps: int | None
   restarts: int | None
   norm: str | None
   eps: float | None
-
-  @classmethod
-  def of(cls, row: Row) -> "Attacked":
-    return cls(**{f.name: row[f.name] for f in dataclasses.fields(cls)})
 
   @property
   def is_corruption(self) -> bool:
@@ -68,25 +91,52 @@ class Attacked:
 
   @property
   def name(self) -> str:
+    """The attack and its radius, or `clean`, or `corruptions`."""
     if self == CLEAN:
       return "clean"
+    if self == CORRUPTIONS:
+      return "corruptions"
     return f"{self.recipe} {self.norm} {self.eps:g}"
 
 
-# Of AutoAttack; at a budget of one's own it is `custom`.
-_VERSIONS = {
-  "fast": "fast (non-standard)",
-  "custom": "custom (non-standard)",
-  "plus": "plus",
-  "rand": "rand",
-}
-
 CLEAN = Attacked("none", None, None, None, None)
+# All corruptions, at all severities: no row is of it, see `by_seed`.
+CORRUPTIONS = Attacked("corruptions", None, None, "severity", None)
+
+
+def collect(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+  """Returns items by their key, keys in the order in which they first come."""
+  found: dict[K, list[T]] = {}
+  for item in items:
+    found.setdefault(key(item), []).append(item)
+  return found
+
+
+def by_group(rows: Iterable[Row]) -> dict[Group, list[Row]]:
+  """Returns rows by group, groups in the order in which they first come."""
+  return collect(rows, Group.of)
+
+
+def by_run(rows: Iterable[Row]) -> dict[str, list[Row]]:
+  """Returns rows by the name of their run, without its seed."""
+  return collect(rows, lambda row: re.sub(r"-?\bseed=\d+", "", row["run"]))
+
+
+def by_seed(rows: Iterable[Row], kind: Attacked) -> Values:
+  """Returns each seed's accuracy; of CORRUPTIONS the mean over all of them."""
+  if kind != CORRUPTIONS:
+    return {r["seed"]: r["value"] for r in rows if Attacked.of(r) == kind}
+  corrupted = [row for row in rows if Attacked.of(row).is_corruption]
+  values = {
+    seed: [row["value"] for row in same]
+    for seed, same in collect(corrupted, lambda row: row["seed"]).items()
+  }
+  return {seed: sum(each) / len(each) for seed, each in values.items()}
 
 
 def attacks(rows: Iterable[Row]) -> list[Attacked]:
-  """The attacks, those on most cells first; no corruptions."""
-  counts = collections.Counter(Attacked.of(row) for row in rows)
+  """Returns the attacks, those on most cells first; no corruptions."""
+  counts = collections.Counter(map(Attacked.of, rows))
   return [
     attack
     for attack, _ in counts.most_common()
@@ -94,44 +144,29 @@ def attacks(rows: Iterable[Row]) -> list[Attacked]:
   ]
 
 
-def is_curve(attack: Attacked, tests: Iterable[Row]) -> bool:
-  """Whether it is the main attack at another radius, or the curve's."""
-  if attack.attack == "curve":
-    return True
-  main = attacks(tests)[0]
-  return attack != main and dataclasses.replace(attack, eps=main.eps) == main
+def kinds(tests: Sequence[Row]) -> list[Attacked]:
+  """Returns what accuracy is shown of: CLEAN, attacks, perhaps CORRUPTIONS.
 
-
-def by_group(rows: Iterable[Row]) -> dict[Group, list[Row]]:
-  """Rows by group, in the order in which groups first stand."""
-  groups: dict[Group, list[Row]] = {}
-  for row in rows:
-    groups.setdefault(Group.of(row), []).append(row)
-  return groups
-
-
-def by_seed(rows: Iterable[Row], attack: Attacked) -> dict[int, float]:
-  """The accuracy of each seed under an attack."""
-  return {r["seed"]: r["value"] for r in rows if Attacked.of(r) == attack}
-
-
-def corrupted(rows: Iterable[Row]) -> dict[int, float]:
-  """The accuracy of each seed, the mean over corruptions and severities."""
-  found: dict[int, list[float]] = {}
-  for row in rows:
-    if Attacked.of(row).is_corruption:
-      found.setdefault(row["seed"], []).append(row["value"])
-  return {seed: sum(of) / len(of) for seed, of in found.items()}
-
-
-def is_member(group: Group) -> bool:
-  """Whether it is one of an ensemble's frontier, `wise_ft-0.3`."""
-  return "-" in group.stage
+  Those of a curve are left out: the main attack at other radii, and attacks
+  that are called `curve`.
+  """
+  found = attacks(tests)
+  shown = [
+    attack
+    for attack in found
+    if attack.attack != "curve"
+    and (
+      attack == found[0]
+      or dataclasses.replace(attack, eps=found[0].eps) != found[0]
+    )
+  ]
+  has_corruptions = any(Attacked.of(row).is_corruption for row in tests)
+  return [CLEAN, *shown, *[CORRUPTIONS] * has_corruptions]
 
 
 @dataclasses.dataclass(frozen=True)
-class CurveOf:
-  """Whose accuracy is known at several radii, and under what."""
+class Curve:
+  """Whose accuracy is known at several radii, and under which attack."""
 
   group: Group
   seed: int
@@ -146,18 +181,31 @@ class CurveOf:
     )
 
 
-def curved(tests: Sequence[Row]) -> dict[CurveOf, dict[float, float]]:
-  """Accuracy by radius, clean at 0, where there are two radii at least."""
-  found: dict[CurveOf, dict[float, float]] = {}
-  for group, own in by_group(tests).items():
-    for row in own:
-      attack = Attacked.of(row)
-      if attack != CLEAN and not attack.is_corruption:
-        of = CurveOf(group, row["seed"], attack.recipe, attack.norm or "")
-        found.setdefault(of, {})[attack.eps or 0.0] = row["value"]
-  found = {curve: of for curve, of in found.items() if len(of) > 1}
-  for curve, points in found.items():
-    clean = by_seed(by_group(tests)[curve.group], CLEAN)
-    if curve.seed in clean:
-      points[0.0] = clean[curve.seed]
+def _seed_and_attack(row: Row) -> tuple[int, tuple[str, str] | None]:
+  """Returns a row's seed, and its attack but for the radius, if it has one."""
+  attack = Attacked.of(row)
+  if attack == CLEAN or attack.is_corruption:
+    return row["seed"], None
+  return row["seed"], (attack.recipe, attack.norm or "")
+
+
+def measured_curves(tests: Iterable[Row]) -> dict[Curve, dict[float, float]]:
+  """Returns accuracy by radius, clean at 0, where there are two radii."""
+  found: dict[Curve, dict[float, float]] = {}
+  for group, rows in by_group(tests).items():
+    clean = by_seed(rows, CLEAN)
+    for (seed, attack), same in collect(rows, _seed_and_attack).items():
+      points = {row["eps"] or 0.0: row["value"] for row in same}
+      if attack and len(points) > 1:
+        if seed in clean:
+          points[0.0] = clean[seed]
+        found[Curve(group, seed, *attack)] = points
   return found
+
+
+def expected_robustness(points: dict[float, float]) -> float | None:
+  """Returns that of a curve, None unless it begins at the clean images."""
+  radii = sorted(points)
+  if radii[0] != 0:
+    return None
+  return statistics.expected_robustness(radii, [points[eps] for eps in radii])

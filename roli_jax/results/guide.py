@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 
 from roli_jax.files import workdir
 from roli_jax.results import record
+from roli_jax.results.grouping import collect
+from roli_jax.results.record import Row
 
-Row = dict[str, Any]
 Line = dict[str, Any]
 K = TypeVar("K", bound=Hashable)
 
-# What is measured, and the row that says it: attack, norm, eps.
+# Columns of accuracies, and the attack, norm and eps of their rows.
 MEASURES = {
   "clean_acc": ("none", "", 0.0),
   "Linf_acc": ("autoattack", "linf", 4 / 255),
@@ -30,7 +31,7 @@ MEASURES = {
   "common_acc": ("guide", "severity", 3.0),
 }
 
-# Of the published file; the first, a running number, has no name.
+# Of the published file; the first column, a running number, has no name.
 COLUMNS = (
   "", *MEASURES, "sum", "geom", "model_size", "backbone", "dataset",
   "loss_function", "pre_training_dataset", "pre_training_strategy",
@@ -43,7 +44,10 @@ _OF_BACKBONE = (
   "volume_pre_training_data", "backbone_name", "model_type",
 )  # fmt: skip
 
-# Those that say which training a line is of, beside its data set.
+# Those that `_config` gives a line, in its order.
+_NAMES = ("backbone", "dataset", "loss_function", "ft_strategy")
+
+# Those that identify a training, beside its data set.
 _CONFIG = ("backbone", "loss_function", "ft_strategy", "source")
 
 DATASETS = {
@@ -62,7 +66,7 @@ _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
 def read(path: pathlib.Path) -> list[Row]:
-  """The test rows of a run's last stages, with what only its config says.
+  """Returns the test rows of a run's last stages, completed from its config.
 
   Args:
     path: the run's directory.
@@ -92,18 +96,19 @@ def read(path: pathlib.Path) -> list[Row]:
   ]
 
 
-def _strategy(section, row):
+def _strategy(section: Mapping[str, Any], row: Row) -> str:
+  """Returns the `ft_strategy` of a row, from its stage's config."""
   epochs = not section["num_steps"]
   length = f"{section['epochs']} epochs" if epochs else f"{row['steps']} steps"
   method = _METHODS.get(row["method"], row["method"])
-  # The probe itself is called after what it is a probe for.
+  # `linear probe (RoLI)` is the Guide's LP: its init is that of what follows.
   is_probe = (row["stage"], row["init"]) == ("probe", "roli")
   init = "" if is_probe else _INITS[row["init"]]
   return f"{init}{method} ({length})"
 
 
 def table(rows: Iterable[Row]) -> list[Line]:
-  """Rows as lines of the published file, each the mean of its seeds.
+  """Returns rows as lines of the published file, the mean of their seeds.
 
   A seed counts if it has all five measurements. `sum` and `geom` are the sum
   and the product of the five. `backbone` is the last part of the weights'
@@ -111,7 +116,7 @@ def table(rows: Iterable[Row]) -> list[Line]:
   backbone of that name; what a backbone decides is left empty, see `join`.
 
   Args:
-    rows: as `read` gives them; those of other attacks or radii are passed
+    rows: as `read` returns them; those of other attacks or radii are passed
       over.
 
   Raises:
@@ -119,25 +124,26 @@ def table(rows: Iterable[Row]) -> list[Line]:
       training without all five measurements, or on images of several counts;
       one config trained in two ways, at two rates say.
   """
-  found: dict[tuple[str, ...], list[tuple[str, Row]]] = {}
-  for row in record.where(rows, split="test", metric="accuracy"):
-    measure = _measure(row)
-    if measure:
-      found.setdefault(_config(row), []).append((measure, row))
-  return [_line(i, *item) for i, item in enumerate(found.items())]
+  tests = record.where(rows, split="test", metric="accuracy")
+  measured = collect((row for row in tests if _measure(row)), _config)
+  return [_line(i, *item) for i, item in enumerate(measured.items())]
 
 
-def _measure(row):
-  """The column that a row's value belongs into, "" for none."""
+def _measure(row: Row) -> str:
+  """Returns the column that a row's value belongs into, "" for none."""
   for name, (attack, norm, eps) in MEASURES.items():
-    is_it = (row["attack"], row["norm"] or "") == (attack, norm)
-    if is_it and math.isclose(float(row["eps"] or 0), eps, rel_tol=1e-5):
+    same = (row["attack"], row["norm"] or "") == (attack, norm)
+    if same and math.isclose(float(row["eps"] or 0), eps, rel_tol=1e-5):
       return name
   return ""
 
 
-def _config(row):
-  """Backbone, data set, loss and strategy, in the Guide's words."""
+def _config(row: Row) -> tuple[str, str, str, str]:
+  """Returns backbone, data set, loss and strategy, in the Guide's words.
+
+  Raises:
+    ValueError: a field is missing, or the Guide has no such data or loss.
+  """
   for field in ("loss", "ft_strategy"):
     if field not in row:
       raise ValueError(
@@ -155,52 +161,60 @@ def _config(row):
   return backbone, DATASETS[row["data"]], loss, row["ft_strategy"]
 
 
-def _line(number, config, measured):
-  said = ", ".join(config)
+def _line(
+  number: int, config: tuple[str, str, str, str], measured: Sequence[Row]
+) -> Line:
+  """Returns the line of a config, the mean of the seeds that have all columns.
+
+  Raises:
+    ValueError: see `table`.
+  """
+  name = ", ".join(config)
   ways = {
     tuple(row[field] for field in ("lr", "steps", "head_init", "train_size"))
-    for _, row in measured
+    for row in measured
   }
   if len(ways) > 1:
     raise ValueError(
-      f"{said}: trained in {len(ways)} ways (rate, steps, head, images):"
+      f"{name}: trained in {len(ways)} ways (rate, steps, head, images):"
       f" {sorted(ways, key=str)}; give the rows of one"
     )
-  counts = sorted({row["n"] for _, row in measured})
+  counts = sorted({row["n"] for row in measured})
   if len(counts) > 1:
-    raise ValueError(f"{said}: measured on {counts} images; all must be one")
-  seeds = {}
-  for measure, row in measured:
-    values = seeds.setdefault(row["seed"], {})
+    raise ValueError(f"{name}: measured on {counts} images; all must be one")
+  seeds: dict[int, dict[str, float]] = {}
+  for row in measured:
+    measure, values = _measure(row), seeds.setdefault(row["seed"], {})
     if values.setdefault(measure, row["value"]) != row["value"]:
       raise ValueError(
-        f"{said}: {measure} of seed {row['seed']} is both {values[measure]} and"
+        f"{name}: {measure} of seed {row['seed']} is both {values[measure]} and"
         f" {row['value']}; give the rows of one run"
       )
   whole = [values for values in seeds.values() if len(values) == len(MEASURES)]
   if not whole:
-    has = max(seeds.values(), key=len)
-    lacking = ", ".join(name for name in MEASURES if name not in has)
-    raise ValueError(f"{said}: no row for {lacking}; end its tests first")
+    most = max(seeds.values(), key=len)
+    lacking = ", ".join(measure for measure in MEASURES if measure not in most)
+    raise ValueError(f"{name}: no row for {lacking}; end its tests first")
   means = {
-    name: statistics.mean(values[name] for values in whole) for name in MEASURES
+    measure: statistics.mean(values[measure] for values in whole)
+    for measure in MEASURES
   }
-  backbone, dataset, loss, strategy = config
   line = {
     "": number,
     **means,
     "sum": sum(means.values()),
     "geom": math.prod(means.values()),
-    "backbone": backbone,
-    "dataset": dataset,
-    "loss_function": loss,
-    "ft_strategy": strategy,
+    **dict(zip(_NAMES, config, strict=True)),
   }
   return {column: line.get(column, "") for column in COLUMNS}
 
 
 def to_csv(rows: Iterable[Row], path: pathlib.Path) -> None:
-  """Writes rows, as `read` gives them, with the published file's columns.
+  """Writes rows with the published file's columns.
+
+  Args:
+    rows: as `read` returns them.
+    path: the file to write.
 
   Raises:
     ValueError: as `table`.
@@ -209,7 +223,11 @@ def to_csv(rows: Iterable[Row], path: pathlib.Path) -> None:
 
 
 def write_csv(lines: Sequence[Line], path: pathlib.Path) -> None:
-  """Writes lines, and where they are joined, whose they are.
+  """Writes lines, with a column `source` where they are joined.
+
+  Args:
+    lines: as `table` or `join` returns them.
+    path: the file to write.
 
   Raises:
     ValueError: a line without one of the columns.
@@ -224,10 +242,10 @@ def write_csv(lines: Sequence[Line], path: pathlib.Path) -> None:
 
 
 def read_csv(path: pathlib.Path) -> list[Line]:
-  """The lines of such a file, the published one or ours; numbers as numbers.
+  """Returns the lines of the published file, or one of `to_csv`.
 
   Raises:
-    ValueError: there is none; columns are missing; a number is none.
+    ValueError: there is no file; columns are missing; a number can't be read.
   """
   if not path.is_file():
     raise ValueError(
@@ -240,7 +258,8 @@ def read_csv(path: pathlib.Path) -> list[Line]:
     return [_numbers(line, f"{path}:{reader.line_num}") for line in reader]
 
 
-def _check(columns, what):
+def _check(columns: Iterable[str], what: str) -> None:
+  """Raises a ValueError unless all columns of the published file are there."""
   missing = [repr(name) for name in COLUMNS if name not in columns]
   if missing:
     raise ValueError(
@@ -250,23 +269,24 @@ def _check(columns, what):
     )
 
 
-def _numbers(line, where):
-  made = dict(line)
+def _numbers(line: Line, where: str) -> Line:
+  """Returns a line that was read as text, with its numbers as floats."""
+  parsed = dict(line)
   for name in (*MEASURES, "sum", "geom"):
     try:
-      made[name] = float(line[name])
+      parsed[name] = float(line[name])
     except (TypeError, ValueError) as error:
       raise ValueError(
         f"{where}: {name} should be a number, got {line[name]!r}"
       ) from error
-  return made
+  return parsed
 
 
 def join(ours: Sequence[Line], theirs: Sequence[Line]) -> list[Line]:
-  """Their lines, then ours, each with whose it is in `source`.
+  """Returns their lines, then ours, with a column that tells them apart.
 
-  Ours are told what theirs know of the same backbone: its size, family and
-  pretraining. Of one that theirs lack it stays as it is.
+  Our lines take the size, family and pretraining of a backbone from their
+  lines of the same backbone, if there are any.
 
   Returns:
     Lines with one more column, `source`: `guide` or `roli_jax`.
@@ -282,13 +302,13 @@ def join(ours: Sequence[Line], theirs: Sequence[Line]) -> list[Line]:
   }
   joined = [{**line, "source": "guide"} for line in theirs]
   for line in ours:
-    about = known.get(line["backbone"], {})
-    joined.append({**line, **about, "source": "roli_jax"})
+    facts = known.get(line["backbone"], {})
+    joined.append({**line, **facts, "source": "roli_jax"})
   return [{**line, "": number} for number, line in enumerate(joined)]
 
 
 def scores(lines: Iterable[Line]) -> list[Line]:
-  """The Guide's three scores of each config, the best Borda first.
+  """Returns the Guide's three scores of each config, the best Borda first.
 
   A config is a backbone, a loss, a strategy and, where lines are joined, a
   source. `sum` and `geom` are totals over data sets of each one's sum and
@@ -302,36 +322,37 @@ def scores(lines: Iterable[Line]) -> list[Line]:
   """
   configs: dict[tuple[str, ...], dict[str, Line]] = {}
   for line in lines:
-    own = configs.setdefault(tuple(line.get(f, "") for f in _CONFIG), {})
-    if line["dataset"] in own:
-      raise ValueError(f"twice on {line['dataset']}: {_said(line)}")
-    own[line["dataset"]] = line
+    config = tuple(line.get(field, "") for field in _CONFIG)
+    by_data = configs.setdefault(config, {})
+    if line["dataset"] in by_data:
+      name = ", ".join(filter(None, config))
+      raise ValueError(f"twice on {line['dataset']}: {name}")
+    by_data[line["dataset"]] = line
   points = borda(
     [
-      {(data, name): line[name] for data, line in own.items()
-       for name in MEASURES}
-      for own in configs.values()
+      {
+        (data, name): by_data[data][name]
+        for data in by_data
+        for name in MEASURES
+      }
+      for by_data in configs.values()
     ]
-  )  # fmt: skip
-  made = [
+  )
+  scored = [
     {
       **dict(zip(_CONFIG, config, strict=True)),
-      "sum": sum(line["sum"] for line in own.values()),
-      "geom": sum(line["geom"] for line in own.values()),
+      "sum": sum(line["sum"] for line in by_data.values()),
+      "geom": sum(line["geom"] for line in by_data.values()),
       "borda": ranks,
       "rank": 1 + sum(other > ranks for other in points),
     }
-    for (config, own), ranks in zip(configs.items(), points, strict=True)
+    for (config, by_data), ranks in zip(configs.items(), points, strict=True)
   ]
-  return sorted(made, key=lambda score: score["rank"])
-
-
-def _said(line):
-  return ", ".join(str(line[f]) for f in _CONFIG if line.get(f))
+  return sorted(scored, key=lambda score: score["rank"])
 
 
 def borda(configs: Sequence[Mapping[K, float]]) -> list[int]:
-  """Each config's ranks, added over measurements: more is better.
+  """Returns each config's ranks, added over measurements: more is better.
 
   The lowest value has rank 1; equal values share the lowest of their ranks, as
   in the Guide.

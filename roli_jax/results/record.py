@@ -1,4 +1,4 @@
-"""Rows on disk: one JSON object a line, appended, each said once."""
+"""Rows on disk: one JSON object a line, appended, each entered once."""
 
 import json
 import math
@@ -8,6 +8,8 @@ from typing import Any
 
 from roli_jax import distributed
 
+Row = dict[str, Any]
+
 FIELDS = (
     "run", "cell", "stage", "init", "head_init", "method", "backbone",
     "weights", "data", "train_size", "lr", "steps", "split", "attack",
@@ -15,43 +17,51 @@ FIELDS = (
     "seconds",
 )  # fmt: skip
 
-# What a row says, as against what it is about.
-SAID = frozenset({"run", "value", "n", "seconds"})
+# Fields that were measured; the others identify a row.
+VALUES = frozenset({"run", "value", "n", "seconds"})
 
 
 class Record:
   """An append-only file of rows, in which no row stands twice.
 
-  Two rows are the same if they agree in all but what they say. A line that a
+  Two rows are the same if they agree in all fields but `values`. A line that a
   killed process left unfinished is dropped when the file is next opened. Of
   several processes the first writes; all know the rows.
+
+  Args:
+    path: the file, which need not be there yet.
+    fields: the names of a row's fields, in the order of the file.
+    values: the fields that may differ between two rows that are the same.
+
+  Attributes:
+    rows: the rows of the file, in its order.
   """
 
   def __init__(
     self,
     path: pathlib.Path,
     fields: tuple[str, ...] = FIELDS,
-    said: frozenset[str] = SAID,
+    values: frozenset[str] = VALUES,
   ):
     self.path = path
     self._fields = fields
-    self._said = said
+    self._identity = [field for field in fields if field not in values]
     whole, torn = _lines(path)
     if torn and distributed.leads():
       with path.open("rb+") as file:
         file.truncate(sum(len(line) for line in whole))
-    self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole]
+    self.rows: list[Row] = [json.loads(line) for line in whole]
     self._known = {self._key(row) for row in self.rows}
 
   def __contains__(self, row: Mapping[str, Any]) -> bool:
     return self._key(row) in self._known
 
   def add(self, row: Mapping[str, Any]) -> None:
-    """Appends the row unless it stands there already; null where unsaid."""
+    """Appends the row unless it is there already; absent fields are null."""
     unknown = row.keys() - set(self._fields)
     assert not unknown, f"rows have no fields {sorted(unknown)}"
     whole = {field: _plain(row.get(field)) for field in self._fields}
-    if self._key(whole) in self._known:
+    if whole in self:
       return
     if distributed.leads():
       with self.path.open("a", encoding="utf-8") as file:
@@ -59,12 +69,12 @@ class Record:
     self.rows.append(whole)
     self._known.add(self._key(whole))
 
-  def _key(self, row):
-    about = [f for f in self._fields if f not in self._said]
-    return tuple(_plain(row.get(f)) for f in about)
+  def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(_plain(row.get(field)) for field in self._identity)
 
 
 def _lines(path: pathlib.Path) -> tuple[list[bytes], bytes]:
+  """The whole lines of a file, and what is left of a last one, b"" if none."""
   if not path.exists():
     return [], b""
   lines = path.read_bytes().splitlines(keepends=True)
@@ -73,7 +83,7 @@ def _lines(path: pathlib.Path) -> tuple[list[bytes], bytes]:
 
 
 def _plain(value: Any) -> Any:
-  """Numbers that JSON has; what is not finite is null."""
+  """The value as JSON has it: NumPy's as Python's, null if not finite."""
   if hasattr(value, "item"):
     value = value.item()
   if isinstance(value, float) and not math.isfinite(value):
@@ -81,11 +91,11 @@ def _plain(value: Any) -> Any:
   return value
 
 
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of a file, none if it isn't there. Nothing is written."""
+def read(path: pathlib.Path) -> list[Row]:
+  """Returns the rows of a file, none if it isn't there; writes nothing."""
   return [json.loads(line) for line in _lines(path)[0]]
 
 
-def where(rows: Iterable[dict[str, Any]], **fields: Any) -> list[dict]:
-  """The rows that have these values in these fields."""
+def where(rows: Iterable[Row], **fields: Any) -> list[Row]:
+  """Returns the rows that have these values in these fields."""
   return [r for r in rows if all(r[k] == v for k, v in fields.items())]

@@ -1,28 +1,29 @@
 """From rows to tables: what was measured, and what can be concluded."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import mean
 
-from roli_jax import data, statistics
+from roli_jax import data
 from roli_jax.evaluate.checks import VERDICTS
 from roli_jax.results import comparison, record
 from roli_jax.results.grouping import (
   CLEAN,
   Attacked,
   Group,
-  Row,
   attacks,
   by_group,
   by_seed,
-  corrupted,
-  curved,
-  is_curve,
-  is_member,
+  collect,
+  expected_robustness,
+  kinds,
+  measured_curves,
 )
-from roli_jax.results.tables import Table, percent, spread
+from roli_jax.results.record import Row
+from roli_jax.results.tables import Table, filled, percent
 
 _CAVEAT = (
   "All seeds share the same pretrained backbones: what is concluded here holds"
@@ -31,313 +32,301 @@ _CAVEAT = (
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-  """All tables that the rows fill."""
-  made = [
-    accuracies(rows), differences(rows), comparison.frontier(rows),
-    curves(rows), comparison.corruptions(rows), grid(rows),
-  ]  # fmt: skip
-  return [table for table in made if table.rows]
+  """Returns all tables that the rows fill."""
+  made = (
+    accuracies,
+    differences,
+    comparison.frontier,
+    curves,
+    comparison.corruptions,
+    grid,
+  )
+  return filled(table(rows) for table in made)
 
 
 def accuracies(rows: Sequence[Row]) -> Table:
-  """Each group's accuracies on the test set: mean and spread over seeds."""
+  """Returns each group's test accuracies: mean and spread over seeds."""
   tests = record.where(rows, split="test")
-  shown = [attack for attack in attacks(tests) if not is_curve(attack, tests)]
-  lines = []
-  has_corruptions = any(Attacked.of(row).is_corruption for row in tests)
-  for group, own in by_group(tests).items():
-    if is_member(group):
-      continue
-    cells = [
+  shown = kinds(tests)
+  lines = [
+    (
       group.weights,
       group.name,
       str(group.train_size),
       str(group.steps),
       f"{group.lr:g}",
-      str(len({row["seed"] for row in own})),
-      spread(by_seed(own, CLEAN).values()),
-      *(spread(by_seed(own, attack).values()) for attack in shown),
-      *[spread(corrupted(own).values())] * has_corruptions,
-    ]
-    lines.append(tuple(cells))
-  names = (attack.name + _fewer(attack, tests) for attack in shown)
-  header = ("backbone", "method", "images", "steps", "lr", "seeds", "clean",
-            *names, *["corruptions"] * has_corruptions)  # fmt: skip
-  return _narrowed(
-    Table("Test accuracy: percent, mean ± SD of seeds", header, lines, _CAVEAT)
-  )
-
-
-def _fewer(attack: "Attacked", tests: Sequence[Row]) -> str:
-  """How many images, where they are not those of the main attack."""
-  counts = {
-    of: sorted({row["n"] for row in tests if Attacked.of(row) == of})
-    for of in (attack, attacks(tests)[0])
-  }
-  own, main = counts.values() if len(counts) == 2 else [*counts.values()] * 2
-  return "" if own == main else f", {own[0]} images"
+      comparison.num_seeds(own),
+      *comparison.spreads(own, shown),
+    )
+    for group, own in by_group(tests).items()
+    if not group.is_member
+  ]
+  about = ("backbone", "method", "images", "steps", "lr", "seeds")
+  header = (*about, *comparison.columns(tests, shown))
+  title = "Test accuracy: percent, mean ± SD of seeds"
+  return _narrowed(Table(title, header, lines, _CAVEAT))
 
 
 def differences(rows: Sequence[Row]) -> Table:
-  """What RoLI gains, and what linear probing does, paired by seed."""
+  """Returns what RoLI gains, and what linear probing does, paired by seed."""
   tests = record.where(rows, split="test")
-  groups = {g: of for g, of in by_group(tests).items() if not is_member(g)}
-  kinds = dict(zip(("clean", "robust"), (CLEAN, *attacks(tests)), strict=False))
+  groups = {g: own for g, own in by_group(tests).items() if not g.is_member}
+  main = attacks(tests)[:1]
+  shown = dict(zip(("clean", "robust"), (CLEAN, *main), strict=False))
   pairs = [
     (
-      (_pair(ours, theirs), str(ours.train_size), kind),
-      by_seed(groups[ours], attack),
-      by_seed(groups[theirs], attack),
+      (_pair(ours, theirs), str(ours.train_size), name),
+      by_seed(groups[ours], kind),
+      by_seed(groups[theirs], kind),
     )
-    for ours, theirs in _pairs(list(groups))
-    for kind, attack in kinds.items()
+    for ours, theirs in itertools.product(groups, repeat=2)
+    if _are_compared(ours, theirs)
+    for name, kind in shown.items()
   ]
-  main = attacks(tests)[0].name if attacks(tests) else ""
   names = ("difference", "images", "accuracy")
-  note = f"Robust: {main}. {_CAVEAT}"
+  note = f"Robust: {main[0].name if main else ''}. {_CAVEAT}"
   return _narrowed(comparison.paired("Paired differences", names, pairs, note))
 
 
 def _narrowed(table: Table) -> Table:
-  """Without the columns of settings that are the same in all rows."""
-  columns = dict(zip(table.header, zip(*table.rows, strict=True), strict=False))
-  same = {
-    name: columns[name][0]
-    for name in ("images", "steps")
-    if len(set(columns.get(name, ()))) == 1
-  }
-  kept = [i for i, name in enumerate(table.header) if name not in same]
-  said = ", ".join(f"{value} {name}" for name, value in same.items())
-  return Table(
-    table.title + (f" ({said})" if said else ""),
-    tuple(table.header[i] for i in kept),
-    [tuple(row[i] for i in kept) for row in table.rows],
-    table.note,
-  )
+  """Returns the table without settings that are the same in all rows."""
+  columns = list(zip(table.header, *table.rows, strict=True))
+  same = [
+    column
+    for column in columns
+    if column[0] in ("images", "steps") and len(set(column[1:])) == 1
+  ]
+  others = [column for column in columns if column not in same]
+  header, *rows = zip(*others, strict=True)
+  settings = ", ".join(f"{value} {name}" for name, value, *_ in same)
+  title = table.title + (f" ({settings})" if settings else "")
+  return dataclasses.replace(table, title=title, header=header, rows=rows)
 
 
-def _pair(ours: "Group", theirs: "Group") -> str:
-  """What is compared: `full RoLI − full RanLI, robust`."""
+def _pair(ours: Group, theirs: Group) -> str:
+  """Returns what is compared: `full RoLI − full RanLI, robust`."""
   if ours.weights != theirs.weights:
     return f"{ours.name}: {ours.weights} − {theirs.weights}"
   steps = f" of {theirs.steps} steps" if theirs.steps != ours.steps else ""
   return f"{ours.name} − {theirs.name}{steps}, {ours.weights}"
 
 
-def _pairs(groups: list["Group"]) -> Iterator[tuple["Group", "Group"]]:
-  """What is compared, robust or not.
+def _are_compared(ours: Group, theirs: Group) -> bool:
+  """Returns whether a difference of theirs from ours answers a question.
 
   RoLI against what else its method starts from, and against the probe; full
-  fine-tuning against other methods; linear probing against RanLI. From the
-  small head only against what starts from one too.
+  fine-tuning against other methods; linear probing against RanLI; a method on
+  the robust backbone against the same on the standard one. From the small head
+  only against what starts from one too.
   """
-  for ours in groups:
-    for theirs in groups:
-      setting = (ours.weights, ours.train_size)
-      if (theirs.weights, theirs.train_size) == setting:
-        if ours.head_init == "small" and theirs.head_init != "small":
-          continue
-        is_roli = (ours.stage, ours.init) == ("adapt", "roli")
-        rival = theirs.method in (ours.method, "linear")
-        rival |= (ours.method, theirs.init) == ("full", "roli")
-        is_probe = (ours.stage, ours.init) == ("probe", "roli")
-        if is_roli and rival and theirs != ours:
-          yield ours, theirs
-        if is_probe and theirs.init == "ranli":
-          yield ours, theirs
-      elif (ours.weights, theirs.weights) == ("robust", "standard"):
-        mine = dataclasses.replace(ours, weights="", lr=0.0)
-        if mine == dataclasses.replace(theirs, weights="", lr=0.0):
-          yield ours, theirs
+  if (ours.weights, theirs.weights) == ("robust", "standard"):
+    # Each backbone has a best learning rate of its own.
+    mine, other = (
+      dataclasses.replace(group, weights="", lr=0.0) for group in (ours, theirs)
+    )
+    return mine == other
+  setting = (ours.weights, ours.train_size)
+  if (theirs.weights, theirs.train_size) != setting:
+    return False
+  if ours.head_init == "small" and theirs.head_init != "small":
+    return False
+  if (ours.stage, ours.init) == ("probe", "roli"):
+    return theirs.init == "ranli"
+  rival = theirs.method in (ours.method, "linear")
+  rival |= (ours.method, theirs.init) == ("full", "roli")
+  is_roli = (ours.stage, ours.init) == ("adapt", "roli")
+  return is_roli and rival and theirs != ours
 
 
 def curves(rows: Sequence[Row]) -> Table:
-  """Accuracy against the radius, where it was measured at several."""
-  found = curved(record.where(rows, split="test"))
-  header = tuple(curve.name for curve in found)
-  radii = sorted({(c.norm, eps) for c, of in found.items() for eps in of})
+  """Returns accuracy against the radius, where it was measured at several."""
+  found = measured_curves(record.where(rows, split="test"))
+  radii = {(curve.norm, eps) for curve in found for eps in found[curve]}
   lines = []
-  for norm, eps in radii:
+  for norm, eps in sorted(radii):
     values = [
-      of.get(eps) if curve.norm == norm else None for curve, of in found.items()
+      points.get(eps) if curve.norm == norm else None
+      for curve, points in found.items()
     ]
-    cells = [percent(value) if value is not None else "" for value in values]
-    lines.append((f"{eps:g}", *cells))
-  means = [_expected(of) for of in found.values()]
-  if lines and any(means):
-    lines.append(("mean", *means))
-  note = "mean: expected robustness, over all radii from 0 on, by trapezia."
+    lines.append((f"{eps:g}", *map(_percent_or_empty, values)))
+  means = [expected_robustness(points) for points in found.values()]
+  if any(value is not None for value in means):
+    lines.append(("mean", *map(_percent_or_empty, means)))
   return Table(
-    "Test accuracy against eps: percent", ("eps", *header), lines, note
+    "Test accuracy against eps: percent",
+    ("eps", *(curve.name for curve in found)),
+    lines,
+    "mean: expected robustness, over all radii from 0 on, by trapezia.",
   )
 
 
-def _expected(points: dict[float, float]) -> str:
-  """Expected robustness of a curve, if it begins at the clean images."""
-  radii = sorted(points)
-  if radii[0]:
-    return ""
-  accuracies = [points[eps] for eps in radii]
-  return percent(statistics.expected_robustness(radii, accuracies))
+def _percent_or_empty(value: float | None) -> str:
+  return "" if value is None else percent(value)
 
 
 def evaluations(kept: Iterable[Row]) -> list[Table]:
-  """What ensembles and searches broke, and what there is to say about them.
+  """Returns what ensembles and searches broke, and what their checks found.
 
   Args:
-    kept: summaries of results, each with the `row` that it is of.
+    kept: summaries of results, each with its row of results as `row`.
   """
   lines, checks = [], []
   for summary in kept:
     row = summary["row"]
-    attack = Attacked.of({**row, "value": None})
-    robust = summary["robust"]
-    broken = {
-      name: count
+    attack = f"{Attacked.of(row).recipe} {row['norm']} {summary['eps']:g}"
+    broken = [
+      f"{name} {count}"
       for name, count in summary["broken_by"].items()
       if name not in ("", "clean")
-    }
+    ]
+    robust, low, high = (
+      percent(summary["robust"][name]) for name in ("value", "low", "high")
+    )
     passes = summary["passes"]
-    lines.append((
-        row["cell"],
-        f"{attack.recipe} {row['norm']} {summary['eps']:g}",
-        str(summary["n"]),
-        percent(summary["clean"]["value"]),
-        f"{percent(robust['value'])} [{percent(robust['low'])},"
-        f" {percent(robust['high'])}]",
-        ", ".join(f"{name} {n}" for name, n in broken.items()) or "none",
-        f"{passes['forward']:,} / {passes['backward']:,}",
-        f"{summary['seconds']:.0f}",
-        "; ".join(summary["notes"]),
-    ))  # fmt: skip
+    cells = (
+      row["cell"],
+      attack,
+      str(summary["n"]),
+      percent(summary["clean"]["value"]),
+      f"{robust} [{low}, {high}]",
+      ", ".join(broken) or "none",
+      f"{passes['forward']:,} / {passes['backward']:,}",
+      f"{summary['seconds']:.0f}",
+      "; ".join(summary["notes"]),
+    )
+    lines.append(cells)
     checks += [
-      (row["cell"], lines[-1][1], name, check["verdict"], check["said"],
-       _some(check["images"]))
+      (row["cell"], attack, name, check["verdict"], *_seen(check))
       for name, check in summary["checks"].items()
-    ]  # fmt: skip
-  made = [
-    Table(
-      "Evaluations: what each attack broke",
-      ("cell", "attack", "images", "clean", "robust [95% Wilson]", "broken by",
-       "passes forward / backward", "seconds", "notes"),
-      lines,
-      "Each attack sees what those before it left. Percent of all images.",
-    ),
-    Table(
-      "Checks: is the number to be trusted?",
-      ("cell", "attack", "check", "verdict", "what was seen", "images"),
-      checks,
-    ),
-  ]  # fmt: skip
-  return [table for table in made if table.rows]
+    ]
+  about = ("cell", "attack", "images", "clean", "robust [95% Wilson]")
+  spent = ("passes forward / backward", "seconds", "notes")
+  broke = Table(
+    "Evaluations: what each attack broke",
+    (*about, "broken by", *spent),
+    lines,
+    "Each attack sees what those before it left. Percent of all images.",
+  )
+  checked = Table(
+    "Checks: is the number to be trusted?",
+    ("cell", "attack", "check", "verdict", *_SEEN),
+    checks,
+  )
+  return filled([broke, checked])
 
 
 def quick(path: pathlib.Path) -> Table:
-  """What the checks of a run's other tests say, the worst of each.
+  """Returns the checks of a run's other tests, the worst of each.
 
   Args:
     path: the run's directory.
   """
   files = sorted((path / "evaluations").rglob("checks-*.json"))
-  found: dict[str, list[tuple[int, Row, Row]]] = {}
-  for file in files:
-    kept = json.loads(file.read_text())
-    for name, check in kept["checks"].items():
-      rank = VERDICTS.index(check["verdict"])
-      found.setdefault(name, []).append((rank, check, kept["row"]))
+  found = [
+    (name, check, kept["row"])
+    for kept in (json.loads(file.read_text()) for file in files)
+    for name, check in kept["checks"].items()
+  ]
   lines = []
-  for name, each in found.items():
-    rank, check, row = max(each, key=lambda one: one[0])
-    of = sum(one[0] == rank for one in each)
+  for name, each in collect(found, lambda found: found[0]).items():
+    verdicts = [check["verdict"] for _, check, _ in each]
+    worst = max(verdicts, key=VERDICTS.index)
+    _, check, row = each[verdicts.index(worst)]
+    tests = f"{verdicts.count(worst)} of {len(each)}"
     lines.append(
-      (
-        name,
-        check["verdict"],
-        f"{of} of {len(each)}",
-        row["cell"],
-        row["attack"],
-        check["said"],
-        _some(check["images"]),
-      )
+      (name, worst, tests, row["cell"], row["attack"], *_seen(check))
     )
   return Table(
     "Checks of the other tests: is the number to be trusted?",
-    ("check", "worst verdict", "tests", "one of them", "attack",
-     "what was seen", "images"),
+    ("check", "worst verdict", "tests", "one of them", "attack", *_SEEN),
     lines,
-  )  # fmt: skip
+  )
+
+
+# The last columns of a table of checks, and `_seen` their cells.
+_SEEN = ("what was seen", "images")
+
+
+def _seen(check: Row) -> tuple[str, str]:
+  return check["said"], _some(check["images"])
 
 
 def _some(images: Sequence[int], most: int = 8) -> str:
+  """Returns the numbers of some images, for a cell."""
   more = f" and {len(images) - most} more" if len(images) > most else ""
   return " ".join(map(str, images[:most])) + more
 
 
 def kept(path: pathlib.Path) -> list[Row]:
-  """The summaries of a run's evaluations."""
+  """Returns the summaries of a run's evaluations.
+
+  Args:
+    path: the run's directory.
+  """
   files = sorted((path / "evaluations").rglob("summary.json"))
   return [json.loads(file.read_text()) for file in files]
 
 
 def facts(path: pathlib.Path) -> list[Table]:
-  """What a run trains, and on what: of `facts.json`, where it is."""
+  """Returns what a run trains, and on what, from `facts.json` if it is there.
+
+  Args:
+    path: the run's directory.
+  """
   file = path / "facts.json"
   if not file.is_file():
     return []
   known = json.loads(file.read_text())
+  sizes = []
   by_size = sorted(known["parameters"].items(), key=lambda item: item[1])
-  sizes = [
-    (method, f"{trained:,}", f"{total - trained:,}",
-     f"{100 * trained / total:.3g}")
-    for method, (trained, total) in by_size
-  ]  # fmt: skip
+  for method, (trained, total) in by_size:
+    share = f"{100 * trained / total:.3g}"
+    sizes.append((method, f"{trained:,}", f"{total - trained:,}", share))
   title = f"Parameters of {known['backbone']} and its head"
   header = ("method", "trained", "frozen", "percent trained")
   return [Table(title, header, sizes), *_manifest(known)]
 
 
 def _manifest(known: Row) -> list[Table]:
-  """Images by class and split, of data sets of files."""
+  """Returns the images by class and split, of data sets of files."""
   if not known["in_files"]:
     return []
-  counts: dict[str, dict[str, int]] = {}
+  by_class: dict[str, dict[str, int]] = {}
+  totals: dict[str, int] = dict.fromkeys(data.SPLITS, 0)
   for split, name, count in known["manifest"]:
-    counts.setdefault(name, {})[split] = count
-  splits = list(data.SPLITS)
+    by_class.setdefault(name, {})[split] = count
+    totals[split] += count
+  counts = [*by_class.items(), ("all", totals), ("skipped", known["skipped"])]
   lines = [
-    (name, *(str(of.get(split, 0)) for split in splits))
-    for name, of in counts.items()
+    (name, *(str(images.get(split, 0)) for split in data.SPLITS))
+    for name, images in counts
   ]
-  for what, of in (
-    ("all", {s: sum(c.get(s, 0) for c in counts.values()) for s in splits}),
-    ("skipped", known["skipped"]),
-  ):
-    lines.append((what, *(str(of[split]) for split in splits)))
   note = "; ".join(known["notes"])
-  return [Table("Images by class", ("class", *splits), lines, note)]
+  return [Table("Images by class", ("class", *data.SPLITS), lines, note)]
 
 
 def grid(rows: Sequence[Row]) -> Table:
-  """Validation accuracy at each learning rate, where there are several."""
-  vals = record.where(rows, split="val")
+  """Returns validation accuracy at each learning rate, where there are several.
+
+  Under attack, but for the clean probe, which is chosen by clean accuracy.
+  """
+  held_out = record.where(rows, split="val")
   rates: dict[Group, dict[float, list[float]]] = {}
-  for group, own in by_group(vals).items():
-    attack = CLEAN if (group.stage, group.init) == ("probe", "std") else None
-    values = by_seed(own, attack or attacks(vals)[0]).values()
-    same = dataclasses.replace(group, lr=0.0)
-    rates.setdefault(same, {})[group.lr] = list(values)
+  for group, own in by_group(held_out).items():
+    is_clean = (group.stage, group.init) == ("probe", "std")
+    kind = CLEAN if is_clean else attacks(held_out)[0]
+    tried = rates.setdefault(dataclasses.replace(group, lr=0.0), {})
+    tried[group.lr] = list(by_seed(own, kind).values())
   lines = []
-  for group, of in rates.items():
-    if len(of) > 1:
-      best = max(of, key=lambda lr: mean(of[lr]))
+  for group, tried in rates.items():
+    if len(tried) > 1:
+      best = max(tried, key=lambda lr: mean(tried[lr]))
       cells = [
-        f"{lr:g}: {percent(mean(values))}" + (" (chosen)" if lr == best else "")
-        for lr, values in sorted(of.items())
+        f"{lr:g}: {percent(mean(values))}" + " (chosen)" * (lr == best)
+        for lr, values in sorted(tried.items())
       ]
-      lines.append((
-          group.weights, group.name, str(group.train_size), str(group.steps),
-          str(len(of[best])), "; ".join(cells),
-      ))  # fmt: skip
+      setting = (str(group.train_size), str(group.steps), str(len(tried[best])))
+      lines.append((group.weights, group.name, *setting, "; ".join(cells)))
   return Table(
     "Learning rates: validation accuracy, percent, mean of seeds",
     ("backbone", "method", "images", "steps", "seeds", "rate: accuracy"),
@@ -350,45 +339,50 @@ def grid(rows: Sequence[Row]) -> Table:
 def write_sweep(path: pathlib.Path) -> list[Table]:
   """Writes `report.md` and the figures of a sweep, from its merged rows.
 
+  Args:
+    path: the sweep's directory.
+
   Raises:
     ValueError: there are no rows.
   """
   from roli_jax.results import figures
 
-  rows = record.read(path / "results.jsonl")
-  if not rows:
-    raise ValueError(f"there are no rows in {path / 'results.jsonl'}")
-  made = comparison.tables(rows)
-  return _written(path, made, figures.write_sweep(rows, path / "figures"))
+  rows = _rows(path)
+  drawn = figures.write_sweep(rows, path / "figures")
+  return _written(path, comparison.tables(rows), drawn)
 
 
 def write(path: pathlib.Path) -> list[Table]:
   """Writes `report.md` and the figures of a run's directory, from its rows.
 
+  Args:
+    path: the run's directory.
+
   Raises:
     ValueError: there are no rows.
   """
   from roli_jax.results import figures
 
-  rows = record.read(path / "results.jsonl")
-  if not rows:
-    raise ValueError(f"there are no rows in {path / 'results.jsonl'}")
-  evaluated = kept(path)
-  made = [*tables(rows), *evaluations(evaluated), *facts(path)]
-  checked = quick(path)
-  made += [checked] if checked.rows else []
-  drawn = figures.write(
-    rows,
-    record.read(path / "training.jsonl"),
-    path / "figures",
-    evaluated,
-  )
+  rows, evaluated = _rows(path), kept(path)
+  log = record.read(path / "training.jsonl")
+  drawn = figures.write(rows, log, path / "figures", evaluated)
+  checked = filled([quick(path)])
+  made = [*tables(rows), *evaluations(evaluated), *facts(path), *checked]
   return _written(path, made, drawn)
 
 
-def _written(path, tables, drawn):
-  """The tables, after they went to `report.md` with the figures below."""
+def _rows(path: pathlib.Path) -> list[Row]:
+  rows = record.read(path / "results.jsonl")
+  if not rows:
+    raise ValueError(f"there are no rows in {path / 'results.jsonl'}")
+  return rows
+
+
+def _written(
+  path: pathlib.Path, tables: list[Table], drawn: Iterable[pathlib.Path]
+) -> list[Table]:
+  """Writes the tables, the figures below them; returns the tables."""
   parts = [f"# {path.name}", "", *(table.markdown() for table in tables)]
-  parts += [f"![{f.stem}](figures/{f.name})\n" for f in drawn]
+  parts += [f"![{file.stem}](figures/{file.name})\n" for file in drawn]
   (path / "report.md").write_text("\n".join(parts))
   return tables

@@ -23,6 +23,7 @@ class Table:
   note: str = ""
 
   def markdown(self) -> str:
+    """Returns the table under its title, its note below."""
     lines = [
       f"## {self.title}",
       "",
@@ -33,8 +34,13 @@ class Table:
     return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
 
   def _repr_markdown_(self) -> str:
-    """What a notebook shows."""
+    """Returns what a notebook shows."""
     return self.markdown()
+
+
+def filled(tables: Iterable[Table]) -> list[Table]:
+  """Returns the tables that have rows."""
+  return [table for table in tables if table.rows]
 
 
 def show(tables: Iterable[Table]) -> None:
@@ -42,6 +48,7 @@ def show(tables: Iterable[Table]) -> None:
   import rich.console
   import rich.table
 
+  # A file has no width; rich would take it for 80 columns.
   width = None if sys.stdout.isatty() else 160
   console = rich.console.Console(width=width, highlight=False)
   for table in tables:
@@ -53,11 +60,13 @@ def show(tables: Iterable[Table]) -> None:
     console.print(shown)
 
 
-def percent(value: float) -> str:
+def percent(value: float | int) -> str:
+  """Returns a rate in [0, 1] in percent, with one decimal."""
   return f"{100 * value:.1f}"
 
 
-def spread(values: Iterable[float]) -> str:
+def spread(values: Iterable[float | int]) -> str:
+  """Returns mean ± standard deviation of rates, in percent; "" of none."""
   values = list(values)
   if not values:
     return ""
