@@ -10,7 +10,8 @@ import pytest
 from configs import glyphs_roli
 from roli_jax import attacks, evaluate
 from roli_jax.experiment import measure, protocol
-from roli_jax.experiment.build import build_attack, build_program, check_run
+from roli_jax.experiment.build import build_attack
+from roli_jax.experiment.program import build_program, check_run
 from roli_jax.experiment.run import build_run, expand_stages
 from tests import cli
 from tests.covering import mostly_slow
