@@ -73,7 +73,10 @@ def build_program(run: Run, stage: Stage) -> Program:
     ValueError: a section that can't be trained as it stands.
   """
   kind = (
-    *(stage.name, stage.loss, stage.num_steps, stage.epoch_steps),
+    stage.name,
+    stage.loss,
+    stage.num_steps,
+    stage.epoch_steps,
     build.build_method(run, stage),
     build.build_model(run, stage),
     build.head_anchor(run, stage),
