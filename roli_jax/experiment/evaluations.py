@@ -41,10 +41,7 @@ def keep(
 
 
 def keep_checks(
-  folder: pathlib.Path,
-  split: str,
-  row: Mapping[str, Any],
-  result: Result,
+  folder: pathlib.Path, split: str, row: Mapping[str, Any], result: Result
 ) -> None:
   """Writes the checks of a test that leaves nothing else beside its rows."""
   if not distributed.leads():

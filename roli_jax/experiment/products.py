@@ -38,10 +38,7 @@ def keep(
 
 
 def _keep_weights(
-  run: Run,
-  stage: Stage,
-  path: pathlib.Path,
-  best: Callable[[Stage], Variables],
+  run: Run, stage: Stage, path: pathlib.Path, best: Callable[[Stage], Variables]
 ) -> None:
   """Writes what was pretrained, as a bundle that other configs can name."""
   model = build_model(run, stage)

@@ -135,11 +135,7 @@ def _validate(
 
 
 def _log_training(
-  stage: Stage,
-  log: record.Record,
-  done: int,
-  attack: str,
-  counts: list[Counts],
+  stage: Stage, log: record.Record, done: int, attack: str, counts: list[Counts]
 ) -> None:
   """Logs mean loss and accuracy over the images of the counted steps."""
   total = jax.tree.map(lambda *x: sum(float(v) for v in x), *counts)
