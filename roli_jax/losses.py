@@ -233,7 +233,24 @@ class HalfAt(Clean):
 
 
 @dataclasses.dataclass(frozen=True)
-class Trades:
+class _TwoTerms:
+  """A loss of clean and adversarial logits.
+
+  Attributes:
+    beta: the weight of the second term, >= 0.
+  """
+
+  beta: float | int
+  adversarial: ClassVar[float] = 1.0
+  needs_clean: ClassVar[bool] = True
+
+  def __post_init__(self) -> None:
+    if not self.beta >= 0:
+      raise ValueError(f"beta must be >= 0, got {self.beta}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trades(_TwoTerms):
   """CE(clean) + beta KL(clean || adv) (Zhang et al. 2019, eq. 5).
 
   Attributes:
@@ -243,12 +260,6 @@ class Trades:
 
   beta: float | int = 6.0
   surrogate: ClassVar[str] = "kl"
-  adversarial: ClassVar[float] = 1.0
-  needs_clean: ClassVar[bool] = True
-
-  def __post_init__(self) -> None:
-    if not self.beta >= 0:
-      raise ValueError(f"beta must be >= 0, got {self.beta}")
 
   def __call__(
     self, *, clean: Logits | None, adv: Logits, labels: Labels
@@ -258,7 +269,7 @@ class Trades:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mart:
+class Mart(_TwoTerms):
   """MART (Wang et al. 2020, eq. 11): adversarial images, misclassified first.
 
   BCE(adv) + beta (1 - p_y(clean)) KL(clean || adv), where BCE is cross-entropy
@@ -272,12 +283,6 @@ class Mart:
 
   beta: float | int = 5.0
   surrogate: ClassVar[str] = "ce"
-  adversarial: ClassVar[float] = 1.0
-  needs_clean: ClassVar[bool] = True
-
-  def __post_init__(self) -> None:
-    if not self.beta >= 0:
-      raise ValueError(f"beta must be >= 0, got {self.beta}")
 
   def __call__(
     self, *, clean: Logits | None, adv: Logits, labels: Labels

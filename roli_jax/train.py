@@ -106,7 +106,4 @@ def evaluate(
   results = record.Record(path / "results.jsonl")
   chosen = protocol.asked(run)
   protocol.add_tests(run, stage, results, predict, variables, chosen)
-  about = {"cell": stage.cell, "stage": stage.name, "lr": stage.lr}
-  return record.where(
-    results.rows, **about, steps=stage.num_steps, split="test"
-  )
+  return record.where(results.rows, **stage.row, split="test")

@@ -1,7 +1,6 @@
 """One test of one model: an attack or a corruption on a split of the data."""
 
 import dataclasses
-import functools
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -180,27 +179,21 @@ def _joined(results: Sequence[evaluate.Result]) -> evaluate.Result:
   """Returns the result of all pieces, without adversarial images if several."""
   if len(results) == 1:
     return results[0]
-  whole = {
+  arrays = {
     name: np.concatenate([getattr(result, name) for result in results])
     for name, value in vars(results[0]).items()
     if isinstance(value, np.ndarray) and name != "adv"
   }
+  work: dict[str, batching.Work] = {}
+  for result in results:
+    for name, one in result.work.items():
+      work[name] = work.get(name, batching.Work()) + one
   return dataclasses.replace(
     results[-1],
     adv=results[0].adv[:0],
-    work=functools.reduce(_added, (result.work for result in results)),
+    work=work,
     notes=list(dict.fromkeys(n for result in results for n in result.notes)),
     checks=checks.worst(result.checks for result in results),
     seconds=sum(result.seconds for result in results),
-    **whole,
+    **arrays,
   )
-
-
-def _added(
-  some: dict[str, batching.Work], others: dict[str, batching.Work]
-) -> dict[str, batching.Work]:
-  """Returns the sums of work by attack."""
-  return {
-    name: some.get(name, batching.Work()) + others.get(name, batching.Work())
-    for name in some | others
-  }

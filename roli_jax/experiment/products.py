@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from roli_jax import convert, distributed, keys, sharding
 from roli_jax.experiment.build import build_attack, build_model
 from roli_jax.experiment.program import build_predict
 from roli_jax.experiment.run import Run
+from roli_jax.experiment.stage_state import Best
 from roli_jax.experiment.stages import Stage
 from roli_jax.types import Images, Int, Integer, Labels, Variables
 
@@ -20,7 +21,7 @@ def keep(
   run: Run,
   stages: Sequence[Stage],
   path: pathlib.Path,
-  best: Callable[[Stage], Variables],
+  best: Best,
 ) -> None:
   """Writes pretrained weights, and examples for a picture, where they lack.
 
@@ -30,30 +31,20 @@ def keep(
     path: the run's directory.
     best: returns the variables of a stage's best checkpoint.
   """
-  for stage in stages:
-    if stage.name == "pretrain":
-      _keep_weights(run, stage, path, best)
+  for stage in [s for s in stages if s.name == "pretrain"]:
+    model = build_model(run, stage)
+    file = path / f"{model.name}_{stage.weights}.safetensors"
+    if not file.exists():
+      # Other configs name it as their weights.
+      bundle = convert.Bundle(model, *best(stage))
+      if distributed.leads():
+        convert.save(bundle, file)
   if run.config["test"]:
     _keep_examples(run, stages, path, best)
 
 
-def _keep_weights(
-  run: Run, stage: Stage, path: pathlib.Path, best: Callable[[Stage], Variables]
-) -> None:
-  """Writes what was pretrained, as a bundle that other configs can name."""
-  model = build_model(run, stage)
-  file = path / f"{model.name}_{stage.weights}.safetensors"
-  if not file.exists():
-    bundle = convert.Bundle(model, *best(stage))
-    if distributed.leads():
-      convert.save(bundle, file)
-
-
 def _keep_examples(
-  run: Run,
-  stages: Sequence[Stage],
-  path: pathlib.Path,
-  best: Callable[[Stage], Variables],
+  run: Run, stages: Sequence[Stage], path: pathlib.Path, best: Best
 ) -> None:
   """Writes examples of the last stage that has a curve, or of the last one."""
   file = path / "figures" / "examples.npz"

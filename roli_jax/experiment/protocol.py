@@ -84,8 +84,7 @@ def rows(
 ) -> list[dict[str, Any]]:
   """Returns the rows of a measurement, without what was measured."""
   about = {
-    "cell": stage.cell,
-    "stage": stage.name,
+    **stage.row,
     "init": stage.init,
     "head_init": stage.head_init,
     "method": stage.method,
@@ -93,8 +92,6 @@ def rows(
     "weights": stage.weights,
     "data": run.config["data"]["name"],
     "train_size": stage.train_size,
-    "lr": stage.lr,
-    "steps": stage.num_steps,
     "split": split,
     "metric": "accuracy",
     "seed": stage.seed,

@@ -60,14 +60,13 @@ def _choose(run: Run, path: pathlib.Path) -> tuple[pathlib.Path, int | None]:
   Also the step, if it names one.
   """
   root = path.absolute() / "checkpoints"
+  asked = root / run.config["checkpoint"]
+  at_step = checkpoint.step_of(asked)
   if run.config["checkpoint"]:
-    asked = root / run.config["checkpoint"]
-    at_step = checkpoint.step_of(asked)
     found = checkpoint.find(asked if at_step is None else asked.parent)
     if at_step is not None and not asked.is_dir():
       found = []
   else:
-    asked, at_step = root, None
     stages = expand_stages(run)
     starts = {stage.start for stage in stages}
     last = [

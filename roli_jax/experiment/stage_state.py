@@ -16,7 +16,9 @@ from roli_jax.experiment.stages import ZEROSHOT, Stage
 from roli_jax.files import checkpoint
 from roli_jax.types import Array, Key, Params, Variables
 
-Meta = dict[str, Any]
+Meta = dict[str, Any]  # of a checkpoint: plain JSON
+# Returns the variables of a stage's best checkpoint.
+Best = Callable[[Stage], Variables]
 
 
 def initial_variables(run: Run, stage: Stage) -> Variables:
@@ -49,9 +51,7 @@ def _init_but_backbone(model: models.Model, key: Key[Array, ""]) -> Params:
   return dataclasses.replace(params, backbone={})
 
 
-def start_variables(
-  run: Run, stage: Stage, best: Callable[[Stage], Variables]
-) -> Variables:
+def start_variables(run: Run, stage: Stage, best: Best) -> Variables:
   """Returns what the stage starts from: weights, or its probe's best.
 
   Args:
@@ -95,7 +95,7 @@ def restore_or_start(
   run: Run,
   stage: Stage,
   checkpoints: ocp.CheckpointManager,
-  best: Callable[[Stage], Variables],
+  best: Best,
 ) -> tuple[state.TrainState, Key[Array, ""], Meta]:
   """Restores the stage's latest checkpoint, or starts the stage.
 

@@ -80,6 +80,16 @@ class Stage:
     return _cell_name(self.__dict__)
 
   @property
+  def row(self) -> dict[str, Any]:
+    """The fields by which rows name the stage."""
+    return {
+      "cell": self.cell,
+      "stage": self.name,
+      "lr": self.lr,
+      "steps": self.num_steps,
+    }
+
+  @property
   def selected_by(self) -> str:
     """The validation accuracy that selects the best checkpoint.
 

@@ -2,7 +2,7 @@
 
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from roli_jax import data, progress, sharding
 from roli_jax.experiment import protocol, stage_state
 from roli_jax.experiment.program import build_program
 from roli_jax.experiment.run import Run, training_images
-from roli_jax.experiment.stage_state import Meta
+from roli_jax.experiment.stage_state import Best, Meta
 from roli_jax.experiment.stages import Stage
 from roli_jax.files import checkpoint
 from roli_jax.results import record
@@ -34,7 +34,7 @@ def train_stage(
   stage: Stage,
   path: pathlib.Path,
   log: record.Record,
-  best: Callable[[Stage], Variables],
+  best: Best,
 ) -> Meta | None:
   """Trains a stage from where it stopped, if it did, to its end.
 
@@ -129,8 +129,9 @@ def _validate(
 ) -> dict[str, Any]:
   """Logs the validation after this step; returns its entry of the history."""
   clean, robust = protocol.validate(run, stage, variables)
-  for row in (clean, robust):
-    log.add({**_row(stage, done), "split": "val", "metric": "accuracy", **row})
+  about = {**stage.row, "step": done, "split": "val", "metric": "accuracy"}
+  for measured in (clean, robust):
+    log.add({**about, **measured})
   return {"step": done, "clean": clean["value"], "robust": robust["value"]}
 
 
@@ -139,21 +140,10 @@ def _log_training(
 ) -> None:
   """Logs mean loss and accuracy over the images of the counted steps."""
   total = jax.tree.map(lambda *x: sum(float(v) for v in x), *counts)
-  row = {**_row(stage, done), "split": "train", "attack": attack}
+  row = {**stage.row, "step": done, "split": "train", "attack": attack}
   for metric, value in (("loss", total.loss), ("accuracy", total.correct)):
     value /= total.seen
     log.add({**row, "metric": metric, "value": value, "n": int(total.seen)})
-
-
-def _row(stage: Stage, done: int) -> dict[str, Any]:
-  """The fields that all of a step's rows share."""
-  return {
-    "cell": stage.cell,
-    "stage": stage.name,
-    "lr": stage.lr,
-    "steps": stage.num_steps,
-    "step": done,
-  }
 
 
 def _not_finite(
