@@ -135,7 +135,7 @@ UNSEEN = (
   ("autoattack_fast", "linf", "0.1", 200, 2),
 )
 RECIPE = _each(SEEDS, {**ROLI, **CURVE, "tests": UNSEEN})
-# The two best on validation, of the first seed.
+# The two best on validation get AutoAttack as well, on the first seed.
 BEST = ("awp", "trades")
 STANDARD_TEST = ("autoattack", "linf", "0.1", 200)
 RECIPE_GRID = _each(3, {**ROLI, "rates": (3e-3, 1e-2)})

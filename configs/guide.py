@@ -41,7 +41,8 @@ PROTOCOLS = {
 PEFT = ("lora", "bias", "adapter", "vpt")
 LOSSES = {"at": {"name": "at"}, "trades": {"name": "trades", "beta": 1.0}}
 
-# Full fine-tuning: rates of backbone and head, decay. Linear probe: rate, decay.
+# Full fine-tuning: the backbone's and the head's rate, decay. Linear probe:
+# rate, decay.
 LR, HEAD_LR, DECAY = 1.2165e-4, 3.996e-3, 1.001e-6
 PROBE_LR, PROBE_DECAY = 1.2165e-4, 7.608e-4
 # Ours: a probe that is to be started from has to converge in few steps.
