@@ -227,7 +227,10 @@ def _base(given: flags.FlagValues) -> ConfigDict:
 
 
 def _overridden(config: ConfigDict, words: Sequence[str]) -> dict[str, Any]:
-  """Returns the config as nested dicts, overridden by `--config.field=`."""
+  """Returns the config as nested dicts, overridden by `--config.field=`.
+
+  An attack whose name is overridden keeps only fields that are overridden too.
+  """
   from ml_collections import config_flags
 
   values: Any = _flags()
@@ -236,29 +239,15 @@ def _overridden(config: ConfigDict, words: Sequence[str]) -> dict[str, Any]:
     "config", config, flag_values=values, sys_argv=["roli", *words]
   )
   _parse_all(values, words)
-  given = values["config"].override_values
-  return _with_own_defaults(values.config.to_dict(), before, given)
-
-
-def _with_own_defaults(
-  config: dict[str, Any], before: Mapping[str, Any], given: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Unsets the fields of attacks whose name was overridden.
-
-  The config's 20 steps are meant for PGD; APGD has another number. None stands
-  for the attack's own default. Fields that are overridden themselves stay.
-
-  Args:
-    config: after all overrides; changed and returned.
-    before: the same without them.
-    given: the overrides, by path.
-  """
-  for section in config.keys() & set(_ATTACKS):
-    if config[section]["name"] != before[section]["name"]:
-      for field in config[section].keys() - {"name"}:
-        if f"{section}.{field}" not in given:
-          config[section][field] = None
-  return config
+  overrides, chosen = values["config"].override_values, values.config.to_dict()
+  # The config's 20 steps are meant for PGD, not for an attack that is named
+  # instead: None stands for that attack's own default.
+  for section in chosen.keys() & set(_ATTACKS):
+    if chosen[section]["name"] != before[section]["name"]:
+      for field in chosen[section].keys() - {"name"}:
+        if f"{section}.{field}" not in overrides:
+          chosen[section][field] = None
+  return chosen
 
 
 def _overridable(config: Mapping[str, Any]) -> ConfigDict:

@@ -12,7 +12,7 @@ from roli_jax import attacks, corruptions, data, evaluate
 from roli_jax.evaluate import batching, checks, classifier
 from roli_jax.experiment.run import Run
 
-_PIECE = 2**30  # bytes of pixels that are attacked at once
+_PIECE = 2**30  # bytes of pixels that are held and attacked at once
 
 CLEAN: dict[str, Any] = {"attack": "none"}
 
@@ -80,6 +80,7 @@ class Corruption:
 
     The noise of each depends on its index in the data set alone.
     """
+    # Corruptions are defined on 8 bits.
     clean = np.rint(255 * source.pixels(rows)).astype(np.uint8)
     corrupted = [
       corruptions.apply(self._type(row, source), image, self.severity, index)
@@ -129,6 +130,7 @@ def run(
   function = on_devices(
     run, source, predict, variables, seed, run.compute_dtype
   )
+  # 4 bytes a value, as pixels are float32.
   batches = _PIECE // (4 * math.prod(source.shape) * batch)
   at_once = max(batches, 1) * batch
   pieces = range(0, len(rows), at_once)

@@ -135,6 +135,7 @@ def restore_or_start(
   fresh = state.create(
     params, stats, trains, program.tx, program.criterion.init_memory
   )
+  # The rate is data in the state, so that stages of all rates share a program.
   opt_state = optim.at_rate(fresh.opt_state, stage.lr)
   fresh = dataclasses.replace(fresh, opt_state=opt_state)
   fresh = sharding.place(fresh, abstract)
