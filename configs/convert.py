@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
     {
       "source": "",  # a file, or a directory with a bundle or a checkpoint
       "output": "",  # a directory
-      "model": "",  # its name; "": told from shapes
-      "format": "",  # timm, torchvision, ...; "": told from names
+      "model": "",  # its name; "": found by shapes
+      "format": "",  # timm, torchvision, ...; "": found by names
       # Per channel; (): the file's own, or else the format's.
       "mean": (),
       "std": (),

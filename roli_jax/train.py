@@ -104,6 +104,6 @@ def evaluate(
   protocol.check(run, ())
   stage, predict, variables = restore(run, path)
   results = record.Record(path / "results.jsonl")
-  chosen = protocol.asked(run)
+  chosen = protocol.evaluation_tests(run)
   protocol.add_tests(run, stage, results, predict, variables, chosen)
   return record.where(results.rows, **stage.row, split="test")

@@ -37,8 +37,8 @@ class Command:
   Attributes:
     mode: one of `MODES`.
     workdir: the run's directory, given or named after the config.
-    config: the resolved config, as nested dicts; {} in a sweep, and where help
-      is asked for without one.
+    config: the resolved config, as nested dicts; {} in a sweep, and for --help
+      without a config.
     swept: in a sweep, the words that its cells' configs come from, `--config=`
       first; otherwise ().
     flags: the other flags: `help`, `sweep_print`, `coordinator`,
@@ -202,28 +202,28 @@ def _lengthen(word: str, mode: str) -> str:
   return f"{match[1]}{section}.name{match[3] or ''}"
 
 
-def _workdir(given: flags.FlagValues) -> pathlib.Path:
+def _workdir(values: flags.FlagValues) -> pathlib.Path:
   """Returns --workdir, or runs/<config>-<key=value>-... by the config."""
-  if given.workdir:
-    return pathlib.Path(given.workdir)
-  file, _, arg = given.config.partition(":")
+  if values.workdir:
+    return pathlib.Path(values.workdir)
+  file, _, arg = values.config.partition(":")
   name = "-".join([pathlib.Path(file).stem, *filter(None, arg.split(","))])
-  if given.mode == "sweep":
+  if values.mode == "sweep":
     name = "sweep-" + re.sub(r"[^\w.=,-]+", "_", name)
   return pathlib.Path("runs", name)
 
 
-def _base(given: flags.FlagValues) -> ConfigDict:
+def _base(values: flags.FlagValues) -> ConfigDict:
   """Returns the config before any override: a file's, or the run's own."""
-  if given.config:
-    return load(given.config)
-  if given.mode not in ("evaluate", "report"):
-    _check_given(given.config)
-  if not given.workdir:
-    raise ValueError(f"--mode={given.mode} needs --workdir=RUN, or a --config")
+  if values.config:
+    return load(values.config)
+  if values.mode not in ("evaluate", "report"):
+    _check_given(values.config)
+  if not values.workdir:
+    raise ValueError(f"--mode={values.mode} needs --workdir=RUN, or a --config")
   from roli_jax.files import workdir
 
-  return _overridable(workdir.read_config(pathlib.Path(given.workdir)))
+  return _overridable(workdir.read_config(pathlib.Path(values.workdir)))
 
 
 def _overridden(config: ConfigDict, words: Sequence[str]) -> dict[str, Any]:

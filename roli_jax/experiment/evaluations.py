@@ -16,7 +16,7 @@ def keep(
   folder: pathlib.Path,
   about: Mapping[str, Any],
   result: Result,
-  found: Iterable[checks.Check],
+  diagnosed: Iterable[checks.Check],
   with_images: bool,
 ) -> None:
   """Writes a result's summary and arrays; drops the progress made towards it.
@@ -25,7 +25,7 @@ def keep(
     folder: the test's own; with `progress` in it.
     about: further fields of the summary.
     result: the result.
-    found: the checks of the diagnosis.
+    diagnosed: the checks of the diagnosis.
     with_images: whether the adversarial images are written too.
   """
   if not distributed.leads():
@@ -35,7 +35,7 @@ def keep(
   arrays = {name: getattr(result, name) for name in names}
   np.savez_compressed(folder / "result.npz", **arrays)
   summary = {**result.summary(), **about}
-  summary["checks"] |= {check.name: check.plain() for check in found}
+  summary["checks"] |= {check.name: check.plain() for check in diagnosed}
   workdir.write_json(folder / "summary.json", summary)
   shutil.rmtree(folder / "progress")
 

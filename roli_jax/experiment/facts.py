@@ -1,4 +1,4 @@
-"""`facts.json`: what a report says of methods and data beside the rows."""
+"""`facts.json`: sizes of methods and notes on data, for reports."""
 
 import pathlib
 from collections.abc import Iterable

@@ -61,8 +61,8 @@ def _corruptions(
       yield Corruption(corruption, int(severity), count)
 
 
-def asked(run: Run) -> Iterator[Test | Corruption]:
-  """Yields the tests that --mode=evaluate is asked for."""
+def evaluation_tests(run: Run) -> Iterator[Test | Corruption]:
+  """Yields the tests of --mode=evaluate."""
   config = run.config
   name = config["eval_attack"]["name"]
   if name.startswith("corruptions"):

@@ -139,11 +139,11 @@ def _cell_name(cell: Mapping[str, Any]) -> str:
   return _plain("-".join(values))
 
 
-def run(found: Sequence[Cell], path: pathlib.Path) -> list[dict[str, Any]]:
+def run(runs: Sequence[Cell], path: pathlib.Path) -> list[dict[str, Any]]:
   """Runs each cell that isn't complete, one after the other, and merges rows.
 
   Args:
-    found: the runs, from `cells`.
+    runs: the runs, from `cells`.
     path: the sweep's directory, with each run's workdir below it.
 
   Returns:
@@ -156,33 +156,33 @@ def run(found: Sequence[Cell], path: pathlib.Path) -> list[dict[str, Any]]:
   logs = path / "logs"
   logs.mkdir(parents=True, exist_ok=True)
   failed = []
-  with progress.bar("cells", len(found)) as update:
-    for cell in found:
+  with progress.bar("cells", len(runs)) as update:
+    for cell in runs:
       if not workdir.is_finished(path / cell.name, cell.config):
         command = [sys.executable, *cell.command(path)[1:]]
         with (logs / f"{cell.name}.txt").open("w") as log:
           if subprocess.run(command, stdout=log, stderr=log).returncode:
             failed.append(cell.name)
       update(1, cell.name)
-  rows = merge(found, path)
+  rows = merge(runs, path)
   if failed:
     raise ValueError(
-      f"{len(failed)} of {len(found)} cells failed: {', '.join(failed[:5])}\n"
+      f"{len(failed)} of {len(runs)} cells failed: {', '.join(failed[:5])}\n"
       f"what they said is in {logs}; the same command tries them again"
     )
   return rows
 
 
-def merge(found: Sequence[Cell], path: pathlib.Path) -> list[dict[str, Any]]:
+def merge(runs: Sequence[Cell], path: pathlib.Path) -> list[dict[str, Any]]:
   """Writes all rows to `results.jsonl`, and the commands to `sweep.json`."""
   rows = [
     row
-    for cell in found
+    for cell in runs
     for row in record.read(path / cell.name / "results.jsonl")
   ]
   partial = path / "results.jsonl.partial"
   partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
   partial.replace(path / "results.jsonl")
-  about = {cell.name: shlex.join(cell.command(path)) for cell in found}
+  about = {cell.name: shlex.join(cell.command(path)) for cell in runs}
   workdir.write_json(path / "sweep.json", about)
   return rows
