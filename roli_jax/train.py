@@ -57,7 +57,7 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
     logging.warning("%s", warning)
   results = record.Record(path / "results.jsonl")
   log = record.Record(path / "training.jsonl", LOG_FIELDS, LOG_VALUES)
-  distributed.wait("records")  # that are read before they are written
+  distributed.wait("records")  # all have read them: the first may write
   facts.write(run, stages, path)
 
   # A stage and the one that it starts from; more would fill the memory.

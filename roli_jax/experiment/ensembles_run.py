@@ -29,7 +29,8 @@ ALPHAS = tuple(i / 10 for i in range(11))
 # Tested by the main attack alone: it is there to be drawn beside the others,
 # and each attack on it costs two models' passes.
 MAIN_ALONE = ("output",)
-# Of squared distances, which lie in [0, 4].
+# VRF's a and b that are tried. The unit is a squared distance of unit features,
+# which lies in [0, 4].
 A = (0.1, 0.3, 0.6, 1.0, 1.5)
 B = (0.1, 0.3, 0.6)
 
