@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from roli_jax import attacks, keys, losses, models, objectives, trees
@@ -51,6 +52,8 @@ def _without_drops(model: Model) -> Model:
   return model
 
 
+# By name: `image` [b, h, w, c], `label` and `index` [b].
+Examples = Mapping[str, Array | np.ndarray]
 # Of an `objectives.Batch`, by name: `clean`, `adv` [b, h, w, c], `labels` and
 # `indices` [b], and two keys.
 Fields = dict[str, Any]
@@ -106,7 +109,7 @@ class WeightAttack:
       raise ValueError(f"awp.begin is a share in [0, 1], got {self.begin}")
 
   def moved(
-    self, trained: PyTree, grads: PyTree, strength: Float[Array, ""]
+    self, trained: PyTree, grads: PyTree, strength: float | Float[Array, ""]
   ) -> PyTree:
     """Returns the perturbed leaves, at which the gradient is taken.
 
@@ -187,7 +190,7 @@ def make_train_step(
   gradient_of = _make_gradient(model, method, criterion)
 
   def train_step(
-    state: TrainState, batch: Mapping[str, Array], key: Key[Array, ""]
+    state: TrainState, batch: Examples, key: Key[Array, ""]
   ) -> tuple[TrainState, Counts]:
     trained, frozen = method.split(state.params)
     parts = {name: batch[name] for name in ("image", "label", "index")}
@@ -226,11 +229,11 @@ def _make_attack(
   radius: Schedule,
   criterion: objectives.Criterion,
   white: int,
-) -> Callable[[TrainState, Key[Array, ""], Mapping[str, Array]], Fields]:
+) -> Callable[[TrainState, Key[Array, ""], Examples], Fields]:
   """Returns `(state, key, batch) -> fields`, which attacks the batch."""
 
   def attack_batch(
-    state: TrainState, key: Key[Array, ""], batch: Mapping[str, Array]
+    state: TrainState, key: Key[Array, ""], batch: Examples
   ) -> Fields:
     images = batch["image"].astype(jnp.float32) / white
     labels, indices = batch["label"], batch["index"]
