@@ -2,13 +2,17 @@
 
 from ml_collections import ConfigDict, config_dict
 
-# Of a CPU, the devices that it is split into for a small model. On two cores
+# How many devices a CPU is split into for a small model. On two cores
 # two run its training steps 1.1 to 1.5 times as fast as one (--mode=bench).
 CPU_DEVICES = 2
 
 
 def parse_arg(text: str, **defaults: str) -> ConfigDict:
-  """The `key=value,...` after a config's colon, over defaults.
+  """Reads the `key=value,...` after a config's colon, over defaults.
+
+  Args:
+    text: the part after the colon, "" if there is none.
+    **defaults: each key's default.
 
   Raises:
     ValueError: a key that the config does not take.
@@ -28,9 +32,9 @@ def data(name: str, train_size: int, **changes) -> dict:
   """A data set and how its images come to the model; see docs/data.md.
 
   Args:
-    name: of the data set.
-    train_size: images to train on; 0: all there are.
-    **changes: to the fields below.
+    name: the data set's name.
+    train_size: the number of images to train on; 0: all there are.
+    **changes: fields below that differ.
   """
   return {
     "name": name,
@@ -49,20 +53,21 @@ def data(name: str, train_size: int, **changes) -> dict:
 def mesh() -> dict:
   """How devices share the work; docs/scaling.md.
 
-  Of `rules` each is a pattern of paths and the axis, `data` or `model`, that
-  splits the leaves there: (".*", "data") for all (FSDP). None: copies.
+  Each of `rules` is a pattern of paths and the axis, `data` or `model`, that
+  splits the leaves there: (".*", "data") for all (FSDP). Leaves without a rule
+  are copied to each device.
   """
   return {"model": 1, "rules": ()}  # devices along the axis model
 
 
 def recipes() -> dict:
-  """What the field adds to adversarial fine-tuning: changes to `adapt` by name.
+  """Other methods of adversarial fine-tuning, as changes to `adapt` by name.
 
   At the authors' numbers, where they are known; docs/rivals.md has sources.
   """
   undecayed = {"weight_decay": 0.0}
 
-  def near(**anchor):
+  def near(**anchor) -> dict:
     return {"optim": {**undecayed, "anchor": anchor}}
 
   return {
@@ -82,9 +87,9 @@ def follow(config: ConfigDict, name: str, chosen: dict | None = None) -> None:
   """Changes the section `adapt` to a recipe's.
 
   Args:
-    config: with a section `adapt`.
-    name: of the recipe.
-    chosen: by name, what goes before the authors' numbers.
+    config: has a section `adapt`.
+    name: a key of `recipes`.
+    chosen: changes that replace the authors' numbers, by the recipe's name.
   """
   known = choose(recipes(), name, "recipe")
   for changes in (known, (chosen or {}).get(name, {})):
@@ -92,7 +97,7 @@ def follow(config: ConfigDict, name: str, chosen: dict | None = None) -> None:
 
 
 def methods() -> dict:
-  """How methods enter a backbone, those of RoLI's reference."""
+  """The options of each method of fine-tuning, as in RoLI's reference."""
   return {
     "lora": {"rank": 16, "alpha": 16.0, "dropout": 0.1},
     "adapter": {"reduction": 8},
@@ -122,18 +127,19 @@ COMPAT = {
 
 
 def compat(text: str, backbone: str, method: str, init: str) -> dict:
-  """The switches, all of them the reference's where the text is `true`.
+  """The compat switches: roli_jax's values, or the reference's.
 
-  Its LoRA is dead in a Swin from a probe alone.
+  The reference's LoRA, which never moves, is copied only where it is so there:
+  in a Swin that starts from a probe.
 
   Args:
-    text: `true` or `false`.
-    backbone: name of the model.
-    method: of fine-tuning.
-    init: of the head.
+    text: `true`, for the reference's values, or `false`.
+    backbone: the model's name.
+    method: the method of fine-tuning, a name in `peft.METHODS`.
+    init: the head's, a name in `experiment.stages.INITS`.
 
   Raises:
-    ValueError: it is neither `true` nor `false`.
+    ValueError: the text is neither `true` nor `false`.
   """
   values = {"false": 0, "true": 1}
   which = choose(values, text, "value of compat")
@@ -147,10 +153,10 @@ def backbone(name: str, weights: str, origin: str = "") -> dict:
   """A pretrained backbone and how it is computed.
 
   Args:
-    name: of the model.
-    weights: the name of shipped ones, or a path: a file or directory that
+    name: the model's name, in `models.MODELS`.
+    weights: the name of shipped weights, or a path: a file or directory that
       --mode=convert made, or a file that it could read.
-    origin: how to get them, for whoever has none.
+    origin: how to get the weights, for the message to users who lack them.
   """
   return {
     "name": name,
@@ -158,10 +164,10 @@ def backbone(name: str, weights: str, origin: str = "") -> dict:
     "origin": origin,
     # The side that images are resized to inside the model; 0: the weights'.
     "image_size": 0,
-    # Of a file of another framework: what a ViT's feature is, `token` or
-    # `mean`, where names don't tell; which of its networks. "": as told, as
-    # `convert.load` chooses.
+    # What the feature of another framework's ViT is, `token` or `mean`, where
+    # the names in its file leave it open; "": as `convert.load` chooses.
     "pool": "",
+    # Which network in such a file, as `ema`; "": as `convert.load` chooses.
     "key": "",
     # bfloat16: of training and attacks; parameters, pixels and the judge of
     # attacks keep float32.
@@ -176,7 +182,12 @@ def backbone(name: str, weights: str, origin: str = "") -> dict:
 
 
 def stage(num_steps: int, **changes) -> ConfigDict:
-  """A stage of training, as `probe`, `adapt` or `pretrain`."""
+  """A stage of training, as `probe`, `adapt` or `pretrain`.
+
+  Args:
+    num_steps: its number of steps; 0: those of `epochs`.
+    **changes: fields below that differ.
+  """
   section = ConfigDict(
     {
       "num_steps": num_steps,  # 0: `epochs` says
@@ -199,15 +210,15 @@ def stage(num_steps: int, **changes) -> ConfigDict:
       # roli_jax/objectives has it.
       "penalty": {
         "name": "none",
-        # Of function_space: adversarial, noise (std) or mixup; kl, symmetric_kl
-        # or l2.
+        # For function_space. simulator: adversarial, noise (std) or mixup.
+        # distance: kl, symmetric_kl or l2.
         "simulator": "",
         "distance": "",
         "lam_fun": config_dict.placeholder(float),
         "lam_cons": config_dict.placeholder(float),
         "temperature": config_dict.placeholder(float),
         "std": config_dict.placeholder(float),
-        # Of m2_mix, for zero-shot heads. images: clean or adv.
+        # For m2_mix, with zero-shot heads. images: clean or adv.
         "weight": config_dict.placeholder(float),
         "beta": config_dict.placeholder(float),
         "tau": config_dict.placeholder(float),
@@ -250,9 +261,9 @@ def stage(num_steps: int, **changes) -> ConfigDict:
         # random one.
         "head": "",
       },
-      # Of the rate: warmup, begin and end are shares of the stage.
+      # The learning rate: warmup, begin and end are shares of the stage.
       "schedule": {"warmup": 0.1, "decay": "cosine"},
-      # Of the training radius: 0 until `begin`, linear to threat.eps at `end`.
+      # The training radius: 0 until `begin`, linear to threat.eps at `end`.
       "radius": {"begin": 0.0, "end": 0.0},
     }
   )
@@ -271,7 +282,7 @@ def pgd(num_steps: int) -> ConfigDict:
       "random_start": True,
       "keep": "sample",
       "loss": "ce",
-      # Of other attacks. None, here and above: as the attack has it.
+      # For other attacks. None, here and above: the attack's default.
       "num_targets": config_dict.placeholder(int),
       "num_queries": config_dict.placeholder(int),
       "eot": config_dict.placeholder(int),
@@ -280,25 +291,25 @@ def pgd(num_steps: int) -> ConfigDict:
 
 
 def choose(options: dict, name: str, what: str):
-  """The option of that name, or a ValueError that says which there are."""
+  """Returns the option of that name, or raises a ValueError that lists all."""
   if name not in options:
     raise ValueError(f"unknown {what} {name!r}; there are {', '.join(options)}")
   return options[name]
 
 
 def cells(*given: dict) -> dict:
-  """What a run consists of, as roli_jax/experiment/stages.py reads it."""
+  """The cells of a run, as roli_jax/experiment/stages.py reads them."""
   return {
     "cells": given,
     # Which of them alone runs, from 0; None: all.
     "only": config_dict.placeholder(int),
-    # Of a stage and the probe it started from: wise_ft, output, vrf.
+    # Ensembles of a stage with its probe that are tested: wise_ft, output, vrf.
     "ensembles": (),
   }
 
 
 def evaluation() -> dict:
-  """What --mode=evaluate looks at, and what --mode=plan compiles for."""
+  """What --mode=evaluate tests, and what --mode=plan compiles for."""
   return {
     # Devices that plan compiles for without having them, as v5e:2x4, h100:8.
     "target": "",

@@ -18,16 +18,16 @@ def get_config() -> ConfigDict:
     {
       "source": "",  # a file, or a directory with a bundle or a checkpoint
       "output": "",  # a directory
-      "model": "",  # its name; "": told from shapes
-      "format": "",  # timm, torchvision, ...; "": told from names
+      "model": "",  # its name; "": found by shapes
+      "format": "",  # timm, torchvision, ...; "": found by names
       # Per channel; (): the file's own, or else the format's.
       "mean": (),
       "std": (),
       "num_classes": 0,  # of a new zero head; 0: the file's classifier
       "image_size": 0,  # that positions are resampled to; 0: the file's
-      # Of a ViT: token or mean, where names don't tell; "": token.
+      # A ViT's feature: token or mean, where names don't tell; "": token.
       "pool": "",
-      # Of several networks in a file the one: ema, state_dict, ...
+      # Which network in a file that has several: ema, state_dict, ...
       "key": "",
       "cpu_devices": 1,
     }

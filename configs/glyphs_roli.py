@@ -44,8 +44,8 @@ CHOSEN = (
   (".*", 3e-3),
 )
 
-# Of each recipe what was chosen on validation (docs/results.md), over the
-# authors' numbers.
+# What was chosen on validation for each recipe (docs/results.md), in place of
+# the authors' numbers.
 CHOSEN_RECIPES: dict[str, dict] = {
   "ftp": {"lr": 1e-2},
   "spd": {"optim": {"anchor": {"lam": 0.5}}},
@@ -125,7 +125,7 @@ def _grid(table: tuple[dict, ...]) -> tuple[dict, ...]:
   return tuple(sorted(cells, key=lambda cell: cell["method"] != "linear"))
 
 
-# Of the field's methods: on all seeds, on two, and on the first.
+# Tests of the field's methods, on all seeds or on two.
 SEEDS = 5
 UNSEEN = (
   ("apgd_t", "linf", "0.1", 50, SEEDS),
@@ -135,7 +135,7 @@ UNSEEN = (
   ("autoattack_fast", "linf", "0.1", 200, 2),
 )
 RECIPE = _each(SEEDS, {**ROLI, **CURVE, "tests": UNSEEN})
-# The two best on validation, of the first seed.
+# The two best on validation get AutoAttack as well, on the first seed.
 BEST = ("awp", "trades")
 STANDARD_TEST = ("autoattack", "linf", "0.1", 200)
 RECIPE_GRID = _each(3, {**ROLI, "rates": (3e-3, 1e-2)})
@@ -160,8 +160,8 @@ def get_config(text: str = "") -> ConfigDict:
   )  # fmt: skip
   config = ConfigDict(
     {
-      # Of the subset, the head, the order and the noise. Seed k of a cell is
-      # this one plus k.
+      # Decides the subset, the head, the order and the noise. Seed k of a cell
+      # is this one plus k.
       "seed": 0,
       "cpu_devices": common.CPU_DEVICES,
       "mesh": common.mesh(),

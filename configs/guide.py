@@ -41,13 +41,14 @@ PROTOCOLS = {
 PEFT = ("lora", "bias", "adapter", "vpt")
 LOSSES = {"at": {"name": "at"}, "trades": {"name": "trades", "beta": 1.0}}
 
-# Of full fine-tuning: backbone, head, decay. Of the linear probe: rate, decay.
+# Full fine-tuning: the backbone's and the head's rate, decay. Linear probe:
+# rate, decay.
 LR, HEAD_LR, DECAY = 1.2165e-4, 3.996e-3, 1.001e-6
 PROBE_LR, PROBE_DECAY = 1.2165e-4, 7.608e-4
 # Ours: a probe that is to be started from has to converge in few steps.
 ROLI_PROBE_LR, PEFT_LR = 1e-2, 1e-3
 
-# Of the Guide's ids, what stands before the dot: the models that we have.
+# Our models by what stands before the dot in the Guide's ids.
 MODELS = {
   "convnext_base": "convnext_b",
   "convnext_tiny": "convnext_t",
@@ -87,7 +88,9 @@ def _autoattack() -> ConfigDict:
   return attack
 
 
-def _stage(epochs: int, loss: str, lr: float, decay: float, head: float):
+def _stage(
+  epochs: int, loss: str, lr: float, decay: float, head: float
+) -> ConfigDict:
   return common.stage(
     0,
     epochs=epochs,

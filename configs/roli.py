@@ -113,7 +113,9 @@ convert a file of it, --mode=convert --config=configs/convert.py
 --config.backbone.weights=weights."""
 
 
-def _stage(epochs: int, optimizer: str, recipe: tuple[float, float]):
+def _stage(
+  epochs: int, optimizer: str, recipe: tuple[float, float]
+) -> ConfigDict:
   base_rate, decay = recipe
   return common.stage(
     0,

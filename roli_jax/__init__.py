@@ -6,6 +6,7 @@ light and `roli_jax.attacks` brings in the attacks and nothing else.
 
 import importlib
 import pkgutil
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -26,7 +27,7 @@ _MOVED = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> ModuleType:
   if name in _SUBMODULES or name in _MOVED:
     return importlib.import_module(f"{__name__}.{_MOVED.get(name, name)}")
   raise AttributeError(
@@ -34,5 +35,5 @@ def __getattr__(name: str):
   )
 
 
-def __dir__():
+def __dir__() -> list[str]:
   return sorted([*globals(), *_SUBMODULES])

@@ -46,12 +46,16 @@ def connect(
 
 
 def leads() -> bool:
-  """Whether this process writes what all of them know."""
+  """Whether this process is the one that writes files."""
   # Asks for no devices: who starts other processes leaves them free.
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def wait(name: str) -> None:
-  """Until all processes are here: what one has written the others can read."""
+  """Waits until all processes are here, so that all can read what one wrote.
+
+  Args:
+    name: the same in all processes.
+  """
   if jax.distributed.is_initialized():
     multihost_utils.sync_global_devices(name)

@@ -15,14 +15,14 @@ from roli_jax.types import Array, Int, Integer, Key, Keys
 
 
 def root(seed: int) -> Key[Array, ""]:
-  """The key that a run's seed stands for."""
+  """Returns the key of a seed, >= 0."""
   return jax.random.key(seed, impl="threefry2x32")
 
 
 def stream(
   key: Key[Array, ""], name: str, step: int | Int[Array, ""] = 0
 ) -> Key[Array, ""]:
-  """The key of a named purpose at a step of it."""
+  """Returns the key of a named purpose at a step, by default the first."""
   named = jax.random.fold_in(key, zlib.crc32(name.encode()))
   return jax.random.fold_in(named, step)
 
@@ -30,14 +30,19 @@ def stream(
 def per_image(
   key: Key[Array, ""], indices: Integer[Array | np.ndarray, "b"]
 ) -> Keys:
-  """One key for each image, from who the image is and from nothing else."""
+  """Returns one key for each image, from its index in the data set alone."""
   return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
 
 
 def fold(
   keys: Keys, data: str | int | Integer[Array, ""] | Integer[Array, "b"]
 ) -> Keys:
-  """Each image's key for a named purpose, or for a number: one, or its own."""
+  """Returns each image's key for a purpose.
+
+  Args:
+    keys: one key an image.
+    data: a name, a number for all images, or a number for each.
+  """
   if isinstance(data, str):
     data = zlib.crc32(data.encode())
   each = 0 if getattr(data, "ndim", 0) else None

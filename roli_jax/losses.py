@@ -113,8 +113,10 @@ def dlr_towards(
   return _ratio(towards, top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
 
 
-def _ratio(gap, width):
-  """Their ratio; the gap alone where too few classes are not masked."""
+def _ratio(
+  gap: Float[Array, "b"], width: Float[Array, "b"]
+) -> Float[Array, "b"]:
+  """Returns gap / width; the gap alone where too many classes are masked."""
   # Chosen before dividing: gradients of gap / inf are 0 / inf and inf / inf.
   few = jnp.isinf(width)
   return gap / (jnp.where(few, 1.0, width) + jnp.where(few, 0.0, TINY))
@@ -153,9 +155,9 @@ class Surrogate:
   """A loss that attacks raise.
 
   Attributes:
-    climb: `(logits, labels) -> [b]`, what the gradient is taken of; grows with
-      the loss.
-    loss: the loss from that, for means over images.
+    climb: `(logits, labels) -> [b]`, whose gradient the attack follows; grows
+      with the loss.
+    loss: `[b] -> [b]`, the loss from that, for means over images.
   """
 
   climb: Callable[..., Float[Array, "b"]]
@@ -185,7 +187,7 @@ class Objective(Protocol):
   Attributes:
     surrogate: the name of the loss that the inner attack raises by default.
     adversarial: the share of a batch that is attacked: 0, 0.5 or 1.
-    needs_clean: whether the clean logits of attacked images are asked for.
+    needs_clean: whether it takes the clean logits of attacked images.
   """
 
   surrogate: ClassVar[str]
@@ -231,22 +233,33 @@ class HalfAt(Clean):
 
 
 @dataclasses.dataclass(frozen=True)
-class Trades:
+class _TwoTerms:
+  """A loss of clean and adversarial logits.
+
+  Attributes:
+    beta: the weight of the second term, >= 0.
+  """
+
+  beta: float | int
+  adversarial: ClassVar[float] = 1.0
+  needs_clean: ClassVar[bool] = True
+
+  def __post_init__(self) -> None:
+    if not self.beta >= 0:
+      raise ValueError(f"beta must be >= 0, got {self.beta}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trades(_TwoTerms):
   """CE(clean) + beta KL(clean || adv) (Zhang et al. 2019, eq. 5).
 
   Attributes:
-    beta: the weight of the robust term, 1/lambda in the paper, which uses 6 on
-      CIFAR-10.
+    beta: the weight of the robust term, >= 0; 1/lambda in the paper, which
+      uses 6 on CIFAR-10.
   """
 
   beta: float | int = 6.0
   surrogate: ClassVar[str] = "kl"
-  adversarial: ClassVar[float] = 1.0
-  needs_clean: ClassVar[bool] = True
-
-  def __post_init__(self):
-    if not self.beta >= 0:
-      raise ValueError(f"beta must be >= 0, got {self.beta}")
 
   def __call__(
     self, *, clean: Logits | None, adv: Logits, labels: Labels
@@ -256,7 +269,7 @@ class Trades:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mart:
+class Mart(_TwoTerms):
   """MART (Wang et al. 2020, eq. 11): adversarial images, misclassified first.
 
   BCE(adv) + beta (1 - p_y(clean)) KL(clean || adv), where BCE is cross-entropy
@@ -265,17 +278,11 @@ class Mart:
   margin.
 
   Attributes:
-    beta: of the second term; the authors use 5 and 6.
+    beta: the weight of the second term, >= 0; the authors use 5 and 6.
   """
 
   beta: float | int = 5.0
   surrogate: ClassVar[str] = "ce"
-  adversarial: ClassVar[float] = 1.0
-  needs_clean: ClassVar[bool] = True
-
-  def __post_init__(self):
-    if not self.beta >= 0:
-      raise ValueError(f"beta must be >= 0, got {self.beta}")
 
   def __call__(
     self, *, clean: Logits | None, adv: Logits, labels: Labels

@@ -57,17 +57,18 @@ _MOST_LINES = 6
 
 
 def main() -> None:
-  """The command `roli`: what it was called with, to its exit status."""
+  """Runs the command `roli`, and exits with its status."""
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   sys.exit(run(sys.argv[1:]))
 
 
 def run(argv: Sequence[str]) -> int:
-  """Does what a command line says, in this process.
+  """Runs a command line in this process.
 
-  It may be called again and again. What the first run told JAX holds for all:
-  into how many devices a CPU is split, and where compiled programs are kept.
+  May be called again and again. Two settings of JAX are the first run's for
+  all: how many devices a CPU is split into, and where compiled programs are
+  kept.
 
   Args:
     argv: the words after the program's name.
@@ -94,12 +95,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _refuse(message: str) -> int:
+  """Prints a message to stderr; returns the exit status."""
   lines = message.splitlines()[:_MOST_LINES]
   print("\n".join([f"roli_jax: {lines[0]}", *lines[1:]]), file=sys.stderr)
   return 2
 
 
 def _explain(command: Command) -> None:
+  """Prints what --help prints."""
   print(__doc__)
   if command.config:
     from ml_collections import ConfigDict
@@ -108,26 +111,29 @@ def _explain(command: Command) -> None:
 
 
 def _prepare_jax(command: Command) -> None:
-  """Compiled programs beside the run, a CPU split, other processes joined."""
+  """Splits the CPU, sets where compiled programs are kept, joins processes."""
   import jax
 
   from roli_jax import distributed
 
-  given, split = os.environ.get, "host_platform_device_count"
-  if not (split in given("XLA_FLAGS", "") or given("JAX_NUM_CPU_DEVICES")):
+  environ, split = os.environ, "host_platform_device_count"
+  if not (
+    split in environ.get("XLA_FLAGS", "") or environ.get("JAX_NUM_CPU_DEVICES")
+  ):
     # In a notebook JAX may have begun, and keeps the devices that it has.
     with contextlib.suppress(RuntimeError):
       jax.config.update("jax_num_cpu_devices", command.config["cpu_devices"])
-  if not given("JAX_COMPILATION_CACHE_DIR"):
+  if not environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = command.workdir.absolute().parent / ".jax_cache"
     jax.config.update("jax_compilation_cache_dir", str(cache))
-  if not given("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+  if not environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-  told = command.flags
-  distributed.connect(told.coordinator, told.num_processes, told.process)
+  given = command.flags
+  distributed.connect(given.coordinator, given.num_processes, given.process)
 
 
 def _sweep(command: Command) -> None:
+  """Runs a sweep, or prints its commands."""
   from roli_jax.experiment import sweep
   from roli_jax.results import report, tables
 
@@ -144,12 +150,16 @@ def _sweep(command: Command) -> None:
 
 
 def _run_one(command: Command) -> None:
+  """Does what every mode but sweep does, in this process."""
   mode, path, config = command.mode, command.workdir, command.config
   _prepare_jax(command)
+  from roli_jax import distributed
+  from roli_jax.results import tables
+
   if mode == "train":
     extras.need("grain", "matplotlib")  # not only when all is computed
-    from roli_jax import distributed, train
-    from roli_jax.results import report, tables
+    from roli_jax import train
+    from roli_jax.results import report
 
     if not train.run(config, path):
       raise ValueError(f"the run ended before it had results; see {path}")
@@ -157,31 +167,28 @@ def _run_one(command: Command) -> None:
       tables.show(report.write(path))
       print(f"Written to {path}: report.md, figures/, results.jsonl.")
   elif mode == "evaluate":
-    from roli_jax import distributed, train
-    from roli_jax.results import comparison, report, tables
+    from roli_jax import train
+    from roli_jax.results import comparison, report
 
     rows = train.evaluate(config, path)
-    if not distributed.leads():
-      return
-    made = [
-      report.accuracies(rows),
-      comparison.corruptions(rows),
-      report.quick(path),
-    ]
-    tables.show(table for table in made if table.rows)
+    if distributed.leads():
+      drawn = [
+        report.accuracies(rows),
+        comparison.corruptions(rows),
+        report.quick(path),
+      ]
+      tables.show(table for table in drawn if table.rows)
   elif mode == "report":
-    from roli_jax.results import report, tables
+    from roli_jax.results import report
 
     tables.show(report.write(path))
   elif mode == "plan":
     from roli_jax.plan import plan
-    from roli_jax.results import tables
 
     tables.show(plan.tables(plan.run(config, path)))
     print(f"Written to {path / 'plan.json'}.")
   elif mode == "convert":
     from roli_jax.experiment import convert_command
-    from roli_jax.results import tables
 
     file, facts = convert_command.run(config)
     tables.show([tables.Table(str(file), ("", "how much", "which"), facts)])
@@ -192,7 +199,7 @@ def _run_one(command: Command) -> None:
 
 
 def _is_ours(error: Exception) -> bool:
-  """Whether roli_jax itself raised it: then it is meant for the user."""
+  """Whether roli_jax itself raised it: its message is meant for the user."""
   *_, last = traceback.extract_tb(error.__traceback__)
   return pathlib.Path(last.filename).parent.is_relative_to(
     pathlib.Path(__file__).parent

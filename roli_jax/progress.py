@@ -11,15 +11,16 @@ Update = Callable[..., None]
 
 @contextlib.contextmanager
 def bar(description: str, total: int, start: int = 0) -> Iterator[Update]:
-  """A bar with what has been done, what was told, and the time left.
+  """Shows a bar with the work done, a note, and the time left.
 
   Args:
     description: what is being done, a few words.
-    total: how many units `update` advances by in all.
-    start: units done before, which don't count for the speed.
+    total: how many units `update` advances by in all, >= 0.
+    start: units done before, which don't count for the speed; default 0.
 
   Yields:
-    `update(advance, said="")`: `said` is shown beside the bar.
+    `update(advance, note="")`: advances by so many units, and shows the note
+    beside the bar.
   """
   import rich.console
   from rich import progress
@@ -28,7 +29,7 @@ def bar(description: str, total: int, start: int = 0) -> Iterator[Update]:
     progress.TextColumn("{task.description}"),
     progress.BarColumn(bar_width=12),
     progress.MofNCompleteColumn(),
-    progress.TextColumn("{task.fields[said]}"),
+    progress.TextColumn("{task.fields[note]}"),
     progress.TimeRemainingColumn(),
   )
   with progress.Progress(
@@ -37,9 +38,9 @@ def bar(description: str, total: int, start: int = 0) -> Iterator[Update]:
     transient=True,
     disable=not (sys.stderr.isatty() and distributed.leads()),
   ) as shown:
-    task = shown.add_task(description, total=total, completed=start, said="")
+    task = shown.add_task(description, total=total, completed=start, note="")
 
-    def update(advance: int, said: str = "") -> None:
-      shown.update(task, advance=advance, said=said)
+    def update(advance: int, note: str = "") -> None:
+      shown.update(task, advance=advance, note=note)
 
     yield update

@@ -6,15 +6,20 @@ straight piece of a sum that falls in pieces.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roli_jax.types import Array, Bool, Float, Integer
+from roli_jax.types import Array, Bool, Float, Int, Integer
 
+# One row an image, d values each; one number an image.
 Rows = Float[Array | np.ndarray, "b d"]
 Column = Float[Array | np.ndarray, "b 1"]
+Flags = Bool[Array | np.ndarray, "b d"]
+Flag = Bool[Array | np.ndarray, "b 1"]
+Bits = Int[Array, "b 1"]
 
 
 def onto_l1_ball(offset: Rows, room: Rows, radius: Column) -> Rows:
@@ -24,16 +29,16 @@ def onto_l1_ball(offset: Rows, room: Rows, radius: Column) -> Rows:
   2021, "Mind the box", proposition 2.1).
 
   Args:
-    offset: v, any finite values.
-    room: how far each value may move in its offset's direction.
-    radius: the radius of the ball, >= 0.
+    offset: v, any finite values, [b, d].
+    room: how far each value may move in its offset's direction, >= 0, [b, d].
+    radius: the radius of each row's ball, >= 0, [b, 1].
   """
   lengths = jnp.abs(offset)
 
-  def total(a):
+  def total(a: float | Column) -> Column:
     return _sum(jnp.clip(lengths - a, 0, room))
 
-  def halve(_, bracket):
+  def halve(_: Any, bracket: tuple[Column, Column]) -> tuple[Column, Column]:
     low, high = bracket
     middle = (low + high) / 2
     over = total(middle) > radius
@@ -67,16 +72,16 @@ def onto_hyperplane(
   adaptive boundary attack", section 3.1.
 
   Args:
-    norm: by which a way is short.
-    point: within the box.
-    normal: w of the plane {u: <w, u> = level}.
-    level: the level of the plane.
+    norm: the norm that is least, `linf`, `l2` or `l1`.
+    point: within the box, [b, d].
+    normal: w of the plane {u: <w, u> = level}, [b, d].
+    level: the level of the plane, [b, 1].
     low: the box's lower end.
-    high: its upper end.
+    high: the box's upper end.
 
   Returns:
-    The displacements. Where the plane misses the box, to the corner nearest
-    to it; 0 where the normal is 0.
+    The displacements, [b, d]. Where the plane misses the box, they lead to the
+    corner nearest to it; they are 0 where the normal is 0.
   """
   gap = _sum(normal * point) - level
   ways = -jnp.sign(normal) * jnp.where(gap < 0, -1, 1)
@@ -87,7 +92,7 @@ def onto_hyperplane(
   # Each value moves by min(a * weight, room) for one a.
   weight = jnp.sign(slope) if norm == "linf" else slope
 
-  def lack(a):
+  def lack(a: Column) -> tuple[Column, Column]:
     moved = jnp.minimum(a * weight, room)
     free = jnp.where(a * weight < room, weight, 0)
     return gap - _sum(slope * moved), _sum(slope * free)
@@ -99,7 +104,7 @@ def onto_hyperplane(
 
 
 def order_statistic(lengths: Rows, at: Integer[Array, "b 1"]) -> Column:
-  """The value at that place of each row's, sorted from the least."""
+  """Returns the value at place `at`, from 0, of each sorted row."""
   return _least(lengths, lambda v: _sum(lengths <= v) > at)
 
 
@@ -110,7 +115,7 @@ def _greedy(slope: Rows, room: Rows, gap: Column) -> Rows:
   """
   gains = slope * room
 
-  def used(mask):
+  def used(mask: Flags) -> Column:
     return _sum(jnp.where(mask, gains, 0))
 
   edge = _least(slope, lambda v: used(slope > v) <= gap)
@@ -120,14 +125,12 @@ def _greedy(slope: Rows, room: Rows, gap: Column) -> Rows:
   return room * jnp.where(slope > 0, jnp.where(slope > edge, 1, part), 0)
 
 
-def _least(
-  values: Rows, holds: Callable[[Column], Bool[Array, "b 1"]]
-) -> Column:
-  """The least number for which something holds that holds from there on.
+def _least(values: Rows, holds: Callable[[Column], Flag]) -> Column:
+  """Returns the least number from which on a condition holds, for each row.
 
   Args:
-    values: not negative; it holds at the largest.
-    holds: changes at one of the values, or holds from 0.
+    values: not negative; the condition holds at the largest.
+    holds: the condition; it changes at one of the values, or holds from 0.
 
   The bits of floats that are not negative are ordered as they are: halving an
   interval of bits ends at the number itself, and is far faster than a sort.
@@ -139,7 +142,7 @@ def _least(
   )
   high = as_bits(values.max(1, keepdims=True))
 
-  def halve(_, bracket):
+  def halve(_: Any, bracket: tuple[Bits, Bits]) -> tuple[Bits, Bits]:
     low, high = bracket  # it holds at high, and not below low
     middle = low + (high - low) // 2
     holding = holds(jax.lax.bitcast_convert_type(middle, values.dtype))
@@ -166,11 +169,14 @@ def _first_root(
     start: left of the root, or at a value that is not positive: then itself.
   """
 
-  def go_on(carry):
+  # The point, whether it moved, and the number of rounds.
+  Carry = tuple[Column, Flag, int | Int[Array, ""]]
+
+  def go_on(carry: Carry):
     _, moved, rounds = carry
     return moved.any() & (rounds < 100)
 
-  def newton(carry):
+  def newton(carry: Carry) -> Carry:
     a, _, rounds = carry
     value, slope = fn(a)
     step = jnp.where(
@@ -178,9 +184,10 @@ def _first_root(
     )
     return a + step, a + step > a, rounds + 1
 
-  first = (start, jnp.ones(start.shape, bool), 0)
+  first: Carry = (start, jnp.ones(start.shape, bool), 0)
   return jax.lax.while_loop(go_on, newton, first)[0]
 
 
-def _sum(values):
+def _sum(values: Rows | Flags) -> Float[Array, "b 1"] | Integer[Array, "b 1"]:
+  """Returns the sum of each row."""
   return values.sum(1, keepdims=True)

@@ -7,13 +7,13 @@ process, and on those of several.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from roli_jax import trees
 
@@ -21,14 +21,14 @@ AXES = ("data", "model")
 
 
 def mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Devices, so many of them along `model`, the rest along `data`.
+  """Returns a mesh with the axes `data` and `model`.
 
   Args:
-    model: how many along `model`.
-    devices: all that there are by default.
+    model: the number of devices along `model`, >= 1.
+    devices: the devices; None: all that there are.
 
   Raises:
-    ValueError: that number doesn't divide them.
+    ValueError: `model` doesn't divide the number of devices.
   """
   chosen = np.array(jax.devices() if devices is None else devices)
   if model < 1 or chosen.size % model:
@@ -39,17 +39,17 @@ def mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def replicated(over: Mesh) -> NamedSharding:
-  """The same values on each device."""
+  """Returns the sharding that copies an array to each device."""
   return NamedSharding(over, PartitionSpec())
 
 
 def split(over: Mesh) -> NamedSharding:
-  """Equal parts of the leading axis along `data`."""
+  """Returns the sharding that splits the leading axis along `data`."""
   return NamedSharding(over, PartitionSpec("data"))
 
 
 def ruled(shapes: Any, over: Mesh, rules: Sequence[Any] = ()) -> Any:
-  """The shapes as those of arrays that lie as the rules say.
+  """Returns the shapes with shardings by rules.
 
   A rule is a pattern of paths, and how the leaves there are split: over an
   axis, along the largest dimension that it divides, or an axis or None for each
@@ -64,14 +64,20 @@ def ruled(shapes: Any, over: Mesh, rules: Sequence[Any] = ()) -> Any:
     >>> tuple(ruled(shapes, mesh(), rules)["fc1"]["kernel"].sharding.spec)
     (None, 'model')
 
+  Args:
+    shapes: a tree of `jax.ShapeDtypeStruct`.
+    over: the mesh.
+    rules: pairs of a pattern and an axis, or an axis or None for each
+      dimension; (): every leaf is copied to each device.
+
   Raises:
-    ValueError: a rule that can't be: no such axis, or a dimension that the
-      axis doesn't divide.
+    ValueError: a rule names an axis that the mesh lacks, or a dimension that
+      the axis doesn't divide.
   """
   sizes = dict(over.shape)
   patterns = [(_compiled(rule, sizes), rule[1]) for rule in rules]
 
-  def spec(name, shape):
+  def spec(name: str, shape: tuple[int, ...]) -> PartitionSpec:
     for pattern, axes in patterns:
       if pattern.fullmatch(name):
         if isinstance(axes, str):
@@ -88,8 +94,13 @@ def ruled(shapes: Any, over: Mesh, rules: Sequence[Any] = ()) -> Any:
   )
 
 
-def _compiled(rule, axes):
-  """The rule's pattern, which the end of a path may match."""
+def _compiled(rule: Any, axes: Mapping[str, int]) -> re.Pattern[str]:
+  """Returns the rule's pattern, for the ends of paths, or raises.
+
+  Args:
+    rule: as `ruled` takes them; anything a user may have written.
+    axes: the sizes of the mesh's axes.
+  """
   if isinstance(rule, str) or len(rule) != 2:
     raise ValueError(
       'mesh.rules is a tuple of pairs, as ((".*", "data"),); one of them is'
@@ -110,8 +121,8 @@ def _compiled(rule, axes):
     ) from error
 
 
-def _along(shape, axis, size):
-  """Along the largest dimension that the axis divides, the last of equals."""
+def _along(shape: tuple[int, ...], axis: str, size: int) -> PartitionSpec:
+  """Splits the largest dimension that the axis divides, the last of equals."""
   fits = [(n, i) for i, n in enumerate(shape) if n % size == 0]
   if not fits:
     return PartitionSpec()
@@ -119,7 +130,12 @@ def _along(shape, axis, size):
   return PartitionSpec(*[None] * at, axis)
 
 
-def _check_divides(name, shape, axes, sizes):
+def _check_divides(
+  name: str,
+  shape: tuple[int, ...],
+  axes: Sequence[str | None],
+  sizes: Mapping[str, int],
+) -> None:
   fits = len(axes) <= len(shape) and all(
     axis is None or n % sizes[axis] == 0
     for n, axis in zip(shape, axes, strict=False)
@@ -132,16 +148,16 @@ def _check_divides(name, shape, axes, sizes):
 
 
 def replicate(tree: Any, over: Mesh) -> Any:
-  """The tree on every device of the mesh."""
+  """Copies the tree to every device of the mesh."""
   return jax.tree.map(lambda x: _at(x, replicated(over)), tree)
 
 
 def place(tree: Any, like: Any) -> Any:
-  """The tree, the same in each process, where `like` has its leaves."""
+  """Places the tree, the same in each process, as `like` is sharded."""
   return jax.tree.map(lambda x, to: _at(x, to.sharding), tree, like)
 
 
-def _at(x, where):
+def _at(x: Any, where: Sharding) -> jax.Array:
   is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(
     x.dtype, jax.dtypes.prng_key
   )
@@ -153,14 +169,14 @@ def _at(x, where):
 
 
 def put(batch: Any, over: Mesh) -> Any:
-  """This process's part of a batch, as its share of the global arrays."""
+  """Returns global arrays of which each process gives its part of the rows."""
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(split(over), x), batch
   )
 
 
 def spread(arrays: Any, over: Mesh) -> Any:
-  """Arrays that each process has, their rows split over the devices."""
+  """Splits the rows of arrays that each process has over the devices."""
   at = split(over)
   return jax.tree.map(
     lambda x: jax.make_array_from_callback(x.shape, at, lambda i: x[i]), arrays
@@ -168,9 +184,9 @@ def spread(arrays: Any, over: Mesh) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-  """The whole arrays, on the host of every process."""
+  """Returns the whole arrays, as NumPy, in every process."""
 
-  def whole(x):
+  def whole(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable or x.is_fully_replicated:
       return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)

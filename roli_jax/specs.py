@@ -14,7 +14,7 @@ _EXPRESSION = re.compile(rf"(eps|{_NUMBER})(?:\s*([*/])\s*({_NUMBER}))?")
 
 
 def lookup(registry: Mapping[str, T], name: str, what: str) -> T:
-  """The entry of that name, or a ValueError that says which there are."""
+  """Returns the entry of that name, or raises a ValueError that lists all."""
   if name not in registry:
     raise ValueError(f"unknown {what} {name!r}{_hint(name, registry)}")
   return registry[name]
@@ -38,7 +38,7 @@ def build(
   Args:
     registry: name -> class or function.
     spec: `{"name": ..., keyword: value, ...}`, as it stands in a config.
-    what: what is being built, for messages.
+    what: a word for what is built, for messages.
     **given: further keywords that the config does not hold.
 
   Raises:
@@ -61,34 +61,40 @@ def accepted_fields(
   spec: Mapping[str, Any],
   what: str,
 ) -> dict[str, Any]:
-  """The spec without what its name does not take.
+  """Returns the spec without the fields that its name does not take.
 
-  A section of a config holds the fields of all the names that it may be given
-  (`--config.attack=fgsm`); those of the others wait.
+  A section of a config has the fields of all names that it may be given
+  (`--config.attack=fgsm`).
+
+  Args:
+    registry: name -> class or function.
+    spec: `{"name": ..., keyword: value, ...}`.
+    what: a word for what is built, for messages.
   """
   takes = inspect.signature(lookup(registry, spec["name"], what)).parameters
   return {k: v for k, v in spec.items() if k == "name" or k in takes}
 
 
 def number(text: str | float, eps: float | None = None) -> float:
-  """The number that a string field such as `8/255`, `0.1` or `eps/4` means.
+  """Returns the number that a field such as `8/255`, `0.1` or `eps/4` means.
 
   Args:
-    text: a number, or one product or quotient of numbers; `eps` may stand
+    text: a number, or a product or quotient of two, of which `eps` may be the
       first.
-    eps: the radius that `eps` means; None where the word makes no sense.
+    eps: the value of `eps`; None: the word is refused.
 
   Raises:
-    ValueError: for anything else, and for what is not finite.
+    ValueError: any other text, or a number that is not finite.
   """
   if isinstance(text, int | float):
     value = float(text)
   else:
     match = _EXPRESSION.fullmatch(text.strip())
-    if not match or (match[1] == "eps" and eps is None):
+    known = {} if eps is None else {"eps": float(eps)}
+    if not match or (match[1] == "eps" and not known):
       words = "8/255 or 0.1" if eps is None else "2/255, 0.1 or eps/4"
       raise ValueError(f"expected a number such as {words}, got {text!r}")
-    value = float(eps if match[1] == "eps" else match[1])  # type: ignore[arg-type]
+    value = known["eps"] if match[1] == "eps" else float(match[1])
     if match[2] == "*":
       value *= float(match[3])
     elif match[2] == "/":

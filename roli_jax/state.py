@@ -15,13 +15,14 @@ from roli_jax.types import Params, PyTree
 class TrainState:
   """All that a step reads and writes.
 
-  JAX also makes trees of this class of shapes, shardings and flags.
+  Trees of this class also hold shapes, shardings or flags in place of arrays.
 
   Attributes:
-    step: steps taken in this stage, int32.
-    params: the three trees, trained or not.
-    stats: running statistics; `{}` for models without.
-    opt_state: the optimizer's state, of the trained leaves only.
+    step: the number of steps taken in this stage, int32 [].
+    params: the three trees, with trained and frozen leaves.
+    stats: running statistics, [channels] each; `{}` for models without.
+    opt_state: the optimizer's state; its averages have the shapes of the
+      trained leaves.
     memory: what the criterion keeps from step to step; `{}` for most.
   """
 
@@ -39,10 +40,10 @@ def create(
   tx: optax.GradientTransformation,
   start: Callable[[Params, PyTree], PyTree] = lambda params, stats: {},
 ) -> TrainState:
-  """The state before a stage's first step.
+  """Returns the state before a stage's first step.
 
-  The parameters are copied: the step donates its state, and whoever holds the
-  pretrained tree still needs it.
+  Copies the parameters: the step donates its state, and the next stage may
+  still need the pretrained tree.
 
   Args:
     params: the three trees.

@@ -19,13 +19,20 @@ class Counts:
     seen: images.
   """
 
-  loss: Any  # numbers: arrays inside a step, plain on the host
+  # Each float32 or int32 [] inside a step, a NumPy scalar on the host.
+  loss: Any
   correct: Any
   seen: Any
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-  """The Wilson score interval of a rate; 95% by default (Wilson 1927)."""
+  """Returns the Wilson score interval of a rate (Wilson 1927).
+
+  Args:
+    successes: from 0 to n.
+    n: the number of trials, >= 0; 0 gives [0, 1].
+    z: the normal quantile; the default gives 95%.
+  """
   if n == 0:
     return 0.0, 1.0
   rate, z2 = successes / n, z * z
@@ -37,9 +44,13 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 def t_interval(
   values: Sequence[float], level: float = 0.95
 ) -> tuple[float, float, float]:
-  """The mean, and Student's interval for it with len(values) - 1 degrees.
+  """Returns the mean, and the two ends of Student's interval for it.
 
-  Of fewer than two values the interval is unbounded.
+  For fewer than two values the interval is unbounded.
+
+  Args:
+    values: a sample of at least one.
+    level: the probability that the interval covers the mean, in (0, 1).
   """
   from scipy import stats
 
@@ -52,11 +63,11 @@ def t_interval(
 
 
 def t_test(values: Sequence[float]) -> float:
-  """The two-sided p value of Student's t test that the mean is 0.
+  """Returns the two-sided p value of Student's t test that the mean is 0.
 
   Equal values have p value 1: where a few agree, their spread of 0 is no
-  estimate, and dividing by it would make any mean certain. Of fewer than two
-  values, and of any that is not finite, it is NaN.
+  estimate, and dividing by it would make any mean certain. NaN for fewer than
+  two values, and where one is not finite.
   """
   from scipy import stats
 
@@ -68,7 +79,7 @@ def t_test(values: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-  """P values corrected for the number of them (Holm 1979), each in its place.
+  """Corrects p values for their number (Holm 1979), each in its place.
 
   Rejecting those below a level keeps the chance of any false rejection at or
   below that level, whatever their dependence. NaN is no test: it stays NaN and
@@ -85,14 +96,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def expected_robustness(
   radii: Sequence[float | int], accuracies: Sequence[float | int]
 ) -> float:
-  """The mean accuracy over the radii from 0 to the largest, by trapezia.
+  """Returns the mean accuracy over radii from 0 to the largest, by trapezia.
 
   Epsilon-Scheduling's summary of a curve (2509.23325): what an attacker of a
   radius unknown, uniform in [0, eps], leaves.
 
   Args:
     radii: increasing, the first 0 (clean), the last eps.
-    accuracies: at each.
+    accuracies: the accuracy at each radius, in [0, 1].
 
   Raises:
     ValueError: radii that do not increase from 0, or not as many accuracies.

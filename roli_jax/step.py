@@ -1,12 +1,16 @@
-"""One step of training, and prediction: pure functions, not jitted here."""
+"""One step of training, and prediction: pure functions, not jitted here.
+
+Shapes: b images in a batch, [b, h, w, c]; k classes; d features.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from roli_jax import attacks, keys, losses, models, objectives, trees
@@ -15,26 +19,44 @@ from roli_jax.optim.schedules import Schedule
 from roli_jax.peft import Method
 from roli_jax.state import TrainState
 from roli_jax.statistics import Counts
-from roli_jax.types import Array, Float, Images, Logits, Params, PyTree
+from roli_jax.types import (
+  Array,
+  Float,
+  Images,
+  Int,
+  Key,
+  Keys,
+  Labels,
+  Logits,
+  PyTree,
+  Variables,
+)
 
 
 def make_predict(model: Model) -> Callable[[Any, Images], Logits]:
-  """`((params, stats), images) -> logits` in evaluation mode."""
+  """Returns `((params, stats), images) -> logits`, in evaluation mode."""
   return _Predict(_without_drops(model))
 
 
 def make_both(
   model: Model,
 ) -> Callable[[Any, Images], tuple[Float[Array, "b d"], Logits]]:
-  """`((params, stats), images) -> (features, logits)` in evaluation mode."""
+  """Returns `((params, stats), images) -> (features, logits)`, as above."""
   return _Both(_without_drops(model))
 
 
-def _without_drops(model):
-  """Without dropped paths, which evaluation never has."""
+def _without_drops(model: Model) -> Model:
+  """Returns the model without dropped paths, which evaluation never has."""
   if getattr(model.backbone, "drop_path", 0):
     model = models.with_options(model, drop_path=0.0)
   return model
+
+
+# By name: `image` [b, h, w, c], `label` and `index` [b].
+Examples = Mapping[str, Array | np.ndarray]
+# Of an `objectives.Batch`, by name: `clean`, `adv` [b, h, w, c], `labels` and
+# `indices` [b], and two keys.
+Fields = dict[str, Any]
 
 
 # Functions of equal models are equal, and read nothing but their arguments: an
@@ -44,9 +66,7 @@ class _Predict:
   model: Model
   is_pure: ClassVar[bool] = True
 
-  def __call__(
-    self, variables: tuple[Params, PyTree], images: Images
-  ) -> Logits:
+  def __call__(self, variables: Variables, images: Images) -> Logits:
     return self.model.logits(*variables, images)
 
 
@@ -55,10 +75,13 @@ class _Both:
   model: Model
   is_pure: ClassVar[bool] = True
 
-  def __call__(self, variables, images):
+  def __call__(
+    self, variables: Variables, images: Images
+  ) -> tuple[Float[Array, "b d"], Logits]:
     features = self.model.features(*variables, images)
     head = {"params": variables[0].head}
-    return features, self.model.head.apply(head, features)
+    logits: Any = self.model.head.apply(head, features)
+    return features, logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,27 +89,29 @@ class WeightAttack:
   """Adversarial weight perturbation (Wu et al. 2020, AWP).
 
   The gradient is taken where the loss is higher: each trained leaf w of two
-  axes at least is moved by gamma |w| along its own gradient, and the step that
-  comes of it is taken from w itself. The authors move every such weight, and
-  take the direction from one step of SGD on a copy: the gradient's own.
+  axes at least is moved by gamma |w| along its own gradient. The optimizer then
+  steps from w itself. The authors move every such weight, and take the
+  direction from one step of SGD on a copy: the gradient's own.
 
   Attributes:
     gamma: >= 0; the authors use 0.01 with adversarial training and 0.005 with
       TRADES. 0: no perturbation.
-    begin: the share of the stage without one.
+    begin: the share of the stage before the perturbation begins, in [0, 1].
   """
 
   gamma: float | int = 0.0
   begin: float | int = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not self.gamma >= 0:
       raise ValueError(f"awp.gamma must be >= 0, got {self.gamma}")
     if not 0 <= self.begin <= 1:
       raise ValueError(f"awp.begin is a share in [0, 1], got {self.begin}")
 
-  def moved(self, trained: Any, grads: Any, strength: Any) -> Any:
-    """The leaves where the gradient is taken.
+  def moved(
+    self, trained: PyTree, grads: PyTree, strength: float | Float[Array, ""]
+  ) -> PyTree:
+    """Returns the perturbed leaves, at which the gradient is taken.
 
     Args:
       trained: the leaves that train.
@@ -94,9 +119,10 @@ class WeightAttack:
       strength: the share of the perturbation that is made, in [0, 1].
     """
 
-    def move(w, g):
+    def move(w: Array, g: Array) -> Array:
       if w.ndim < 2:
         return w
+      # The guard keeps a gradient of 0 from making it 0 / 0.
       ratio = jnp.linalg.norm(w) / (jnp.linalg.norm(g) + 1e-20)
       return w + (strength * self.gamma * ratio * g).astype(w.dtype)
 
@@ -105,13 +131,13 @@ class WeightAttack:
 
 @trees.tree_class
 class Gradient:
-  """The gradient of a batch, and what its passes moved.
+  """The gradient of a batch, and the state that its passes changed.
 
   Attributes:
-    grads: gradients of the mean loss by the trained leaves.
+    grads: gradients of the mean loss by the trained leaves, of their shapes.
     counts: loss, correct and seen, summed over the batch.
     stats: running statistics after the batch.
-    memory: the criterion's, after the batch.
+    memory: the criterion's memory after the batch.
   """
 
   grads: PyTree
@@ -132,7 +158,7 @@ def make_train_step(
   num_steps: int = 1,
   num_parts: int = 1,
 ) -> Callable[..., tuple[TrainState, Counts]]:
-  """A step of adversarial training: attack the batch, accumulate, update.
+  """Returns a step of adversarial training: attack, gradient, update.
 
   Trained and frozen leaves are split before the gradient is taken: gradient,
   clipping and optimizer see trained leaves only, and the mistake of clipping
@@ -143,15 +169,16 @@ def make_train_step(
     method: chooses the leaves that train.
     objective: the loss that training lowers.
     attack: finds the adversarial images, in evaluation mode.
-    radius: scales the attack's radius by step.
+    radius: the attack's radius by step, as a share of its eps.
     tx: the optimizer of the trained leaves.
-    white: the value of a white pixel, > 0.
+    white: the value of a white pixel, > 0; default 255.
     awp: the perturbation of the weights; none by default.
-    num_steps: the number of steps of the whole stage, >= 1.
-    num_parts: a batch is attacked, and its gradient taken, in so many parts of
-      equal size, one after another (gradient accumulation): memory is a part's.
-      The gradient is the whole batch's, to rounding; running statistics and
-      the criterion's memory move with each part.
+    num_steps: the number of steps of the whole stage, >= 1; `awp.begin` is a
+      share of it.
+    num_parts: how many parts of equal size a batch is attacked and
+      differentiated in, one after another (gradient accumulation), >= 1: memory
+      is a part's. The gradient is the whole batch's, to rounding; running
+      statistics and the criterion's memory move with each part.
 
   Returns:
     `(state, batch, key) -> (state, counts)`. A batch has `image` [b, h, w, c],
@@ -162,7 +189,9 @@ def make_train_step(
   attack_batch = _make_attack(model, attack, radius, criterion, white)
   gradient_of = _make_gradient(model, method, criterion)
 
-  def train_step(state, batch, key):
+  def train_step(
+    state: TrainState, batch: Examples, key: Key[Array, ""]
+  ) -> tuple[TrainState, Counts]:
     trained, frozen = method.split(state.params)
     parts = {name: batch[name] for name in ("image", "label", "index")}
     if num_parts == 1:
@@ -171,8 +200,8 @@ def make_train_step(
     else:
       parts = jax.tree.map(functools.partial(_dealt, num_parts), parts)
 
-      def attack_part(given):
-        part, turn = given
+      def attack_part(numbered: tuple[Fields, Int[Array, ""]]) -> Fields:
+        part, turn = numbered
         one = attack_batch(state, key, part)
         draws = {
           name: jax.random.fold_in(one[name], turn)
@@ -194,10 +223,18 @@ def make_train_step(
   return train_step
 
 
-def _make_attack(model, attack, radius, criterion, white):
-  """`(state, key, batch) -> {...}`: the fields of an `objectives.Batch`."""
+def _make_attack(
+  model: Model,
+  attack: attacks.Attack,
+  radius: Schedule,
+  criterion: objectives.Criterion,
+  white: int,
+) -> Callable[[TrainState, Key[Array, ""], Examples], Fields]:
+  """Returns `(state, key, batch) -> fields`, which attacks the batch."""
 
-  def attack_batch(state, key, batch):
+  def attack_batch(
+    state: TrainState, key: Key[Array, ""], batch: Examples
+  ) -> Fields:
     images = batch["image"].astype(jnp.float32) / white
     labels, indices = batch["label"], batch["index"]
     image_keys = keys.per_image(keys.stream(key, "attack", state.step), indices)
@@ -210,10 +247,12 @@ def _make_attack(model, attack, radius, criterion, white):
       "dropout": keys.stream(key, "dropout", state.step),
     }
 
-  def attacked(state, images, labels, image_keys):
+  def attacked(
+    state: TrainState, images: Images, labels: Labels, image_keys: Keys
+  ) -> Images:
     scaled = attack.scaled(radius(state.step))
 
-    def logits_fn(x):
+    def logits_fn(x: Images) -> Logits:
       return model.logits(state.params, state.stats, x)
 
     if not criterion.adversarial:
@@ -230,14 +269,20 @@ def _make_attack(model, attack, radius, criterion, white):
   return attack_batch
 
 
-def _make_gradient(model, method, criterion):
-  """`(state, frozen, fields, trained) -> Gradient` of a batch's mean loss."""
+def _make_gradient(
+  model: Model, method: Method, criterion: objectives.Criterion
+) -> Callable[[TrainState, PyTree, Fields, PyTree], Gradient]:
+  """Returns `(state, frozen, fields, trained) -> Gradient` of the mean loss."""
 
-  def gradient_of(state, frozen, fields, trained):
+  def gradient_of(
+    state: TrainState, frozen: PyTree, fields: Fields, trained: PyTree
+  ) -> Gradient:
     batch = objectives.Batch(**fields)
     forward = objectives.Forward(model, method.train_mode, batch.dropout)
 
-    def loss(trained):
+    def loss(
+      trained: PyTree,
+    ) -> tuple[Float[Array, ""], tuple[Counts, PyTree, PyTree]]:
       params = trees.merge(trained, frozen)
       out = criterion(forward, params, state.stats, state.memory, batch)
       counts = Counts(
@@ -254,18 +299,32 @@ def _make_gradient(model, method, criterion):
 
 
 def _dealt(num_parts: int, rows: Array) -> Array:
-  """Rows [b, ...] as parts [num_parts, b / num_parts, ...].
+  """Returns rows [b, ...] as parts [num_parts, b / num_parts, ...].
 
   Each part has its share of each device's rows, so that none has to move.
   """
   return rows.reshape(-1, num_parts, *rows.shape[1:]).swapaxes(0, 1)
 
 
-def _accumulate(gradient_of, state, frozen, attacked, trained):
-  """The gradient of a batch in parts, one after another."""
+def _accumulate(
+  gradient_of: Callable[[TrainState, PyTree, Fields, PyTree], Gradient],
+  state: TrainState,
+  frozen: PyTree,
+  attacked: Fields,
+  trained: PyTree,
+) -> Gradient:
+  """Returns the gradient of a batch in parts, taken one after another.
+
+  Args:
+    gradient_of: from `_make_gradient`.
+    state: before the batch.
+    frozen: the leaves that don't train.
+    attacked: the fields of all parts, [num_parts, ...] each.
+    trained: the leaves that train.
+  """
   num_parts = len(attacked["labels"])
 
-  def add(total, part):
+  def add(total: Gradient, part: Fields) -> tuple[Gradient, None]:
     moved = dataclasses.replace(state, stats=total.stats, memory=total.memory)
     one = gradient_of(moved, frozen, part, trained)
     return dataclasses.replace(
@@ -286,8 +345,15 @@ def _accumulate(gradient_of, state, frozen, attacked, trained):
   return jax.lax.scan(add, start, attacked)[0]
 
 
-def _update(state, trained, frozen, grads, gradient, tx):
-  """The state after the optimizer's step, and the batch's counts."""
+def _update(
+  state: TrainState,
+  trained: PyTree,
+  frozen: PyTree,
+  grads: PyTree,
+  gradient: Gradient,
+  tx: optax.GradientTransformation,
+) -> tuple[TrainState, Counts]:
+  """Returns the state after the optimizer's step, and the batch's counts."""
   updates, opt_state = tx.update(grads, state.opt_state, trained)
   trained = optax.apply_updates(trained, updates)
   return TrainState(

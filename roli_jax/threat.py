@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from roli_jax import projections, trees
-from roli_jax.types import Array, Float, Images, Keys, PerImage
+from roli_jax.types import Array, Float, Images, Key, Keys, PerImage
 
 NORMS = ("linf", "l2", "l1")
 
@@ -42,7 +42,7 @@ class ThreatModel:
   low: float | Float[Array, ""] = 0.0
   high: float | Float[Array, ""] = 1.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.norm not in NORMS:
       raise ValueError(f"unknown norm {self.norm!r}; there are {NORMS}")
     numbers = (int, float, np.ndarray, np.generic)
@@ -59,15 +59,15 @@ class ThreatModel:
         )
 
   def project(self, images: Images, origin: Images) -> Images:
-    """An image of the ball and the box for each image.
+    """Returns images in the ball and the box.
 
     Linf and L1: the nearest one. L2: the offset is scaled into the ball, then
     clipped to the box, which never leaves the ball since `origin` is in the
     box (as in AutoAttack); not always the nearest.
 
     Args:
-      images: any finite values.
-      origin: the clean images, within the box.
+      images: any finite values, [b, h, w, c].
+      origin: the clean images, within the box, [b, h, w, c].
     """
     eps = per_image(self.eps, images)
     if self.norm == "linf":
@@ -88,7 +88,7 @@ class ThreatModel:
     return origin + nearest.reshape(images.shape)
 
   def steepest(self, grads: Images, images: Images) -> Images:
-    """The direction of unit length that climbs fastest, 0 where grads are 0.
+    """Returns the steepest direction of length 1, 0 where grads are 0.
 
     Linf: the sign. L2: the normalised gradient. L1: the signs of the 5% of
     largest entries among those that can still move, in equal shares (after
@@ -109,7 +109,7 @@ class ThreatModel:
     return (kept / count).reshape(grads.shape)
 
   def sample(self, keys: Keys, origin: Images) -> Images:
-    """A uniform draw from the ball around each image, moved into the box."""
+    """Draws uniformly from each image's ball, and projects into the box."""
     shape = origin.shape[1:]
     offset = jax.vmap(lambda key: _unit_ball(key, self.norm, shape))(keys)
     return self.project(
@@ -120,7 +120,7 @@ class ThreatModel:
   def distance(
     self, images: Images, origin: Images
   ) -> Float[Array | np.ndarray, "b"]:
-    """The norm of each image's offset. NumPy in (float64, say), NumPy out."""
+    """Returns the norm of each image's offset, [b]; NumPy in, NumPy out."""
     offset: Any = (images - origin).reshape(len(images), -1)
     if self.norm == "linf":
       return abs(offset).max(axis=1)
@@ -131,11 +131,19 @@ class ThreatModel:
   def measure(
     self, images: np.ndarray, origin: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distances in float64, who is within the ball, and who within the box.
+    """Measures each image in float64 against the ball and the box.
 
-    Beside a millionth of eps, what is forgiven is one rounding of a float32
-    pixel, summed over the image in the norm: an image that is clipped to the
-    ball in float32 may lie that much outside.
+    Tolerates a millionth of eps, and one rounding of a float32 pixel, summed
+    over the image in the norm: an image that is clipped to the ball in float32
+    may lie that much outside.
+
+    Args:
+      images: [b, h, w, c].
+      origin: the clean images, [b, h, w, c].
+
+    Returns:
+      Distances, float64 [b]; whether each is within the ball, bool [b]; whether
+      each is within the box, bool [b].
     """
     adv, origin = images.astype(np.float64), origin.astype(np.float64)
     far = np.asarray(self.distance(adv, origin), np.float64)
@@ -153,14 +161,14 @@ TINY = 1e-12  # guards divisions by a norm
 
 
 def near_one(grads: Images, *others: Float[Array, "b"]) -> Any:
-  """Gradients times the power of two that makes each image's largest one half.
+  """Scales each image's gradients so that the largest is in [0.5, 1).
 
-  Squares of gradients of 1e-25 or 1e25 are 0 or inf in float32. A power of two
-  rounds nothing.
+  Squares of gradients of 1e-25 or 1e25 are 0 or inf in float32. The factors are
+  powers of two, which round nothing.
 
   Args:
-    grads: finite ones.
-    *others: what is to be multiplied by the same.
+    grads: finite gradients.
+    *others: [b] each; scaled by the same factors and returned after `grads`.
   """
   largest = jnp.abs(grads).max(_axes(grads), keepdims=True)
   _, exponent = jnp.frexp(largest)
@@ -171,21 +179,25 @@ def near_one(grads: Images, *others: Float[Array, "b"]) -> Any:
 
 
 def per_image(value: PerImage, images: Images) -> Float[Array, "..."]:
-  """A scalar as it is; one value an image, shaped to broadcast with them."""
+  """Returns a scalar as it is, and values [b] as [b, 1, 1, 1]."""
   value = jnp.asarray(value, images.dtype)
   return value.reshape(-1, *(1,) * (images.ndim - 1)) if value.ndim else value
 
 
-def _axes(images):
+def _axes(images: Images) -> tuple[int, ...]:
+  """All axes but the batch's."""
   return tuple(range(1, images.ndim))
 
 
-def _norm2(images):
+def _norm2(images: Images) -> Float[Array, "..."]:
+  """The L2 norm of each image, [b, 1, ...]."""
   return jnp.sqrt(jnp.square(images).sum(_axes(images), keepdims=True))
 
 
-def _unit_ball(key, norm, shape):
-  """A uniform draw from the unit ball of a norm."""
+def _unit_ball(
+  key: Key[Array, ""], norm: str, shape: tuple[int, ...]
+) -> Float[Array, "*image"]:
+  """Draws uniformly from the unit ball of a norm."""
   if norm == "linf":
     return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
   towards, radius = jax.random.split(key)

@@ -1,10 +1,11 @@
 """The story of a run: read this first.
 
-A run is a table of cells, and a cell one or two stages. RoLI is a *probe* (the
-head alone, adversarially) and then an *adaptation* from that head; RanLI is an
-adaptation from a random one. A stage trains, is validated on the way, keeps
-its best checkpoint, and is then tested. All that has happened is on disk: the
-same command goes on where a killed one stopped, to the same numbers.
+A run is a table of cells, and a cell one or two stages; `experiment.stages`
+defines the three words. RoLI is a *probe* (the head alone, adversarially) and
+then an *adaptation* from that head; RanLI is an adaptation from a random one. A
+stage trains, is validated on the way, keeps its best checkpoint, and is then
+tested. All that has happened is on disk: the same command goes on where a
+killed one stopped, to the same numbers.
 """
 
 import functools
@@ -15,15 +16,19 @@ from typing import Any
 from absl import logging
 
 from roli_jax import distributed, progress
-from roli_jax.experiment import ensembles_run, probe_reuse, products, protocol
-from roli_jax.experiment.build import build_predict, check_run
+from roli_jax.experiment import (
+  ensembles_run,
+  facts,
+  probe_reuse,
+  products,
+  protocol,
+)
 from roli_jax.experiment.restore import restore
 from roli_jax.experiment.run import build_run, expand_stages
 from roli_jax.experiment.train_stage import (
   LOG_FIELDS,
   LOG_VALUES,
   best_variables,
-  start_variables,
   train_stage,
 )
 from roli_jax.files import workdir
@@ -46,35 +51,30 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
   """
   run = build_run(config)
   stages = expand_stages(run)
-  check_run(run, stages)
   protocol.check(run, stages)
   ensembles_run.check(run, stages)
   for warning in workdir.claim(path, config):
     logging.warning("%s", warning)
   results = record.Record(path / "results.jsonl")
   log = record.Record(path / "training.jsonl", LOG_FIELDS, LOG_VALUES)
-  distributed.wait("records")  # that are read before they are written
-  products.write_facts(run, stages, path)
+  distributed.wait("records")  # all have read them: the first may write
+  facts.write(run, stages, path)
 
   # A stage and the one that it starts from; more would fill the memory.
-  @functools.lru_cache(maxsize=2)
-  def best(stage):
-    return best_variables(run, stage, path)
+  best = functools.lru_cache(maxsize=2)(
+    functools.partial(best_variables, run, path=path)
+  )
 
   with progress.bar("stages", len(stages)) as update:
     for stage in stages:
       if not protocol.is_done(run, stage, results):
         if stage.name == "probe":
           probe_reuse.adopt(run, stage, path, log)
-        start = functools.partial(start_variables, run, stage, best)
-        meta = train_stage(run, stage, path, log, start)
+        meta = train_stage(run, stage, path, log, best)
         if meta is None:
           return results.rows
         protocol.add_validation(run, stage, results, meta)
-        protocol.add_tests(
-          run, stage, results, build_predict(run, stage), best(stage),
-          protocol.tests(run, stage),
-        )  # fmt: skip
+        protocol.test_stage(run, stage, results, best(stage))
       if stage.start and run.config.get("ensembles"):
         ensembles_run.run(run, stage, results, best(stage.start), best(stage))
       update(1)
@@ -89,8 +89,9 @@ def evaluate(
   """Tests a checkpoint, and adds the rows that are missing.
 
   Args:
-    config: of the run, or over it: `checkpoint` says which, `eval_attack` by
-      what, `radii` how far (none: `threat.eps` alone), `num_images` how many.
+    config: the run's config, or one over it. `checkpoint` names what is
+      tested, `eval_attack` the attack, `radii` its radii ((): `threat.eps`
+      alone), `num_images` the number of images (0: all).
     path: the run's directory.
 
   Returns:
@@ -100,12 +101,9 @@ def evaluate(
     ValueError: no such checkpoint, or more than one; data of other classes.
   """
   run = build_run(config, diagnoses=config["checks"])
-  check_run(run, ())
+  protocol.check(run, ())
   stage, predict, variables = restore(run, path)
   results = record.Record(path / "results.jsonl")
-  chosen = protocol.asked(run)
+  chosen = protocol.evaluation_tests(run)
   protocol.add_tests(run, stage, results, predict, variables, chosen)
-  return record.where(
-      results.rows, cell=stage.cell, stage=stage.name, lr=stage.lr,
-      steps=stage.num_steps, split="test",
-  )  # fmt: skip
+  return record.where(results.rows, **stage.row, split="test")

@@ -17,8 +17,8 @@ Rules = Sequence[tuple[str, T]]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-def tree_class(cls):
-  """A frozen, keyword-only dataclass that is a pytree, one child a field."""
+def tree_class(cls: type[T]) -> type[T]:
+  """Makes a frozen, keyword-only dataclass that is a pytree of its fields."""
   cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
   return jax.tree_util.register_dataclass(cls)
 
@@ -28,18 +28,18 @@ STATIC = {"static": True}
 
 
 def path(keys: Sequence[Any]) -> str:
-  """The name of a leaf, from the keys that JAX gives for it."""
+  """Returns the name of a leaf, from the keys that JAX gives for it."""
   return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
 
 def paths(tree: Any) -> dict[str, Any]:
-  """Every leaf by its path, in the order in which JAX flattens the tree."""
+  """Returns every leaf by its path, in the order of `jax.tree.leaves`."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {path(keys): leaf for keys, leaf in leaves}
 
 
 def unpaths(leaves: dict[str, Any]) -> dict[str, Any]:
-  """The nested dict whose `paths` are these: undoes `paths` for dicts."""
+  """Returns the nested dict whose `paths` are these."""
   tree: dict[str, Any] = {}
   for name, leaf in leaves.items():
     *parents, last = name.split("/")
@@ -51,7 +51,7 @@ def unpaths(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def label(tree: Any, rules: Rules[T]) -> Any:
-  """The value of the first rule whose pattern matches all of a leaf's path.
+  """Labels each leaf by the first rule whose pattern matches all of its path.
 
   Example:
     >>> rules = (("head/.*", "head"), (".*", "frozen"))
@@ -59,7 +59,7 @@ def label(tree: Any, rules: Rules[T]) -> Any:
     {'backbone': {'bias': 'frozen'}, 'head': {'bias': 'head'}}
 
   Args:
-    tree: whose leaves are labelled; the result has its structure.
+    tree: any tree; the result has its structure, and labels as leaves.
     rules: pairs of a regular expression and a value; the first match wins.
 
   Raises:
@@ -67,7 +67,7 @@ def label(tree: Any, rules: Rules[T]) -> Any:
   """
   patterns = [(re.compile(pattern), value) for pattern, value in rules]
 
-  def of(keys, _):
+  def first_match(keys: Sequence[Any], _: Any) -> T:
     name = path(keys)
     for pattern, value in patterns:
       if pattern.fullmatch(name):
@@ -76,14 +76,21 @@ def label(tree: Any, rules: Rules[T]) -> Any:
       f"no rule covers {name!r}; the rules are {[r[0] for r in rules]}"
     )
 
-  return jax.tree_util.tree_map_with_path(of, tree)
+  return jax.tree_util.tree_map_with_path(first_match, tree)
 
 
 def split(tree: T, keep: Any) -> tuple[T, T]:
-  """The leaves to keep, and the others; None stands for the absent ones.
+  """Splits a tree in two of its structure; absent leaves are None.
 
   None is no leaf in JAX: gradients, norms, optimizers and sizes of either half
   see the leaves that are there, and nothing else.
+
+  Args:
+    tree: any tree without None.
+    keep: a tree of bools of the same structure.
+
+  Returns:
+    The leaves where `keep` is true, and the others.
   """
   kept = jax.tree.map(lambda x, k: x if k else None, tree, keep)
   rest = jax.tree.map(lambda x, k: None if k else x, tree, keep)
@@ -91,7 +98,7 @@ def split(tree: T, keep: Any) -> tuple[T, T]:
 
 
 def merge(kept: T, rest: T) -> T:
-  """The tree that was split."""
+  """Returns the tree that `split` gave these halves of."""
   return jax.tree.map(
     lambda x, y: y if x is None else x, kept, rest, is_leaf=_is_none
   )
@@ -102,7 +109,7 @@ def _is_none(x: Any) -> bool:
 
 
 def size(tree: Any) -> int:
-  """How many numbers the tree holds."""
+  """Returns how many numbers the tree holds."""
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 
@@ -111,8 +118,8 @@ def check_same(got: Any, expected: Any, what: str) -> None:
 
   Args:
     got: a tree of arrays, or of anything with a shape.
-    expected: the tree that it must look like.
-    what: whose leaves these are, for the message.
+    expected: a tree with the names and shapes that `got` must have.
+    what: a name for `got` in the message.
   """
   mine = {k: tuple(v.shape) for k, v in paths(got).items()}
   yours = {k: tuple(v.shape) for k, v in paths(expected).items()}
@@ -124,7 +131,7 @@ def check_shapes(
   expected: dict[str, tuple[int, ...]],
   what: str,
 ) -> None:
-  """As `check_same`, of names and shapes."""
+  """Raises as `check_same` does; takes shapes by path."""
   if got == expected:
     return
   sides = {

@@ -1,8 +1,8 @@
 """The names that annotations share, and the three trees of a model.
 
 Shapes in annotations are checked when the tests run (jaxtyping and beartype)
-and cost nothing otherwise. Where jaxtyping is not installed they say to the
-reader what they say, and no more.
+and cost nothing otherwise. Where jaxtyping is not installed they are there for
+the reader alone.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ except ModuleNotFoundError:
   if not TYPE_CHECKING:
 
     class _Inert:
-      def __class_getitem__(cls, _):
+      def __class_getitem__(cls, _: Any) -> Any:
         return Any
 
     Bool = Float = Int = Integer = Key = _Inert

@@ -12,17 +12,15 @@ import numpy as np
 
 from roli_jax import distributed, keys, sharding, state, step, trees
 from roli_jax.experiment import stages
-from roli_jax.experiment.build import (
-  build_model,
-  build_program,
-  initial_variables,
-)
+from roli_jax.experiment.build import build_model
+from roli_jax.experiment.program import build_program
 from roli_jax.experiment.run import (
   Run,
   build_run,
   expand_stages,
   training_images,
 )
+from roli_jax.experiment.stage_state import initial_variables
 
 
 def config(*rules: tuple, model: int = 1) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from roli_jax import (
   train,
 )
 from roli_jax.experiment import ensembles_run, protocol
-from roli_jax.experiment.build import build_model, initial_variables
+from roli_jax.experiment.build import build_model
 from roli_jax.experiment.run import build_run, expand_stages
+from roli_jax.experiment.stage_state import initial_variables
 from roli_jax.results import record
 from roli_jax.threat import ThreatModel
 

@@ -30,13 +30,13 @@ from roli_jax.experiment.build import (
   build_attack,
   build_method,
   build_model,
-  build_program,
   build_schedule,
-  initial_variables,
   optimizer_fields,
 )
+from roli_jax.experiment.program import build_program
 from roli_jax.experiment.run import build_run, training_images
-from roli_jax.experiment.train_stage import best_variables, start_variables
+from roli_jax.experiment.stage_state import initial_variables, start_variables
+from roli_jax.experiment.train_stage import best_variables
 from roli_jax.optim import reference, schedules
 from roli_jax.results import record
 from tests.contracts.test_methods import filled, net, noisy

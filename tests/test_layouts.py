@@ -10,7 +10,7 @@ from PIL import Image
 
 from roli_jax import data
 from roli_jax.data import decode, listing, verify, walk
-from roli_jax.experiment import products
+from roli_jax.experiment import facts
 from roli_jax.experiment.run import build_run
 
 SMALL = {"train_transforms": ("stretch:8",), "eval_transforms": ("stretch:8",)}
@@ -456,6 +456,6 @@ def test_the_report_says_each_thing_once(tmp_path):
     "data": {"name": "folder", "root": str(tmp_path / "data"), **SMALL},
     "threat": {"norm": "linf", "eps": "0.1"},
   }
-  products.write_facts(build_run(config), [], tmp_path)
+  facts.write(build_run(config), [], tmp_path)
   notes = json.loads((tmp_path / "facts.json").read_text())["notes"]
   assert [note.split()[0] for note in notes] == ["1", "no"]

@@ -23,7 +23,8 @@ from roli_jax import (
 )
 from roli_jax.clip import mixup
 from roli_jax.experiment import stages
-from roli_jax.experiment.build import build_criterion, build_program
+from roli_jax.experiment.build import build_criterion
+from roli_jax.experiment.program import build_program
 from roli_jax.experiment.run import build_run
 from roli_jax.files import checkpoint
 from roli_jax.models import heads

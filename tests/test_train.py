@@ -10,8 +10,8 @@ import pytest
 
 from roli_jax import train, trees
 from roli_jax.experiment import stages
-from roli_jax.experiment.build import initial_variables
 from roli_jax.experiment.run import build_run
+from roli_jax.experiment.stage_state import initial_variables
 from roli_jax.experiment.train_stage import best_variables
 from roli_jax.files import checkpoint, workdir
 from roli_jax.results import record, report

@@ -1,7 +1,7 @@
-"""What the words of a command line stand for: a mode, a workdir, a config.
+"""From the words of a command line to a mode, a workdir and a config.
 
-Nothing outlives a call of `parse`: flags are absl's and ml_collections', but
-values of their own, and `sys.argv` and `sys.path` are left alone.
+`parse` changes no global state: it reads flags with absl and ml_collections,
+but into values of its own, and leaves `sys.argv` and `sys.path` alone.
 """
 
 import dataclasses
@@ -12,9 +12,14 @@ import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
+
+if TYPE_CHECKING:
+  from ml_collections import ConfigDict
+else:
+  ConfigDict = Any  # ml_collections is loaded where a config is read
 
 MODES = (
   "train", "evaluate", "report", "plan", "convert", "bench", "sweep",
@@ -27,16 +32,16 @@ _FIELD = re.compile(r"--?(no)?config\.")
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """A command line, understood.
+  """A parsed command line.
 
   Attributes:
     mode: one of `MODES`.
     workdir: the run's directory, given or named after the config.
-    config: the resolved config, as nested dicts; {} of a sweep, and where help
-      was asked for without one.
-    swept: of a sweep the words that its cells' configs come from, `--config=`
-      first; otherwise empty.
-    flags: the flags besides: `help`, `sweep_print`, `coordinator`,
+    config: the resolved config, as nested dicts; {} in a sweep, and for --help
+      without a config.
+    swept: in a sweep, the words that its cells' configs come from, `--config=`
+      first; otherwise ().
+    flags: the other flags: `help`, `sweep_print`, `coordinator`,
       `num_processes`, `process`.
   """
 
@@ -48,7 +53,7 @@ class Command:
 
 
 def parse(words: Sequence[str]) -> Command:
-  """Understands the words that follow the program's name.
+  """Parses the words that follow the program's name.
 
   Raises:
     ValueError: a user's mistake, with a message for them: an unknown flag,
@@ -57,17 +62,17 @@ def parse(words: Sequence[str]) -> Command:
   try:
     return _parse(words)
   except Exception as error:  # absl and ml_collections have kinds of their own
-    raise ValueError(_said(error)) from error
+    raise ValueError(_message(error)) from error
 
 
-def load(source: str) -> Any:
-  """The `ConfigDict` of a config file.
+def load(source: str) -> ConfigDict:
+  """Returns the config that a config file makes.
 
-  The file is run as it is; `from . import x` in it imports a file beside it.
+  Runs the file; `from . import x` in it imports a file beside it.
 
   Args:
     source: `NAME` of a config that ships with the package, or `FILE.py`; after
-      a colon, what its `get_config` takes, `key=value,...`.
+      a colon, the argument of its `get_config`, `key=value,...`.
 
   Raises:
     ValueError: there is none, it returns no config, or it raises an error.
@@ -92,7 +97,7 @@ def load(source: str) -> Any:
 
 
 def shipped() -> dict[str, pathlib.Path]:
-  """The configs that ship with the package, by name."""
+  """Returns the files of the configs that ship with the package, by name."""
   from roli_jax import configs
 
   folder = pathlib.Path(next(iter(configs.__path__)))
@@ -104,6 +109,7 @@ def shipped() -> dict[str, pathlib.Path]:
 
 
 def _find(name: str) -> pathlib.Path:
+  """Returns the file of a shipped config, or of a path, which must exist."""
   from roli_jax import specs
 
   if "/" not in name and os.sep not in name and not name.endswith(".py"):
@@ -116,8 +122,11 @@ def _find(name: str) -> pathlib.Path:
   return file
 
 
-def _get_config(file, *arg):
-  """Runs the file as a package, so that it may import its neighbours."""
+def _get_config(file: pathlib.Path, *arg: str) -> Any:
+  """Runs the file as a package, so that it may import its neighbours.
+
+  Returns whatever its `get_config` returns.
+  """
   name = "roli_jax_config"
   spec: Any = importlib.util.spec_from_file_location(
     name, file, submodule_search_locations=[str(file.parent)]
@@ -127,60 +136,63 @@ def _get_config(file, *arg):
   try:
     spec.loader.exec_module(module)
     return module.get_config(*arg)
-  finally:  # the next file is another
+  finally:  # or the next file's imports would find this one's neighbours
     for key in [k for k in sys.modules if k.split(".")[0] == name]:
       del sys.modules[key]
 
 
-def _flags(**strings: str) -> flags.FlagValues:
-  """All flags but a config's fields, and strings by name."""
+def _flags() -> flags.FlagValues:
+  """Defines all flags but `config` and a config's fields."""
   values = flags.FlagValues()
-  told: dict[str, Any] = {"flag_values": values}
-  flags.DEFINE_enum("mode", "train", MODES, "What to do.", **told)
-  flags.DEFINE_string("workdir", "", "The run's directory.", **told)
-  flags.DEFINE_bool("sweep_print", False, "Prints a sweep's commands.", **told)
-  flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.", **told)
-  flags.DEFINE_integer("num_processes", 0, "How many a run has.", **told)
-  flags.DEFINE_integer("process", -1, "Which of them this is, from 0.", **told)
-  flags.DEFINE_bool("help", False, "Explains.", short_name="h", **told)
-  flags.DEFINE_alias("helpshort", "help", **told)
-  for name, said in strings.items():
-    flags.DEFINE_string(name, "", said, **told)
+  into: dict[str, Any] = {"flag_values": values}
+  flags.DEFINE_enum("mode", "train", MODES, "What to do.", **into)
+  flags.DEFINE_string("workdir", "", "The run's directory.", **into)
+  flags.DEFINE_bool("sweep_print", False, "Prints a sweep's commands.", **into)
+  flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.", **into)
+  flags.DEFINE_integer("num_processes", 0, "How many a run has.", **into)
+  flags.DEFINE_integer("process", -1, "Which of them this is, from 0.", **into)
+  flags.DEFINE_bool("help", False, "Explains.", short_name="h", **into)
+  flags.DEFINE_alias("helpshort", "help", **into)
   return values
 
 
-def _parse(words):
-  told = _flags(config="NAME or FILE.py, then :key=value,...")
-  told.set_gnu_getopt()  # fields, unknown as yet, stand anywhere
-  _, *rest = told(["roli", *words], known_only=True)
-  rest = [_lengthen(word, told.mode) for word in rest]
-  config, swept = {}, ()
-  if told.help and not told.config:
+def _parse(words: Sequence[str]) -> Command:
+  given = _flags()
+  flags.DEFINE_string(
+    "config", "", "NAME or FILE.py:key=value,...", flag_values=given
+  )
+  given.set_gnu_getopt()  # fields, unknown as yet, stand anywhere
+  _, *rest = given(["roli", *words], known_only=True)
+  rest = [_lengthen(word, given.mode) for word in rest]
+  config: dict[str, Any] = {}
+  swept: tuple[str, ...] = ()
+  if given.help and not given.config:
     pass
-  elif told.mode == "sweep":
+  elif given.mode == "sweep":
     fields = [word for word in rest if _FIELD.match(word)]
     _parse_all(_flags(), [word for word in rest if word not in fields])
-    _check_given(told.config)
-    swept = tuple(f"--{word.lstrip('-')}" for word in fields)
-    swept = (f"--config={told.config}", *swept)
+    _check_given(given.config)
+    named = (f"--{word.lstrip('-')}" for word in fields)
+    swept = (f"--config={given.config}", *named)
   else:
-    config = _overridden(_base(told), rest)
-  return Command(told.mode, _workdir(told), config, swept, told)
+    config = _overridden(_base(given), rest)
+  return Command(given.mode, _workdir(given), config, swept, given)
 
 
-def _parse_all(values, words):
+def _parse_all(values: flags.FlagValues, words: Sequence[str]) -> None:
+  """Parses the words into the values; raises if any is no flag."""
   _, *rest = values(["roli", *words])
   if rest:
     raise ValueError(f"unexpected arguments: {' '.join(rest)}")
 
 
-def _check_given(config):
+def _check_given(config: str) -> None:
   if not config:
     raise ValueError("--config=NAME or --config=FILE.py is missing; see --help")
 
 
 def _lengthen(word: str, mode: str) -> str:
-  """`--config.attack=pgd` in full."""
+  """Returns `--config.attack.name=pgd` for `--config.attack=pgd`."""
   match = _SHORT.fullmatch(word)
   if not match:
     return word
@@ -190,32 +202,35 @@ def _lengthen(word: str, mode: str) -> str:
   return f"{match[1]}{section}.name{match[3] or ''}"
 
 
-def _workdir(told):
-  """--workdir, or runs/<config>-<key=value>-... after the config's name."""
-  if told.workdir:
-    return pathlib.Path(told.workdir)
-  file, _, arg = told.config.partition(":")
+def _workdir(values: flags.FlagValues) -> pathlib.Path:
+  """Returns --workdir, or runs/<config>-<key=value>-... by the config."""
+  if values.workdir:
+    return pathlib.Path(values.workdir)
+  file, _, arg = values.config.partition(":")
   name = "-".join([pathlib.Path(file).stem, *filter(None, arg.split(","))])
-  if told.mode == "sweep":
+  if values.mode == "sweep":
     name = "sweep-" + re.sub(r"[^\w.=,-]+", "_", name)
   return pathlib.Path("runs", name)
 
 
-def _base(told):
-  """The config before any field is overridden: a file's, or the run's own."""
-  if told.config:
-    return load(told.config)
-  if told.mode not in ("evaluate", "report"):
-    _check_given(told.config)
-  if not told.workdir:
-    raise ValueError(f"--mode={told.mode} needs --workdir=RUN, or a --config")
+def _base(values: flags.FlagValues) -> ConfigDict:
+  """Returns the config before any override: a file's, or the run's own."""
+  if values.config:
+    return load(values.config)
+  if values.mode not in ("evaluate", "report"):
+    _check_given(values.config)
+  if not values.workdir:
+    raise ValueError(f"--mode={values.mode} needs --workdir=RUN, or a --config")
   from roli_jax.files import workdir
 
-  return _overridable(workdir.read_config(pathlib.Path(told.workdir)))
+  return _overridable(workdir.read_config(pathlib.Path(values.workdir)))
 
 
-def _overridden(config, words):
-  """The config as nested dicts, after the words that name its fields."""
+def _overridden(config: ConfigDict, words: Sequence[str]) -> dict[str, Any]:
+  """Returns the config as nested dicts, overridden by `--config.field=`.
+
+  An attack whose name is overridden keeps only fields that are overridden too.
+  """
   from ml_collections import config_flags
 
   values: Any = _flags()
@@ -224,58 +239,44 @@ def _overridden(config, words):
     "config", config, flag_values=values, sys_argv=["roli", *words]
   )
   _parse_all(values, words)
-  given = values["config"].override_values
-  return _with_own_defaults(values.config.to_dict(), before, given)
+  overrides, chosen = values["config"].override_values, values.config.to_dict()
+  # The config's 20 steps are meant for PGD, not for an attack that is named
+  # instead: None stands for that attack's own default.
+  for section in chosen.keys() & set(_ATTACKS):
+    if chosen[section]["name"] != before[section]["name"]:
+      for field in chosen[section].keys() - {"name"}:
+        if f"{section}.{field}" not in overrides:
+          chosen[section][field] = None
+  return chosen
 
 
-def _with_own_defaults(
-  config: dict[str, Any], before: Mapping[str, Any], given: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Another attack than the config's keeps none of its settings.
+def _overridable(config: Mapping[str, Any]) -> ConfigDict:
+  """Returns a `ConfigDict` in which each null is a placeholder of a type.
 
-  The 20 steps of PGD would make APGD another attack. Its own defaults, None,
-  hold but for what is overridden.
-
-  Args:
-    config: after all overrides.
-    before: the same without them.
-    given: the overrides, by path.
+  JSON keeps no types of fields that are unset, which their names tell.
   """
-  for section in config.keys() & set(_ATTACKS):
-    if config[section]["name"] != before[section]["name"]:
-      for field in config[section].keys() - {"name"}:
-        if f"{section}.{field}" not in given:
-          config[section][field] = None
-  return config
-
-
-def _overridable(config: Any) -> Any:
-  """As ml_collections wants it: a null is an unset number."""
   from ml_collections import ConfigDict, config_dict
 
-  if config is None:
-    return config_dict.placeholder(float)
-  if isinstance(config, dict):
-    counts = {
-      k: config_dict.placeholder(int)
-      for k, v in config.items()
-      if v is None and (k.startswith("num_") or k == "eot")
-    }
-    counts |= {
-      k: config_dict.placeholder(tuple)
-      for k, v in config.items()
-      if v is None and k.endswith("_transforms")
-    }
-    rest = {k: _overridable(v) for k, v in config.items() if k not in counts}
-    return ConfigDict({**rest, **counts})
-  return config
+  def field(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+      return _overridable(value)
+    if value is not None:
+      return value
+    kind: type = float
+    if name.startswith("num_") or name == "eot":
+      kind = int
+    elif name.endswith("_transforms"):
+      kind = tuple
+    return config_dict.placeholder(kind)
+
+  return ConfigDict({k: field(k, v) for k, v in config.items()})
 
 
-def _said(error: Exception) -> str:
-  """An error's message; a field that isn't there is told as such."""
+def _message(error: Exception) -> str:
+  """Returns an error's message; of an unknown field, that it is unknown."""
   if isinstance(error, KeyError | AttributeError):
-    said = str(error.args[0]).replace("\\n", " ")
-    names = re.findall(r"\w+", said.replace("Did you mean", ""))
+    message = str(error.args[0]).replace("\\n", " ")
+    names = re.findall(r"\w+", message.replace("Did you mean", ""))
     meant = f"; did you mean {names[1]!r}?" if len(names) > 1 else ""
     return f"the config has no field {names[0]!r}{meant}"
   return str(error).strip() or type(error).__name__

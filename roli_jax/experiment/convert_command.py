@@ -1,4 +1,4 @@
-"""`--mode=convert`: a file of weights to another, and what proves it."""
+"""`--mode=convert`: from one file of weights to another, checked on the way."""
 
 import json
 import pathlib
@@ -11,21 +11,26 @@ import numpy as np
 from roli_jax import peft, trees
 from roli_jax.convert import Bundle, files, networks, state_dict
 from roli_jax.convert import bundle as bundles
+from roli_jax.types import Images, Params, PyTree
 
-Facts = list[tuple[str, str, str]]
+Fact = tuple[str, str, str]  # what, how much, which: a row of the printed table
 
-_OF_LOAD = (
+# The fields of the config that `convert.load` takes.
+_LOAD_FIELDS = (
   "model", "format", "mean", "std", "num_classes", "image_size", "pool", "key",
 )  # fmt: skip
 
 
-def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, Facts]:
-  """Converts as `configs/convert.py` says.
+def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, list[Fact]]:
+  """Converts `config.source` and writes the result below `config.output`.
 
-  Beside the weights, `<model>.check.npz` holds two images of noise with the
-  features and logits that the model gives them, for whoever has the original.
-  What a method has added to a run's checkpoint is folded into the backbone, if
-  it is LoRA; otherwise it goes to `<model>.<method>.safetensors`.
+  Also writes `<model>.check.npz`: two images of noise with the model's features
+  and logits of them, to compare with the original model. LoRA in a run's
+  checkpoint is folded into the backbone; what another method has added goes to
+  `<model>.<method>.safetensors`.
+
+  Args:
+    config: the fields of `configs/convert.py`.
 
   Returns:
     The file that was written, and facts about it: what, how much, which.
@@ -39,27 +44,35 @@ def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, Facts]:
       raise ValueError(f"--config.{field}= is missing; see --help")
   source = pathlib.Path(config["source"]).expanduser()
   output = pathlib.Path(config["output"]).expanduser()
-  given = {k: config[k] for k in _OF_LOAD if config[k]}
+  given = {k: config[k] for k in _LOAD_FIELDS if config[k]}
   whole, method = _read(source, given)
   plain = whole
   if whole.params.peft:
     plain = peft.merge(whole, method) if method.scale else peft.without(whole)
-  # The foreign side of a conversion is the one that the format is of.
-  outward = config["format"] if whole.coverage is None else ""
-  suffix = ".pth" if outward else ".safetensors"
+  # The format is the foreign side's: the source's, or if that is ours (it has
+  # no coverage), the output's.
+  foreign = config["format"] if whole.coverage is None else ""
+  suffix = ".pth" if foreign else ".safetensors"
   path = output / f"{plain.model.name}{suffix}"
-  _write(path, lambda new: files.save(plain, new, outward or None))
+  _write(path, lambda new: files.save(plain, new, foreign or None))
   again = files.load(path, plain.model.name)
-  facts = [*_facts(plain), _same(plain, again, source)]
+  facts = [*_facts(plain), _check_same(plain, again, source)]
   if whole.params.peft:
-    facts.append(_added(whole, method, plain, path))
-  seen: Any = _seen(whole if whole.params.peft else again)
-  np.savez_compressed(output / f"{plain.model.name}.check.npz", **seen)
+    facts.append(_keep_added(whole, method, plain, path))
+  check: Any = _outputs(whole if whole.params.peft else again)
+  np.savez_compressed(output / f"{plain.model.name}.check.npz", **check)
   return path, facts
 
 
-def _read(source: pathlib.Path, given: dict[str, Any]):
-  """The bundle of a file, or of a run's checkpoint with its method."""
+def _read(
+  source: pathlib.Path, given: dict[str, Any]
+) -> tuple[Bundle, peft.Method]:
+  """Reads a file, or a run's checkpoint; returns its bundle and its method.
+
+  Args:
+    source: a file, or a directory with a bundle or a checkpoint.
+    given: the fields of `_LOAD_FIELDS` that the config sets.
+  """
   if not source.is_dir() or any(source.glob("*.safetensors")):
     return files.load(source, **given), peft.linear()
   found, method = peft.restore(source)
@@ -70,23 +83,36 @@ def _read(source: pathlib.Path, given: dict[str, Any]):
   return files.adjusted(found, **given), method
 
 
-def _added(
+def _keep_added(
   whole: Bundle, method: peft.Method, plain: Bundle, path: pathlib.Path
-) -> tuple[str, str, str]:
-  """Says that LoRA is in the kernels, or writes what the method has added."""
+) -> Fact:
+  """Writes what the method has added, unless it is LoRA, folded into `plain`.
+
+  Args:
+    whole: with what the method has added.
+    method: the method.
+    plain: without it.
+    path: the file that holds `plain`.
+  """
   if method.scale:
-    off = np.abs(_seen(whole)["logits"] - _seen(plain)["logits"]).max()
+    before, after = _outputs(whole)["logits"], _outputs(plain)["logits"]
+    off = np.abs(before - after).max()
     return (method.name, "folded", f"logits differ by {off:.1e} at most")
   beside = path.with_name(f"{whole.model.name}.{method.name}.safetensors")
   tensors = peft.state_dict(whole)
   about = {"format": "pt", "method": method.name}
   _write(beside, lambda new: bundles.write_tensors(tensors, new, about))
-  said = f"{len(tensors)} tensors, for peft.load; the check is with them"
-  return (method.name, beside.name, said)
+  note = f"{len(tensors)} tensors, for peft.load; the check is with them"
+  return (method.name, beside.name, note)
 
 
 def _write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
-  """The file, unless it is there and another; then it stays."""
+  """Writes the file; raises if it is there already with other content.
+
+  Args:
+    path: the file.
+    save: writes to the path that it is given.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
   new = path.with_stem(path.stem + ".new")
   save(new)
@@ -99,7 +125,11 @@ def _write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
 
 
 def _content(path: pathlib.Path) -> tuple[Any, bytes]:
-  """Of a file; safetensors writes its header in another order each time."""
+  """Returns the header and the rest; two files are equal if both are.
+
+  The header of safetensors is parsed: its order differs each time. Of other
+  files it is None.
+  """
   raw = path.read_bytes()
   if path.suffix != ".safetensors":
     return None, raw
@@ -107,21 +137,21 @@ def _content(path: pathlib.Path) -> tuple[Any, bytes]:
   return json.loads(raw[8:end]), raw[end:]
 
 
-def _facts(bundle: Bundle) -> Facts:
+def _facts(bundle: Bundle) -> list[Fact]:
+  """Returns what the weights are, and what became of the file's tensors."""
   model, about = bundle.model, bundle.coverage
-  size = trees.size(bundle.params)
+  size, side = trees.size(bundle.params), model.image_size
+  normalised_by = about.normalised_by if about else ""
   facts = [
     ("model", model.name, f"{size:,} parameters"),
     ("classes", str(model.num_classes), ""),
-    ("images", f"{model.image_size} x {model.image_size}",
-     f"resized inside, {model.interpolation}"),
-    ("mean", " ".join(f"{x:g}" for x in model.mean), ""),
+    ("images", f"{side} x {side}", f"resized inside, {model.interpolation}"),
+    ("mean", " ".join(f"{x:g}" for x in model.mean), normalised_by),
     ("std", " ".join(f"{x:g}" for x in model.std), ""),
-  ]  # fmt: skip
+  ]
   if about is None:
     return facts
   wrapped = f"under {about.wrapped!r}" if about.wrapped else ""
-  facts[3] = (*facts[3][:2], about.normalised_by)
   facts.insert(1, ("layout", about.layout, wrapped))
   facts += [("note", "", note) for note in about.notes()]
   for what, keys in (
@@ -136,10 +166,16 @@ def _facts(bundle: Bundle) -> Facts:
   return facts
 
 
-def _same(
-  bundle: Bundle, again: Bundle, source: pathlib.Path
-) -> tuple[str, str, str]:
-  """That what was written reads back bit for bit, and as it was found."""
+def _check_same(bundle: Bundle, again: Bundle, source: pathlib.Path) -> Fact:
+  """Raises a RuntimeError unless what was written reads back bit for bit.
+
+  Weights from elsewhere are also turned back into the source's own tensors.
+
+  Args:
+    bundle: what was to be written.
+    again: what was read back.
+    source: what `bundle` was read from.
+  """
   before, after = trees.paths(bundle.params), trees.paths(again.params)
   same = before.keys() == after.keys() and all(
     np.array_equal(before[path], after[path]) for path in before
@@ -153,31 +189,27 @@ def _same(
   theirs = next(x for x in found if x.name == name).tensors
   back = state_dict.to_state_dict(again, state_dict.format_of(again))
   kept = set(bundle.coverage.used) - set(bundle.coverage.resampled)
-  wrong = [
-    key for key in kept if not np.array_equal(theirs[key], back[key])
-  ]  # fmt: skip
+  wrong = [k for k in kept if not np.array_equal(theirs[k], back[k])]
   if wrong:
     raise RuntimeError(f"these do not come back as they were: {wrong[:3]}")
   return ("back to the source's names", "bit for bit", f"{len(kept)} tensors")
 
 
-def _seen(bundle: Bundle) -> dict[str, np.ndarray]:
-  """Two images, and what the model makes of them in full precision."""
+def _outputs(bundle: Bundle) -> dict[str, np.ndarray]:
+  """Returns two images of noise, and features and logits in full precision."""
   side = bundle.model.image_size
   shape = (2, side, side, bundle.model.channels)
   images = np.random.default_rng(0).random(shape, np.float32)
 
   @jax.jit
-  def see(params, stats, images):
-    model = bundle.model
-    return model.features(params, stats, images), model.logits(
-      params, stats, images
-    )
+  def outputs(
+    params: Params, stats: PyTree, images: Images
+  ) -> dict[str, jax.Array | np.ndarray]:
+    return {
+      "features": bundle.model.features(params, stats, images),
+      "logits": bundle.model.logits(params, stats, images),
+    }
 
   with jax.default_matmul_precision("highest"):
-    features, logits = see(bundle.params, bundle.stats, images)
-  return {
-    "images": images,
-    "features": np.asarray(features),
-    "logits": np.asarray(logits),
-  }
+    found = outputs(bundle.params, bundle.stats, images)
+  return {"images": images, **jax.tree.map(np.asarray, found)}

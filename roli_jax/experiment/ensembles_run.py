@@ -9,20 +9,17 @@ which it is in place of the stage: `wise_ft-0.3` for one alpha of the frontier,
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from roli_jax import data, ensembles, sharding, specs, step
+from roli_jax import data, ensembles, sharding, specs
 from roli_jax.experiment import measure, protocol
-from roli_jax.experiment.build import (
-  build_attack,
-  build_model,
-  build_predict,
-  build_program,
-)
+from roli_jax.experiment.build import build_attack
+from roli_jax.experiment.program import build_both, build_predict, build_program
 from roli_jax.experiment.run import Run, training_images
 from roli_jax.experiment.stages import Stage
 from roli_jax.results import record
@@ -32,23 +29,25 @@ ALPHAS = tuple(i / 10 for i in range(11))
 # Tested by the main attack alone: it is there to be drawn beside the others,
 # and each attack on it costs two models' passes.
 MAIN_ALONE = ("output",)
-# Of squared distances, which lie in [0, 4].
+# VRF's a and b that are tried. The unit is a squared distance of unit features,
+# which lies in [0, 4].
 A = (0.1, 0.3, 0.6, 1.0, 1.5)
 B = (0.1, 0.3, 0.6)
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """Ensembles that differ in what is chosen on validation.
+  """Ensembles that differ only in what validation chooses.
 
   Attributes:
     predict: `(variables, images) -> log probabilities`.
-    members: variables by what is chosen, as rows say it.
-    is_frontier: whether the test set is told of all of them.
+    members: the variables of each, by the label that rows have: `0.3` of an
+      alpha, `0.6-0.3` of VRF's a and b.
+    is_frontier: whether each member is tested, not only the chosen one.
   """
 
   predict: Callable[..., Any]
-  members: dict[str, Any]
+  members: Mapping[str, Any]
   is_frontier: bool
 
 
@@ -75,14 +74,14 @@ def run(
   first: Variables,
   second: Variables,
 ) -> None:
-  """The rows of the config's ensembles, those that are missing.
+  """Tests the config's ensembles, and adds the rows that are missing.
 
   Args:
     run: the run.
-    stage: that was fine-tuned from another.
+    stage: a stage that started from a probe.
     results: where rows go.
-    first: the best of the stage that it started from.
-    second: the best of this one.
+    first: the best variables of that probe.
+    second: the best variables of this stage.
   """
   for name in run.config["ensembles"]:
     make = FAMILIES[name]
@@ -96,31 +95,47 @@ def run(
     family = make(run, stage, first, second)
     best = _best(run, chosen, results, family)
     if family.is_frontier and run.config["test"]:
-      for label, variables in family.members.items():
-        member = dataclasses.replace(stage, name=f"{name}-{label}")
-        test = measure.Test(build_attack(run, "eval_attack"))
-        protocol.add_tests(
-          run, member, results, family.predict, variables, [test]
-        )
+      test = measure.Test(build_attack(run, "eval_attack"))
+      _test_members(run, chosen, results, family, test, "test")
     protocol.add_tests(run, chosen, results, family.predict, best, tests)
 
 
-def _best(run, chosen, results, family):
-  """The member of the highest robust accuracy on validation."""
+def _best(
+  run: Run, chosen: Stage, results: record.Record, family: Family
+) -> Any:
+  """Returns the member of the highest robust accuracy on validation."""
   test = measure.Test(build_attack(run, "val_attack"))
   robust = {}
-  for label, variables in family.members.items():
-    member = dataclasses.replace(chosen, name=f"{chosen.name}-{label}")
-    protocol.add_tests(
-      run, member, results, family.predict, variables, [test], "val"
-    )
+  for label, member in _test_members(
+    run, chosen, results, family, test, "val"
+  ).items():
     *_, about = protocol.rows(run, member, "val", test)
     (row,) = record.where(results.rows, **about)
     robust[label] = row["value"]
   return family.members[max(robust, key=lambda label: robust[label])]
 
 
-def _wise_ft(run, stage, first, second):
+def _test_members(
+  run: Run,
+  chosen: Stage,
+  results: record.Record,
+  family: Family,
+  test: measure.Test,
+  split: str,
+) -> dict[str, Stage]:
+  """Tests each member; returns by label the stage that its rows name."""
+  named = {}
+  for label, variables in family.members.items():
+    named[label] = dataclasses.replace(chosen, name=f"{chosen.name}-{label}")
+    protocol.add_tests(
+      run, named[label], results, family.predict, variables, [test], split
+    )
+  return named
+
+
+def _wise_ft(
+  run: Run, stage: Stage, first: Variables, second: Variables
+) -> Family:
   return Family(
     build_predict(run, stage),
     {f"{a:g}": ensembles.wse(first, second, a) for a in ALPHAS},
@@ -128,58 +143,73 @@ def _wise_ft(run, stage, first, second):
   )
 
 
-def _output(run, stage, first, second):
-  predicts = (build_predict(run, s) for s in (stage.start, stage))
+def _output(
+  run: Run, stage: Stage, first: Variables, second: Variables
+) -> Family:
+  assert stage.start is not None  # an ensemble needs two stages
   return Family(
-    ensembles.output_space(*predicts),
+    ensembles.output_space(
+      build_predict(run, stage.start), build_predict(run, stage)
+    ),
     {f"{a:g}": (first, second, np.float32(a)) for a in ALPHAS},
     is_frontier=True,
   )
 
 
-def _vrf(run, stage, first, second):
-  """The bank from the stage's training images, k = 1.
+def _vrf(run: Run, stage: Stage, first: Variables, second: Variables) -> Family:
+  """VRF with the bank from the stage's training images, k = 1.
 
   The authors' rule for k counts members per thousand images, which is beyond
   the bank for a few hundred; the paper's, 0.1% of the bank, is one. A bank
   without members, where the probe errs on nothing that fine-tuning mends, gives
   both models the same weight.
   """
-  probe = build_predict(run, stage.start)
-  both = step.make_both(build_model(run, stage))
+  assert stage.start is not None  # an ensemble needs two stages
+  probe, both = build_predict(run, stage.start), build_both(run, stage)
   train, held = training_images(run, stage), run.data["val"]
-
-  def outputs(fn, variables, source):
-    return _in_batches(jax.jit(functools.partial(fn, variables)), source)
-
-  zs_logits, zs_held = (outputs(probe, first, of) for of in (train, held))
+  zs_logits, zs_held = (_outputs(probe, first, x) for x in (train, held))
   (feats, ft_logits), (_, ft_held) = (
-    outputs(both, second, of) for of in (train, held)
+    _outputs(both, second, x) for x in (train, held)
   )
-  state = ensembles.vrf_fit(
-    zs_logits, ft_logits, train.labels, feats, rule="paper", zs_held=zs_held,
-    ft_held=ft_held, held_labels=held.labels, alpha=0.5,
-  )  # fmt: skip
-  members = {
-    f"{a:g}-{b:g}": dataclasses.replace(state, a=np.float32(a), b=np.float32(b))
-    for a in A
-    for b in B
-  }
-  return Family(
-    ensembles.vrf(probe, both),
-    {label: (first, second, of) for label, of in members.items()},
-    is_frontier=False,
+  fitted = ensembles.vrf_fit(
+    zs_logits,
+    ft_logits,
+    train.labels,
+    feats,
+    rule="paper",
+    zs_held=zs_held,
+    ft_held=ft_held,
+    held_labels=held.labels,
+    alpha=0.5,
   )
+  members = {}
+  for a, b in itertools.product(A, B):
+    state = dataclasses.replace(fitted, a=np.float32(a), b=np.float32(b))
+    members[f"{a:g}-{b:g}"] = (first, second, state)
+  return Family(ensembles.vrf(probe, both), members, is_frontier=False)
 
 
-def _in_batches(fn, source: data.Source, size: int = 256) -> Any:
-  """What a function says of all of a split's images."""
+def _outputs(
+  fn: Callable[..., Any],
+  variables: Variables,
+  source: data.Source,
+  size: int = 256,
+) -> Any:
+  """Returns the outputs of `fn(variables, images)` for all of a split.
+
+  Args:
+    fn: a forward pass.
+    variables: what it takes first.
+    source: the split.
+    size: images at once, >= 1; bounds the memory.
+  """
+  jitted = jax.jit(functools.partial(fn, variables))
   rows = np.arange(len(source))
-  said = [
-    sharding.fetch(fn(source.pixels(rows[start : start + size])))
+  outputs = [
+    sharding.fetch(jitted(source.pixels(rows[start : start + size])))
     for start in range(0, len(rows), size)
   ]
-  return jax.tree.map(lambda *x: np.concatenate(x), *said)
+  return jax.tree.map(lambda *x: np.concatenate(x), *outputs)
 
 
 FAMILIES = {"wise_ft": _wise_ft, "output": _output, "vrf": _vrf}

@@ -1,19 +1,18 @@
-"""One test of one model: an attack, or a corruption, on a split of the data."""
+"""One test of one model: an attack or a corruption on a split of the data."""
 
 import dataclasses
-import functools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from roli_jax import corruptions, data, evaluate
+from roli_jax import attacks, corruptions, data, evaluate
 from roli_jax.evaluate import batching, checks, classifier
 from roli_jax.experiment.run import Run
 
-_PIECE = 2**30  # bytes of pixels that are attacked at once
+_PIECE = 2**30  # bytes of pixels that are held and attacked at once
 
 CLEAN: dict[str, Any] = {"attack": "none"}
 
@@ -25,16 +24,16 @@ class Test:
   Attributes:
     attack: the attack.
     num_images: how many of the split's first images; 0 for all.
-    radii: at which accuracy is told, of an attack that finds distances; none
-      for the attack's own.
+    radii: eps at which accuracy is reported, increasing, for an attack that
+      finds distances; (): the attack's own radius.
   """
 
-  attack: Any
+  attack: attacks.Attack
   num_images: int = 0
   radii: tuple[float, ...] = ()
 
   def about(self) -> list[dict[str, Any]]:
-    """What tells its rows from others: clean, and one for each radius."""
+    """Returns what identifies its rows: clean, and one for each radius."""
     attack = self.attack
     attacked = {
       "attack": attack.name,
@@ -46,21 +45,22 @@ class Test:
     return [CLEAN, *({**attacked, "eps": eps} for eps in radii)]
 
   def pixels(self, source: data.Source, rows: np.ndarray) -> np.ndarray:
-    """The images that are attacked."""
+    """Returns the images at these positions, [n, h, w, c] in [0, 1]."""
     return source.pixels(rows)
 
   def values(self, result: evaluate.Result) -> list[float]:
-    """Clean accuracy, and the robust one at each radius."""
+    """Returns clean accuracy, and robust accuracy at each radius."""
     at = [result.robust_at(eps) for eps in self.radii] or [result.robust]
     return [float(flags.mean()) for flags in (result.clean, *at)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Corruption:
-  """A common corruption of a split; its row says the severity as `eps`.
+  """A common corruption of a split; its row has the severity as `eps`.
 
   Attributes:
-    name: one of `corruptions.CORRUPTIONS`; `guide`: each image its own type.
+    name: one of `corruptions.CORRUPTIONS`; `guide`: each image has a type by
+      its position.
     severity: 1 to 5.
     num_images: how many of the split's first images; 0 for all.
   """
@@ -71,12 +71,16 @@ class Corruption:
   attack: ClassVar[None] = None
 
   def about(self) -> list[dict[str, Any]]:
-    """What tells its row from others."""
+    """Returns what identifies its row."""
     severity = float(self.severity)
     return [{"attack": self.name, "norm": "severity", "eps": severity}]
 
   def pixels(self, source: data.Source, rows: np.ndarray) -> np.ndarray:
-    """The corrupted images, each by who it is."""
+    """Returns the corrupted images, [n, h, w, c] in [0, 1].
+
+    The noise of each depends on its index in the data set alone.
+    """
+    # Corruptions are defined on 8 bits.
     clean = np.rint(255 * source.pixels(rows)).astype(np.uint8)
     corrupted = [
       corruptions.apply(self._type(row, source), image, self.severity, index)
@@ -86,13 +90,13 @@ class Corruption:
     ]
     return np.stack(corrupted) / np.float32(255)
 
-  def _type(self, row, source):
+  def _type(self, row: int, source: data.Source) -> str:
     if self.name == "guide":
       return corruptions.guide(row, len(source))
     return self.name
 
   def values(self, result: evaluate.Result) -> list[float]:
-    """Accuracy."""
+    """Returns the accuracy."""
     return [float(result.clean.mean())]
 
 
@@ -105,7 +109,7 @@ def run(
   test: Test | Corruption,
   save: pathlib.Path | None = None,
 ) -> evaluate.Result:
-  """One test on one split of the run's data; progress goes to `save`.
+  """Runs one test on one split of the run's data.
 
   Without `save`, a split whose pixels take much memory is attacked in pieces,
   and the result holds no adversarial images.
@@ -114,10 +118,11 @@ def run(
     run: the run.
     predict: `(variables, images) -> logits`.
     variables: what `predict` takes first.
-    seed: decides the attack's noise.
-    split: which.
-    test: what is done to it.
-    save: a directory; None keeps nothing.
+    seed: decides the attack's noise, >= 0.
+    split: `train`, `val` or `test`.
+    test: the attack or corruption.
+    save: a directory that keeps progress, from which a killed evaluation goes
+      on; None keeps nothing.
   """
   source: data.Source = run.data[split]
   rows = np.arange(len(source))[: test.num_images or None]
@@ -125,23 +130,23 @@ def run(
   function = on_devices(
     run, source, predict, variables, seed, run.compute_dtype
   )
+  # 4 bytes a value, as pixels are float32.
   batches = _PIECE // (4 * math.prod(source.shape) * batch)
   at_once = max(batches, 1) * batch
   pieces = range(0, len(rows), at_once)
   each = [rows] if save else [rows[i : i + at_once] for i in pieces]
-  return _joined(
-    [
-      evaluate.run_on(
-        function,
-        test.pixels(source, few),
-        source.labels[few],
-        test.attack,
-        indices=source.indices[few],
-        save=save,
-      )
-      for few in each
-    ]
-  )
+  results = [
+    evaluate.run_on(
+      function,
+      test.pixels(source, few),
+      source.labels[few],
+      test.attack,
+      indices=source.indices[few],
+      save=save,
+    )
+    for few in each
+  ]
+  return _joined(results)
 
 
 def on_devices(
@@ -152,15 +157,15 @@ def on_devices(
   seed: int,
   dtype: str | None = None,
 ) -> classifier.Classifier:
-  """A model of the run's own, which reads nothing but its arguments.
+  """Returns a model of the run as a classifier for evaluation.
 
   Args:
     run: the run.
     source: the images that it will see.
     predict: `(variables, images) -> logits`.
     variables: what it takes first.
-    seed: decides the attacks' noise.
-    dtype: the precision of attacks; None: the arrays' own.
+    seed: decides the attacks' noise, >= 0.
+    dtype: the precision of attacks, `bfloat16`; None: the arrays' own.
   """
   return classifier.make(
     predict,
@@ -172,29 +177,25 @@ def on_devices(
   )
 
 
-def _joined(results):
-  """The result of all pieces."""
+def _joined(results: Sequence[evaluate.Result]) -> evaluate.Result:
+  """Returns the result of all pieces, without adversarial images if several."""
   if len(results) == 1:
     return results[0]
-  whole = {
+  arrays = {
     name: np.concatenate([getattr(result, name) for result in results])
     for name, value in vars(results[0]).items()
     if isinstance(value, np.ndarray) and name != "adv"
   }
+  work: dict[str, batching.Work] = {}
+  for result in results:
+    for name, one in result.work.items():
+      work[name] = work.get(name, batching.Work()) + one
   return dataclasses.replace(
     results[-1],
     adv=results[0].adv[:0],
-    work=functools.reduce(_added, (result.work for result in results)),
+    work=work,
     notes=list(dict.fromkeys(n for result in results for n in result.notes)),
     checks=checks.worst(result.checks for result in results),
     seconds=sum(result.seconds for result in results),
-    **whole,
+    **arrays,
   )
-
-
-def _added(some, others):
-  """Work by attack, of both."""
-  return {
-    name: some.get(name, batching.Work()) + others.get(name, batching.Work())
-    for name in some | others
-  }

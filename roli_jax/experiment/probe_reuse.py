@@ -4,6 +4,8 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from collections.abc import Mapping
+from typing import Any
 
 from absl import logging
 
@@ -13,15 +15,19 @@ from roli_jax.experiment.stages import Stage
 from roli_jax.files import checkpoint, workdir
 from roli_jax.results import record
 
-# Of a config, what a linear probe doesn't depend on.
-_BESIDE_A_PROBE = frozenset({
-    "cells", "only", "ensembles", "adapt", "rates", "seed", "peft",
-    "eval_attack", "curve", "test", "checkpoint", "radii", "num_images",
-    "save_adv", "checks",
-})  # fmt: skip
-_SWITCHES_BESIDE_A_PROBE = frozenset({
-    "adapter_init", "lora_init", "lora_dropout_active", "swin_prompt_order",
-})  # fmt: skip
+# Fields of a config, and switches, that a linear probe doesn't depend on. Its
+# seed and rate are the stage's.
+_BESIDE_A_PROBE = (
+  "cells", "only", "ensembles", "adapt", "rates", "seed", "peft",
+  "eval_attack", "curve", "test", "checkpoint", "radii", "num_images",
+  "save_adv", "checks",
+)  # fmt: skip
+_SWITCHES_BESIDE_A_PROBE = (
+  "adapter_init",
+  "lora_init",
+  "lora_dropout_active",
+  "swin_prompt_order",
+)
 
 
 def adopt(
@@ -29,13 +35,13 @@ def adopt(
 ) -> None:
   """Copies the probe from a run beside this one that has trained the same.
 
-  Of several processes the first looks and copies.
+  With several processes the first looks and copies.
 
   Args:
     run: this run.
     stage: the probe.
     path: this run's directory.
-    log: the log of its training, which gets the probe's rows.
+    log: gets the rows of the probe's training.
   """
   directory = checkpoint.directory(path, stage)
   if distributed.leads() and not directory.exists():
@@ -43,7 +49,22 @@ def adopt(
   distributed.wait("adoption")
 
 
-def _copy(run, stage, path, directory, log):
+def _copy(
+  run: Run,
+  stage: Stage,
+  path: pathlib.Path,
+  directory: pathlib.Path,
+  log: record.Record,
+) -> None:
+  """Copies the probe's checkpoints to the directory, from the first that fits.
+
+  Args:
+    run: this run.
+    stage: the probe.
+    path: this run's directory.
+    directory: where this run would keep the probe's checkpoints.
+    log: gets the rows of the probe's training.
+  """
   for file in sorted(path.absolute().parent.glob("*/config.json")):
     other = file.parent
     try:
@@ -63,7 +84,9 @@ def _copy(run, stage, path, directory, log):
     return
 
 
-def _has_probe(run, stage, other, path):
+def _has_probe(
+  run: Run, stage: Stage, other: pathlib.Path, path: pathlib.Path
+) -> bool:
   """Whether another run has finished the probe that this one would train."""
   theirs = checkpoint.directory(other, stage)
   if not theirs.is_dir() or not workdir.same_code(other, path):
@@ -73,9 +96,9 @@ def _has_probe(run, stage, other, path):
       return False
     meta = checkpoint.restore_meta(checkpoints, stage.num_steps)
   mine = json.loads(json.dumps(dataclasses.asdict(stage)))
-  for tested in ("curve", "tests"):  # afterwards
-    mine.pop(tested)
-    meta["stage"].pop(tested)
+  for field in ("curve", "tests"):  # tested after training
+    mine.pop(field)
+    meta["stage"].pop(field)
   return (
     meta["stage"] == mine
     and meta["made_of"] == fingerprint(run, stage)
@@ -83,12 +106,13 @@ def _has_probe(run, stage, other, path):
   )
 
 
-def _of_a_probe(config):
-  """What a probe depends on."""
-  config = json.loads(json.dumps(config))
-  switches = config.get("compat", {})
-  config["compat"] = {
-    k: v for k, v in switches.items() if k not in _SWITCHES_BESIDE_A_PROBE
+def _of_a_probe(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what a probe depends on in a config, as JSON has it."""
+  plain = json.loads(json.dumps(config))
+  plain["compat"] = {
+    name: value
+    for name, value in plain.get("compat", {}).items()
+    if name not in _SWITCHES_BESIDE_A_PROBE
   }
-  config["data"].pop("num_workers", None)
-  return {k: v for k, v in config.items() if k not in _BESIDE_A_PROBE}
+  plain["data"].pop("num_workers", None)
+  return {k: v for k, v in plain.items() if k not in _BESIDE_A_PROBE}

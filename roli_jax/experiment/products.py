@@ -1,57 +1,27 @@
-"""What a run leaves beside rows: facts, examples, weights of a pretraining."""
+"""What a finished run leaves beside rows: examples, pretrained weights."""
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from roli_jax import convert, data, distributed, keys, sharding, trees
-from roli_jax.experiment.build import (
-  build_attack,
-  build_method,
-  build_model,
-  build_predict,
-)
+from roli_jax import convert, distributed, keys, sharding
+from roli_jax.experiment.build import build_attack, build_model
+from roli_jax.experiment.program import build_predict
 from roli_jax.experiment.run import Run
+from roli_jax.experiment.stage_state import Best
 from roli_jax.experiment.stages import Stage
-from roli_jax.files import workdir
-from roli_jax.results import report, tables
-from roli_jax.types import Variables
-
-
-def write_facts(run: Run, stages: Iterable[Stage], path: pathlib.Path) -> None:
-  """Writes what a report tells of methods and data to `facts.json`.
-
-  Of images in files it is also printed.
-  """
-  sizes = {}
-  for stage in {stage.method: stage for stage in stages}.values():
-    params = jax.eval_shape(build_model(run, stage).init, keys.root(0))[0]
-    trained, _ = build_method(run, stage).split(params)
-    sizes[stage.method] = (trees.size(trained), trees.size(params))
-  splits = {split: run.data[split] for split in data.SPLITS}
-  facts = {
-    "backbone": run.config["backbone"]["name"],
-    "in_files": run.config["data"]["name"] in data.IN_FILES,
-    "parameters": sizes,
-    "skipped": {split: source.skipped for split, source in splits.items()},
-    # What is said of the whole set is said once.
-    "notes": list(dict.fromkeys(n for s in splits.values() for n in s.notes)),
-    "manifest": [line for s in splits.values() for line in s.manifest()],
-  }
-  workdir.write_json(path / "facts.json", facts)
-  if facts["in_files"]:
-    tables.show(report.facts(path))
+from roli_jax.types import Images, Int, Integer, Labels, Variables
 
 
 def keep(
   run: Run,
   stages: Sequence[Stage],
   path: pathlib.Path,
-  best: Callable[[Stage], Variables],
+  best: Best,
 ) -> None:
   """Writes pretrained weights, and examples for a picture, where they lack.
 
@@ -61,29 +31,26 @@ def keep(
     path: the run's directory.
     best: returns the variables of a stage's best checkpoint.
   """
-  for stage in stages:
-    if stage.name == "pretrain":
-      _keep_weights(run, stage, path, best)
+  for stage in [s for s in stages if s.name == "pretrain"]:
+    model = build_model(run, stage)
+    file = path / f"{model.name}_{stage.weights}.safetensors"
+    if not file.exists():
+      # Other configs name it as their weights.
+      bundle = convert.Bundle(model, *best(stage))
+      if distributed.leads():
+        convert.save(bundle, file)
   if run.config["test"]:
     _keep_examples(run, stages, path, best)
 
 
-def _keep_weights(run, stage, path, best):
-  """What was pretrained, as a bundle that other configs can name."""
-  model = build_model(run, stage)
-  file = path / f"{model.name}_{stage.weights}.safetensors"
-  if not file.exists():
-    bundle = convert.Bundle(model, *best(stage))
-    if distributed.leads():
-      convert.save(bundle, file)
-
-
-def _keep_examples(run, stages, path, best):
-  """Examples of the last stage whose curve is drawn, or of the last one."""
+def _keep_examples(
+  run: Run, stages: Sequence[Stage], path: pathlib.Path, best: Best
+) -> None:
+  """Writes examples of the last stage that has a curve, or of the last one."""
   file = path / "figures" / "examples.npz"
-  there = file.exists()
-  distributed.wait("examples")  # before it is written
-  if there:
+  is_there = file.exists()
+  distributed.wait("examples")  # all processes have looked: one may write
+  if is_there:
     return
   stage = ([s for s in stages if s.curve] or stages)[-1]
   file.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +63,7 @@ def _keep_examples(run, stages, path, best):
 
 
 def _examples(run: Run, stage: Stage, variables: Variables) -> dict[str, Any]:
-  """One test image of each class (ten at most), attacked, for a picture.
+  """Attacks one test image of each class (ten at most), for a picture.
 
   Returns:
     Arrays: `images`, `adv` [n, h, w, c]; `labels`, `clean_said` and
@@ -110,13 +77,14 @@ def _examples(run: Run, stage: Stage, variables: Variables) -> dict[str, Any]:
   key = keys.stream(keys.root(stage.seed), attack.name)
 
   @jax.jit
-  def look(images, labels, indices):
+  def attacked(
+    images: Images, labels: Labels, indices: Integer[jax.Array, "b"]
+  ) -> tuple[Images, Int[jax.Array, "b"], Int[jax.Array, "b"]]:
     image_keys = keys.per_image(key, indices)
     adv = attack(logits_fn, images, labels, image_keys)
-    classes = [logits_fn(x).argmax(-1) for x in (images, adv)]
-    return adv, *classes
+    return adv, logits_fn(images).argmax(-1), logits_fn(adv).argmax(-1)
 
-  found = look(few.pixels(), few.labels, few.indices)
+  found = attacked(few.pixels(), few.labels, few.indices)
   adv, clean_said, adv_said = sharding.fetch(found)
   return {
     "cell": stage.cell,

@@ -1,24 +1,18 @@
-"""Which tests a trained stage gets, and the rows that they leave."""
+"""Which tests a stage gets, in training and after it, and their rows."""
 
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from absl import logging
 
-from roli_jax import (
-  corruptions,
-  distributed,
-  specs,
-)
+from roli_jax import attacks, corruptions, specs
 from roli_jax.evaluate import checks, diagnosis
-from roli_jax.experiment import measure
+from roli_jax.experiment import evaluations, measure
 from roli_jax.experiment.build import build_attack
 from roli_jax.experiment.measure import Corruption, Test
+from roli_jax.experiment.program import build_predict, check_run
 from roli_jax.experiment.run import Run
 from roli_jax.experiment.stages import Stage
-from roli_jax.files import workdir
 from roli_jax.results import record
 
 # By the name that follows `corruptions:`.
@@ -31,7 +25,7 @@ CORRUPTIONS = {
 
 
 def tests(run: Run, stage: Stage) -> Iterator[Test | Corruption]:
-  """The tests of a stage, none if the config says so."""
+  """Yields the tests of a trained stage, none if the config wants none."""
   if run.config["test"]:
     yield Test(build_attack(run, "eval_attack"))
     for eps in run.config["curve"] if stage.curve else ():
@@ -44,23 +38,31 @@ def tests(run: Run, stage: Stage) -> Iterator[Test | Corruption]:
         yield Test(attack, count)
 
 
-def check(run: Run, stages: Iterable[Stage]) -> None:
-  """Raises the ValueError that the tests of these stages would end in."""
+def check(run: Run, stages: Sequence[Stage]) -> None:
+  """Raises the ValueError that training and testing these would end in."""
+  check_run(run, stages)
   for stage in stages:
-    for _ in tests(run, stage):
-      pass
+    list(tests(run, stage))
 
 
-def _corruptions(name, severities, count):
-  """Those of a set, at severities such as `1 3 5`, or at all."""
+def _corruptions(
+  name: str, severities: str, count: int
+) -> Iterator[Corruption]:
+  """Yields the corruptions of a set.
+
+  Args:
+    name: `corruptions`, or with a key of `CORRUPTIONS`, `corruptions:extra`.
+    severities: such as `1 3 5`, from 1 to 5; "": all five.
+    count: how many of the split's first images; 0 for all.
+  """
   chosen = name.partition(":")[2] or "standard"
-  for each in specs.lookup(CORRUPTIONS, chosen, "set of corruptions"):
+  for corruption in specs.lookup(CORRUPTIONS, chosen, "set of corruptions"):
     for severity in severities.split() or range(1, 6):
-      yield Corruption(each, int(severity), count)
+      yield Corruption(corruption, int(severity), count)
 
 
-def asked(run: Run) -> Iterator[Test | Corruption]:
-  """The tests that --mode=evaluate is asked for."""
+def evaluation_tests(run: Run) -> Iterator[Test | Corruption]:
+  """Yields the tests of --mode=evaluate."""
   config = run.config
   name = config["eval_attack"]["name"]
   if name.startswith("corruptions"):
@@ -70,8 +72,8 @@ def asked(run: Run) -> Iterator[Test | Corruption]:
   attack = build_attack(run, "eval_attack")
   if attack.is_ensemble and attack.finds_distance:
     radii = config["radii"] or (*config["curve"], config["threat"]["eps"])
-    each = sorted({specs.number(eps) for eps in radii})
-    yield Test(attack, config["num_images"], tuple(each))
+    increasing = sorted({specs.number(eps) for eps in radii})
+    yield Test(attack, config["num_images"], tuple(increasing))
     return
   for eps in radii:
     yield Test(build_attack(run, "eval_attack", eps), config["num_images"])
@@ -80,10 +82,9 @@ def asked(run: Run) -> Iterator[Test | Corruption]:
 def rows(
   run: Run, stage: Stage, split: str, test: Test | Corruption
 ) -> list[dict[str, Any]]:
-  """What the rows of a measurement are about."""
+  """Returns the rows of a measurement, without what was measured."""
   about = {
-    "cell": stage.cell,
-    "stage": stage.name,
+    **stage.row,
     "init": stage.init,
     "head_init": stage.head_init,
     "method": stage.method,
@@ -91,38 +92,78 @@ def rows(
     "weights": stage.weights,
     "data": run.config["data"]["name"],
     "train_size": stage.train_size,
-    "lr": stage.lr,
-    "steps": stage.num_steps,
     "split": split,
     "metric": "accuracy",
     "seed": stage.seed,
   }
-  return [{**about, **said} for said in test.about()]
+  return [{**about, **attacked} for attacked in test.about()]
 
 
 def is_done(run: Run, stage: Stage, results: record.Record) -> bool:
-  """Whether all rows of the stage stand."""
-  wanted = rows(run, stage, "val", Test(build_attack(run, "val_attack")))
+  """Whether the file of results has all rows of the stage."""
+  wanted = rows(run, stage, "val", _validation(run))
   for test in tests(run, stage):
     wanted += rows(run, stage, "test", test)
   return all(row in results for row in wanted)
 
 
-def add_validation(
-  run: Run, stage: Stage, results: record.Record, meta: Mapping[str, Any]
-) -> None:
-  """The rows of the best checkpoint's validation, as it was when selected.
+def _validation(run: Run) -> Test:
+  return Test(build_attack(run, "val_attack"))
+
+
+def validate(
+  run: Run, stage: Stage, variables: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Measures clean and robust accuracy on the validation split.
 
   Args:
     run: the run.
-    stage: that was trained.
+    stage: the stage in training.
+    variables: its parameters and running statistics now.
+
+  Returns:
+    The fields `attack`, `value` and `n` of the log's rows: clean, attacked.
+  """
+  test, predict = _validation(run), build_predict(run, stage)
+  result = measure.run(run, predict, variables, stage.seed, "val", test)
+  clean, robust = test.values(result)
+  n = len(result.clean)
+  return (
+    {"attack": "none", "value": clean, "n": n},
+    {"attack": test.attack.name, "value": robust, "n": n},
+  )
+
+
+def add_validation(
+  run: Run, stage: Stage, results: record.Record, meta: Mapping[str, Any]
+) -> None:
+  """Adds the rows of the best checkpoint's validation, as when selected.
+
+  Args:
+    run: the run.
+    stage: the stage that was trained.
     results: where rows go.
-    meta: what the stage's last checkpoint says.
+    meta: the meta data of the stage's last checkpoint.
   """
   best = max(meta["history"], key=lambda entry: entry[stage.selected_by])
-  about = rows(run, stage, "val", Test(build_attack(run, "val_attack")))
+  about = rows(run, stage, "val", _validation(run))
   values = [best["clean"], best["robust"]]
   _add(results, about, values, len(run.data["val"]), meta["seconds"])
+
+
+def test_stage(
+  run: Run, stage: Stage, results: record.Record, variables: Any
+) -> None:
+  """Runs the tests of a trained stage whose rows are missing.
+
+  Args:
+    run: the run.
+    stage: the stage.
+    results: where rows go.
+    variables: the parameters and running statistics of its best checkpoint.
+  """
+  predict = build_predict(run, stage)
+  add_tests(run, stage, results, predict, variables, tests(run, stage))
 
 
 def add_tests(
@@ -134,67 +175,57 @@ def add_tests(
   chosen: Iterable[Test | Corruption],
   split: str = "test",
 ) -> None:
-  """The rows of these tests on the split, those that are missing.
+  """Runs the tests whose rows are missing, and adds those.
 
-  What an ensemble of attacks or a search did beyond a row goes to
-  `evaluations/`, where it is also kept how far a killed one came.
+  What a long attack (an ensemble, a search) finds beyond a row is written to
+  `evaluations/`, as is its progress, from which a killed run goes on.
+
+  Args:
+    run: the run.
+    stage: the stage that was trained.
+    results: where rows go.
+    predict: `(variables, images) -> logits`.
+    variables: what `predict` takes first.
+    chosen: the tests.
+    split: `train`, `val` or `test`.
   """
+  root = results.path.parent / "evaluations" / stage.directory
   for test in chosen:
     about = rows(run, stage, split, test)
     if all(row in results for row in about):
       continue
+    attack = test.attack
     folder = None
-    if test.attack is not None and test.attack.is_long:
-      folder = _folder(results.path.parent, stage, test)
+    if attack is not None and attack.is_long:
+      eps = float(attack.threat.eps)
+      folder = root / f"{attack.name}-{attack.threat.norm}-{eps:g}"
+    progress = folder and folder / "progress"
     result = measure.run(
-      run, predict, variables, stage.seed, split, test,
-      folder and folder / "progress",
-    )  # fmt: skip
+      run, predict, variables, stage.seed, split, test, progress
+    )
     for check in result.checks:
       if check.verdict in ("warn", "fail"):
-        logging.warning(
-          "%s, %s: %s: %s: %s", stage.cell, about[-1]["attack"], check.verdict,
-          check.name, check.said,
-        )  # fmt: skip
-    if test.attack is not None and not folder:
-      _keep_checks(results.path.parent, stage, split, about[-1], result)
-    if folder:
-      attack: Any = test.attack
-      found = _diagnosis(run, predict, variables, stage, test)
-      eps = float(attack.threat.eps)
-      _keep(folder, about[-1], eps, result, found, run.config["save_adv"])
-    _add(results, about, test.values(result), len(result.clean),
-         result.seconds)  # fmt: skip
+        where = f"{stage.cell}, {about[-1]['attack']}: {check.verdict}"
+        logging.warning("%s: %s: %s", where, check.name, check.said)
+    if attack is not None and folder:
+      found = _diagnosis(run, predict, variables, stage, attack)
+      summary = {"row": about[-1], "eps": float(attack.threat.eps)}
+      save_adv = run.config["save_adv"]
+      evaluations.keep(folder, summary, result, found, save_adv)
+    elif attack is not None:
+      evaluations.keep_checks(root, split, about[-1], result)
+    _add(results, about, test.values(result), len(result.clean), result.seconds)
 
 
-def _folder(root, stage, test):
-  threat = test.attack.threat
-  name = f"{test.attack.name}-{threat.norm}-{float(threat.eps):g}"
-  return root / "evaluations" / stage.directory / name
-
-
-def _keep_checks(root, stage, split, about, result):
-  """What there is to say of a test that leaves nothing else."""
-  if not distributed.leads():
-    return
-  name = "-".join(
-    f"{about[field]:g}" if field == "eps" else str(about[field])
-    for field in ("attack", "attack_steps", "restarts", "norm", "eps")
-  )
-  folder = root / "evaluations" / stage.directory
-  folder.mkdir(parents=True, exist_ok=True)
-  workdir.write_json(
-    folder / f"checks-{split}-{name}.json",
-    {
-      "row": about,
-      "checks": {check.name: check.plain() for check in result.checks},
-    },
-  )
-
-
-def _diagnosis(run, predict, variables, stage, test):
-  """Checks that need attacks of their own, where they are asked for."""
-  if not (test.attack.is_ensemble and run.diagnoses):
+def _diagnosis(
+  run: Run,
+  predict: Callable[..., Any],
+  variables: Any,
+  stage: Stage,
+  attack: attacks.Attack,
+) -> list[checks.Check]:
+  """Runs checks that need attacks of their own, if the run asks for them."""
+  if not (attack.is_ensemble and run.diagnoses):
     return []
   source = run.data["test"]
   few = slice(0, checks.MOST)
@@ -202,34 +233,19 @@ def _diagnosis(run, predict, variables, stage, test):
     measure.on_devices(run, source, predict, variables, stage.seed),
     source.pixels(few),
     source.labels[few],
-    test.attack.threat,
+    attack.threat,
     indices=source.indices[few],
   )
 
 
-def _keep(folder, about, eps, result, found, with_images):
-  """The summary of a result, its flags, and its images if asked for."""
-  if not distributed.leads():
-    return
-  images = {"adv": result.adv} if with_images else {}
-  np.savez_compressed(
-    folder / "result.npz",
-    clean=result.clean,
-    robust=result.robust,
-    broken_by=result.broken_by,
-    distance=result.distance,
-    min_distance=result.min_distance,
-    margin=result.margin,
-    **images,
-  )
-  summary = result.summary()
-  summary["checks"] |= {check.name: check.plain() for check in found}
-  summary |= {"row": about, "eps": eps}
-  workdir.write_json(folder / "summary.json", summary)
-  shutil.rmtree(folder / "progress")
-
-
-def _add(results, about, values, n, seconds):
+def _add(
+  results: record.Record,
+  about: Iterable[Mapping[str, Any]],
+  values: Iterable[float],
+  n: int,
+  seconds: float,
+) -> None:
+  """Adds rows with their values, measured on n images in so many seconds."""
+  measured = {"run": results.path.parent.name, "n": n, "seconds": seconds}
   for row, value in zip(about, values, strict=True):
-    said = {"run": results.path.parent.name, "n": n, "seconds": seconds}
-    results.add({**row, **said, "value": value})
+    results.add({**row, **measured, "value": value})

@@ -1,4 +1,4 @@
-"""A trained model of a run, restored from the checkpoint that is asked for."""
+"""A trained model of a run, restored for --mode=evaluate."""
 
 import pathlib
 from collections.abc import Callable
@@ -16,10 +16,11 @@ from roli_jax.types import Variables
 def restore(
   run: Run, path: pathlib.Path
 ) -> tuple[Stage, Callable[..., Any], Variables]:
-  """The stage, its forward pass and its variables.
+  """Restores the best checkpoint of a stage.
 
   Args:
-    run: the run; `config.checkpoint` says which checkpoint.
+    run: the run; `config.checkpoint` names the checkpoint, "" the only stage
+      that no other starts from.
     path: the run's directory.
 
   Returns:
@@ -53,17 +54,19 @@ def restore(
   return stage, step.make_predict(model), items["model"]
 
 
-def _choose(run, path):
-  """The directory of the stage that config.checkpoint means, and the step."""
+def _choose(run: Run, path: pathlib.Path) -> tuple[pathlib.Path, int | None]:
+  """Returns the directory of the stage that config.checkpoint names.
+
+  Also the step, if it names one.
+  """
   root = path.absolute() / "checkpoints"
+  asked = root / run.config["checkpoint"]
+  at_step = checkpoint.step_of(asked)
   if run.config["checkpoint"]:
-    asked = root / run.config["checkpoint"]
-    at_step = checkpoint.step_of(asked)
     found = checkpoint.find(asked if at_step is None else asked.parent)
     if at_step is not None and not asked.is_dir():
       found = []
   else:
-    asked, at_step = root, None
     stages = expand_stages(run)
     starts = {stage.start for stage in stages}
     last = [

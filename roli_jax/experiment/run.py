@@ -1,4 +1,7 @@
-"""What the stages of a run share: config, devices, data, weights."""
+"""What the stages of a run share: config, devices, data, weights.
+
+The words run, cell and stage are defined in `stages`.
+"""
 
 import dataclasses
 import functools
@@ -28,8 +31,8 @@ class Run:
       radius, of tests.
     data: the `data.Source` of each split, read when it is first asked for; in a
       plan, the number of images and classes and the shape of each.
-    switches: the values of all of `compat.SWITCHES`.
-    load: `(weights, keeps_head) -> Bundle`, which reads each file once.
+    switches: the value of each of `compat.SWITCHES`, by name.
+    load: `(weights, keeps_head=False) -> Bundle`, which reads each file once.
     diagnoses: whether a test by an ensemble of attacks adds a diagnosis.
     programs: the compiled steps so far, by what they depend on.
   """
@@ -77,7 +80,7 @@ class _Splits(dict[str, data.Source]):
 
 
 def build_run(config: Mapping[str, Any], diagnoses: bool = False) -> Run:
-  """The run of a config; neither data nor weights are read yet.
+  """Returns the run of a config; reads neither data nor weights yet.
 
   Args:
     config: any nested mapping with the fields of `configs/glyphs_roli.py`.
@@ -102,8 +105,21 @@ def build_run(config: Mapping[str, Any], diagnoses: bool = False) -> Run:
   )
 
 
-def _load(backbone, splits, weights, keeps_head=False):
-  """The bundle of a file of weights, with a head as wide as the data set."""
+def _load(
+  backbone: Mapping[str, Any],
+  splits: Mapping[str, data.Source],
+  weights: str,
+  keeps_head: bool = False,
+) -> convert.Bundle:
+  """Reads a file of weights; returns its bundle.
+
+  Args:
+    backbone: the section of the config.
+    splits: the data set, for its number of classes.
+    weights: the name of shipped weights, or a path.
+    keeps_head: whether the head is the file's, not a new one as wide as the
+      data set.
+  """
   file = convert.find(backbone["name"], weights, hint=backbone["origin"])
   return convert.load(
     file,
@@ -115,19 +131,42 @@ def _load(backbone, splits, weights, keeps_head=False):
   )
 
 
+def load_zeroshot(run: Run, weights: str) -> convert.Bundle:
+  """Loads weights with the head of prompts that they came with.
+
+  Raises:
+    ValueError: they have no such head, or one of other classes than the data.
+  """
+  bundle = run.load(weights, keeps_head=True)
+  if "projection" not in bundle.params.head:
+    raise ValueError(
+      f"head_init=zeroshot: {weights} has no zero-shot head; make one with"
+      " zeroshot.classifier, and write it with convert.save"
+    )
+  if bundle.model.num_classes != run.num_classes:
+    raise ValueError(
+      f"the zero-shot head of {weights} has {bundle.model.num_classes}"
+      f" classes, {run.config['data']['name']} has {run.num_classes}"
+    )
+  return bundle
+
+
 def expand_stages(run: Run) -> list[Stage]:
-  """The stages of the config's table; a train_size of 0 means all images."""
+  """Returns the stages of the config's cells, in the order they train in.
+
+  A train_size of 0 means all images.
+  """
   given = run.config["data"]["train_size"]
   return expand(run.config, given or len(run.data["train"]))
 
 
 def training_images(run: Run, stage: Stage) -> data.Source:
-  """The images that the stage trains on."""
+  """Returns the images that the stage trains on."""
   return run.data["train"].subset(stage.train_size, stage.seed)
 
 
 def fingerprint(run: Run, stage: Stage) -> str:
-  """A digest of the weights and the training images of a probe.
+  """Returns a SHA-256, in hex, of a probe's weights and training images.
 
   For files of images their paths and labels stand in place of the pixels.
   """

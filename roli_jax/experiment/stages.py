@@ -1,4 +1,18 @@
-"""From a config to the training stages of its table, each of them once."""
+"""From a config to the training stages of its table, each of them once.
+
+Three words, here and elsewhere:
+
+* A *run* is what one config makes in one workdir: `experiment.run.Run`, or all
+  that lies in the workdir.
+* A *cell* is one entry of `config.cells`, the run's table: weights, a method,
+  an init, at one seed or several. Rows and checkpoints name a cell with its
+  number of images and one of its seeds, as `Stage.cell` does:
+  `robust-full-roli-n200-seed0`.
+* A *stage* is one training inside a cell, of one seed, at one learning rate:
+  `probe`, `adapt` or `pretrain`, the section of the config that it follows. A
+  cell has one stage, or a probe and the adaptation that starts from it, for
+  each seed and rate. Cells may share a probe: it is trained once.
+"""
 
 import dataclasses
 import math
@@ -11,7 +25,7 @@ from roli_jax.experiment import compat
 INITS = ("ranli", "roli", "std")
 ZEROSHOT = "zeroshot"  # a head_init: the file's own head, made of prompts
 
-# What a cell of `config.cells` may say; the rest comes from the config.
+# The fields that a cell may have; what it leaves out comes from the config.
 _CELL_KEYS = (
     "weights", "method", "init", "head_init", "train_size", "seeds",
     "probe_steps_added", "rates", "curve", "tests", "loss",
@@ -20,28 +34,29 @@ _CELL_KEYS = (
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One run of training: a probe, an adaptation, or a pretraining.
+  """One training: a probe, an adaptation, or a pretraining.
 
   Attributes:
-    name: `probe`, `adapt` or `pretrain`; the section of the config that it
-      follows.
-    weights: of the backbone at the start: the name of shipped weights, or a
-      path; in pretraining, the name that the product goes by.
+    name: `probe`, `adapt` or `pretrain`; the section of the config that the
+      stage follows.
+    weights: the backbone's at the start: the name of shipped weights, or a
+      path; in pretraining, the name of the weights that are made.
     method: which leaves train, a name in `peft.METHODS`.
-    init: of the head. `ranli`: random. `roli`: from an adversarial linear
-      probe. `std`: from a clean one. A probe's is what it is a probe for.
+    init: where the adaptation's head comes from. `ranli`: random. `roli`: an
+      adversarial linear probe. `std`: a clean one. A probe has the init that it
+      is trained for.
     head_init: the random head's distribution, or `zeroshot`: the head that
       `zeroshot.classifier` gave the weights.
-    train_size: number of training images.
-    seed: of the subset, the head, the order and the attacks' noise.
+    train_size: number of training images, >= 1.
+    seed: decides the subset, the head, the order and the attacks' noise.
     num_steps: the number of steps of this stage, >= 1.
-    epoch_steps: those that see every training image once.
-    lr: peak learning rate.
+    epoch_steps: the number of steps that see every training image once, >= 1.
+    lr: peak learning rate, > 0.
     loss: the criterion, a name in `objectives.LOSSES`.
     start: the stage whose best parameters this one starts from; None starts
       from the weights and a random head.
-    curve: whether accuracy is measured along the radii of the curve.
-    tests: further ones: attack, norm, eps, number of images (0: all).
+    curve: whether accuracy is measured along the radii of `config.curve`.
+    tests: further tests: attack, norm, eps, number of images (0: all).
   """
 
   name: str
@@ -61,8 +76,18 @@ class Stage:
 
   @property
   def cell(self) -> str:
-    """The name that its rows and checkpoints go by."""
-    return _cell(self.__dict__)
+    """The name of its cell and seed, in rows and in paths of checkpoints."""
+    return _cell_name(self.__dict__)
+
+  @property
+  def row(self) -> dict[str, Any]:
+    """The fields by which rows name the stage."""
+    return {
+      "cell": self.cell,
+      "stage": self.name,
+      "lr": self.lr,
+      "steps": self.num_steps,
+    }
 
   @property
   def selected_by(self) -> str:
@@ -74,39 +99,40 @@ class Stage:
 
   @property
   def is_random(self) -> bool:
-    """Whether it begins at a head that nothing has taught."""
+    """Whether it starts from a head that is drawn at random."""
     return self.start is None and self.head_init != ZEROSHOT
 
   @property
   def directory(self) -> str:
-    """Where its checkpoints lie, below the run's."""
+    """Where its checkpoints lie, below those of the run."""
     return f"{self.cell}/{self.name}/lr{self.lr:g}-steps{self.num_steps}"
 
 
-def _cell(about: Mapping[str, Any]) -> str:
-  head_init = about["head_init"]
+def _cell_name(fields: Mapping[str, Any]) -> str:
+  """Returns the name of the cell and seed of a stage with these fields."""
+  head_init = fields["head_init"]
   parts = (
     # A path's slashes would make directories of it.
-    re.sub(r"[^\w.]+", "_", about["weights"]),
-    about["method"],
-    about["init"],
+    re.sub(r"[^\w.]+", "_", fields["weights"]),
+    fields["method"],
+    fields["init"],
     *([head_init] if head_init != "kaiming_fan_out" else []),
-    f"n{about['train_size']}",
-    f"seed{about['seed']}",
+    f"n{fields['train_size']}",
+    f"seed{fields['seed']}",
   )
   return "-".join(parts)
 
 
 def expand(config: Mapping[str, Any], num_train: int = 0) -> list[Stage]:
-  """All stages of the config's cells, each after the one it starts from.
+  """Returns all stages of the cells, each after the one it starts from.
 
   Args:
-    config: with `cells`, the stages' sections, and what cells don't say.
-    num_train: what a `train_size` of 0 stands for, all training images.
+    config: with `cells`, the stages' sections, and defaults for the cells.
+    num_train: the number of training images, for a `train_size` of 0.
 
   Raises:
-    ValueError: a cell with unknown words, or a learning rate that nothing
-      says.
+    ValueError: a cell with an unknown field or value, or without a learning
+      rate.
   """
   stages: dict[Stage, None] = {}  # an ordered set
   data = config["data"]
@@ -132,10 +158,17 @@ def expand(config: Mapping[str, Any], num_train: int = 0) -> list[Stage]:
 def _stages(
   config: Mapping[str, Any], cell: Mapping[str, Any], seed: int, k: int
 ) -> Iterator[Stage]:
-  """The stages of a cell's seed number k."""
+  """Yields the stages of one seed of a cell.
+
+  Args:
+    config: as `expand` takes it.
+    cell: the entry of the table.
+    seed: the seed.
+    k: which of the cell's seeds it is, from 0.
+  """
   if "pretrain" in config:
-    about = _about(config, cell, seed, method="full", init="ranli")
-    yield from _at_rates(config, "pretrain", about, cell)
+    fields = _fields(config, cell, seed, method="full", init="ranli")
+    yield from _at_rates(config, "pretrain", fields, cell)
     return
   method, init = cell["method"], cell["init"]
   if init not in INITS:
@@ -145,36 +178,44 @@ def _stages(
   start = None
   if init != "ranli":
     loss = {"loss": "clean"} if init == "std" else {}
-    about = _about(config, cell, seed, method="linear", init=init, **loss)
+    fields = _fields(config, cell, seed, method="linear", init=init, **loss)
     if method == "linear":
-      about["tests"] = _tests(cell.get("tests", ()), k)
-      yield from _at_rates(config, "probe", about, cell)
+      fields["tests"] = _tests(cell, k)
+      yield from _at_rates(config, "probe", fields, cell)
       return
-    (start,) = _at_rates(config, "probe", about, {})
+    (start,) = _at_rates(config, "probe", fields, {})
     yield start
-  about = _about(config, cell, seed, method=method, init=init, start=start)
-  about["curve"] = k == 0 and cell.get("curve", False)
-  about["tests"] = _tests(cell.get("tests", ()), k)
-  yield from _at_rates(config, "adapt", about, cell)
+  fields = _fields(config, cell, seed, method=method, init=init, start=start)
+  fields["curve"] = k == 0 and cell.get("curve", False)
+  fields["tests"] = _tests(cell, k)
+  yield from _at_rates(config, "adapt", fields, cell)
 
 
-def _tests(given, k: int) -> tuple[tuple[str, str, str, int], ...]:
-  """Those of seed number k: a test is of the first seed, or of so many."""
+def _tests(
+  cell: Mapping[str, Any], k: int
+) -> tuple[tuple[str, str, str, int], ...]:
+  """Returns the tests of seed number k.
+
+  A cell's test is of the first seed alone, or, with a fifth value, of so many.
+  """
   return tuple(
     (attack, norm, eps, count)
-    for attack, norm, eps, count, *seeds in given
+    for attack, norm, eps, count, *seeds in cell.get("tests", ())
     if k < (seeds[0] if seeds else 1)
   )
 
 
 def head_init(config: Mapping[str, Any]) -> str:
-  """The random head's start; a compat switch that is set goes before."""
+  """Returns the random head's start; a compat switch that is set prevails."""
   switch = compat.switches(config)["head_init"]
   is_default = switch == compat.SWITCHES["head_init"][0]
   return config["head_init"] if is_default else switch
 
 
-def _about(config, cell, seed, **fields):
+def _fields(
+  config: Mapping[str, Any], cell: Mapping[str, Any], seed: int, **fields: Any
+) -> dict[str, Any]:
+  """Returns fields of a `Stage`: the cell's, or the config's where unset."""
   return {
     "weights": cell.get("weights", config["backbone"]["weights"]),
     "head_init": cell.get("head_init", head_init(config)),
@@ -184,15 +225,27 @@ def _about(config, cell, seed, **fields):
   }
 
 
-def _at_rates(config, name, about, cell) -> Iterator[Stage]:
-  """The stage at the cell's own rates, or at the one that the config chose."""
+def _at_rates(
+  config: Mapping[str, Any],
+  name: str,
+  fields: Mapping[str, Any],
+  cell: Mapping[str, Any],
+) -> Iterator[Stage]:
+  """Yields the stage at the cell's rates, or at the one that the config has.
+
+  Args:
+    config: as `expand` takes it.
+    name: the stage's.
+    fields: the stage's, but for its length, rate and default loss.
+    cell: what may set rates, loss and length; {} sets none.
+  """
   section = config[name]
-  epoch_steps, num_steps = _lengths(section, about["train_size"])
+  epoch_steps, num_steps = _lengths(section, fields["train_size"])
   if cell.get("probe_steps_added"):
-    num_steps += _lengths(config["probe"], about["train_size"])[1]
+    num_steps += _lengths(config["probe"], fields["train_size"])[1]
   loss = cell.get("loss", section["loss"]["name"])
   rates = cell.get("rates") or (
-    section["lr"] or _chosen(config["rates"], name, about, num_steps),
+    section["lr"] or _chosen_rate(config, name, fields, num_steps),
   )
   for lr in rates:
     if not lr > 0:
@@ -202,12 +255,15 @@ def _at_rates(config, name, about, cell) -> Iterator[Stage]:
       num_steps=num_steps,
       epoch_steps=epoch_steps,
       lr=lr,
-      **{"loss": loss, **about},
+      **{"loss": loss, **fields},
     )
 
 
-def _lengths(section, train_size) -> tuple[int, int]:
-  """Steps of an epoch, the last batch a whole one, and of the stage."""
+def _lengths(section: Mapping[str, Any], train_size: int) -> tuple[int, int]:
+  """Returns the number of steps of an epoch and of the stage.
+
+  The last batch of an epoch is a whole one.
+  """
   if section["batch_size"] < 1:
     raise ValueError(f"batch_size must be >= 1, got {section['batch_size']}")
   if train_size < 1:
@@ -219,13 +275,21 @@ def _lengths(section, train_size) -> tuple[int, int]:
   return epoch, num_steps
 
 
-def _chosen(rates, name, about, num_steps) -> float:
-  """The rate of the first pattern that matches `<cell>/<stage>/<steps>`."""
-  said = f"{_cell(about)}/{name}/{num_steps}"
-  for pattern, rate in rates:
-    if re.fullmatch(pattern, said):
+def _chosen_rate(
+  config: Mapping[str, Any],
+  name: str,
+  fields: Mapping[str, Any],
+  num_steps: int,
+) -> float:
+  """Returns the rate of the first pattern that matches the stage.
+
+  Patterns are of `<cell>/<stage>/<steps>`.
+  """
+  path = f"{_cell_name(fields)}/{name}/{num_steps}"
+  for pattern, rate in config["rates"]:
+    if re.fullmatch(pattern, path):
       return rate
   raise ValueError(
-    f"no rate is chosen for {said!r}; set --config.{name}.lr, or add to"
+    f"no rate is chosen for {path!r}; set --config.{name}.lr, or add to"
     " config.rates"
   )

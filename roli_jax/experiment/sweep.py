@@ -2,7 +2,8 @@
 
 `a|b` in an argument of the config or in a field means both. Each combination
 is an ordinary command in a workdir of its own below the sweep's, and so is each
-cell of a table; their rows are merged.
+cell of a table: a run of a sweep has one cell, by which it is called here.
+Their rows are merged.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ class Cell:
   Attributes:
     name: the name of its workdir.
     words: its command line without --workdir.
-    config: that they resolve to.
+    config: the resolved config.
   """
 
   name: str
@@ -36,13 +37,13 @@ class Cell:
   config: Mapping[str, Any]
 
   def command(self, path: pathlib.Path) -> list[str]:
-    """What runs it, for a shell in the same directory."""
+    """Returns the command that runs it, in a workdir below `path`."""
     module = ["python", "-m", "roli_jax.main"]
     return [*module, *self.words, f"--workdir={path / self.name}"]
 
 
 def grid(words: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
-  """All combinations of the alternatives in a command line.
+  """Returns all combinations of the alternatives in a command line.
 
   Example:
     >>> grid(["--config=X.py:method=full|lora", "--config.seed=0|1"])[1]
@@ -52,54 +53,53 @@ def grid(words: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
     words: `--config=FILE:key=value,...` and `--config.field=value`.
 
   Returns:
-    A name of what varies, and the words, of each; the last varies fastest.
+    A name made of what varies, and the words, for each combination; the last
+    alternatives vary fastest.
   """
   choices = [list(_alternatives(word)) for word in words]
   found = []
   for chosen in itertools.product(*choices):
-    names = [name for said, _ in chosen for name in said]
+    names = [name for varied, _ in chosen for name in varied]
     found.append(("-".join(names), tuple(word for _, word in chosen)))
   return found
 
 
 def _alternatives(word: str) -> Iterator[tuple[list[str], str]]:
-  """Each word that it stands for, with names of what was chosen."""
+  """Yields each word that it stands for, after the names of what varies."""
   flag, _, value = word.partition("=")
-  if flag == "--config":
-    file, colon, text = value.partition(":")
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    lists = [pair[2].split("|") for pair in pairs]
-    for chosen in itertools.product(*lists):
-      said = [
-        _plain(f"{pair[0]}={one}")
-        for pair, one, each in zip(pairs, chosen, lists, strict=True)
-        if len(each) > 1
-      ]
-      joined = ",".join(
-        f"{pair[0]}{pair[1]}{one}"
-        for pair, one in zip(pairs, chosen, strict=True)
-      )
-      yield said, f"{flag}={file}{colon}{joined}"
+  if flag != "--config":
+    yield from _choices(word)
     return
-  each = value.split("|")
-  field = flag.rpartition(".")[2]
-  for one in each:
-    said = [_plain(f"{field}={one}")] if len(each) > 1 else []
-    yield said, f"{flag}={one}" if value else word
+  file, colon, text = value.partition(":")
+  pairs = [_choices(pair) for pair in text.split(",")]
+  for chosen in itertools.product(*pairs):
+    names = [name for varied, _ in chosen for name in varied]
+    joined = ",".join(pair for _, pair in chosen)
+    yield names, f"{flag}={file}{colon}{joined}"
+
+
+def _choices(pair: str) -> Iterator[tuple[list[str], str]]:
+  """Yields `key=value` for each value of `key=a|b`, after the key's name."""
+  key, equals, value = pair.partition("=")
+  values = value.split("|")
+  for one in values:
+    name = _plain(f"{key.rpartition('.')[2]}={one}")
+    yield [name] if len(values) > 1 else [], f"{key}{equals}{one}"
 
 
 def _plain(name: str) -> str:
+  """Returns the name as part of a path."""
   return re.sub(r"[^\w.=+-]+", "_", name)
 
 
 def cells(
   words: Sequence[str], resolve: Callable[[Sequence[str]], Mapping[str, Any]]
 ) -> list[Cell]:
-  """The runs of a sweep.
+  """Returns the runs of a sweep.
 
   Args:
     words: as `grid` takes them.
-    resolve: from the words of one run to its config.
+    resolve: returns the config that the words of one run mean.
 
   Raises:
     ValueError: there is one run only, or two of the same name.
@@ -107,14 +107,14 @@ def cells(
   found = []
   for name, chosen in grid(words):
     config = resolve(chosen)
-    of_table = config.get("cells", ())
-    if len(of_table) < 2 or config.get("only") is not None:
+    table = config.get("cells", ())
+    if len(table) < 2 or config.get("only") is not None:
       found.append(Cell(name, chosen, config))
       continue
-    for i, cell in enumerate(of_table):
-      named = "-".join(filter(None, [name, f"{i:02d}", _called(cell)]))
-      alone = (*chosen, f"--config.only={i}")
-      found.append(Cell(named, alone, {**config, "only": i}))
+    for i, cell in enumerate(table):
+      parts = filter(None, [name, f"{i:02d}", _cell_name(cell)])
+      words_of_one = (*chosen, f"--config.only={i}")
+      found.append(Cell("-".join(parts), words_of_one, {**config, "only": i}))
   if len(found) < 2:
     raise ValueError(
       "there is nothing to sweep over: give alternatives, as in"
@@ -128,19 +128,23 @@ def cells(
   return found
 
 
-def _called(cell: Mapping[str, Any]) -> str:
-  """What tells a table's cell from others, in words."""
-  beside = ("seeds", "rates", "tests", "curve")
-  said = [
+def _cell_name(cell: Mapping[str, Any]) -> str:
+  """Returns the values that distinguish a table's cell, joined."""
+  unnamed = ("seeds", "rates", "tests", "curve")
+  values = [
     key if value is True else str(value)
     for key, value in cell.items()
-    if key not in beside
+    if key not in unnamed
   ]
-  return _plain("-".join(said))
+  return _plain("-".join(values))
 
 
-def run(found: Sequence[Cell], path: pathlib.Path) -> list[dict[str, Any]]:
+def run(runs: Sequence[Cell], path: pathlib.Path) -> list[dict[str, Any]]:
   """Runs each cell that isn't complete, one after the other, and merges rows.
+
+  Args:
+    runs: the runs, from `cells`.
+    path: the sweep's directory, with each run's workdir below it.
 
   Returns:
     All rows.
@@ -149,38 +153,36 @@ def run(found: Sequence[Cell], path: pathlib.Path) -> list[dict[str, Any]]:
     ValueError: some failed; the others have run, and the same command tries
       those again.
   """
-  path.mkdir(parents=True, exist_ok=True)
   logs = path / "logs"
-  logs.mkdir(exist_ok=True)
+  logs.mkdir(parents=True, exist_ok=True)
   failed = []
-  with progress.bar("cells", len(found)) as update:
-    for cell in found:
+  with progress.bar("cells", len(runs)) as update:
+    for cell in runs:
       if not workdir.is_finished(path / cell.name, cell.config):
         command = [sys.executable, *cell.command(path)[1:]]
         with (logs / f"{cell.name}.txt").open("w") as log:
-          done = subprocess.run(command, stdout=log, stderr=log, check=False)
-        if done.returncode:
-          failed.append(cell.name)
+          if subprocess.run(command, stdout=log, stderr=log).returncode:
+            failed.append(cell.name)
       update(1, cell.name)
-  rows = merge(found, path)
+  rows = merge(runs, path)
   if failed:
     raise ValueError(
-      f"{len(failed)} of {len(found)} cells failed: {', '.join(failed[:5])}\n"
+      f"{len(failed)} of {len(runs)} cells failed: {', '.join(failed[:5])}\n"
       f"what they said is in {logs}; the same command tries them again"
     )
   return rows
 
 
-def merge(found: Sequence[Cell], path: pathlib.Path) -> list[dict[str, Any]]:
-  """Writes all cells' rows to `results.jsonl`, and what each cell is."""
+def merge(runs: Sequence[Cell], path: pathlib.Path) -> list[dict[str, Any]]:
+  """Writes all rows to `results.jsonl`, and the commands to `sweep.json`."""
   rows = [
     row
-    for cell in found
+    for cell in runs
     for row in record.read(path / cell.name / "results.jsonl")
   ]
   partial = path / "results.jsonl.partial"
   partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
   partial.replace(path / "results.jsonl")
-  about = {cell.name: shlex.join(cell.command(path)) for cell in found}
+  about = {cell.name: shlex.join(cell.command(path)) for cell in runs}
   workdir.write_json(path / "sweep.json", about)
   return rows

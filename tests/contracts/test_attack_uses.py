@@ -10,7 +10,8 @@ import pytest
 from configs import glyphs_roli
 from roli_jax import attacks, evaluate
 from roli_jax.experiment import measure, protocol
-from roli_jax.experiment.build import build_attack, build_program, check_run
+from roli_jax.experiment.build import build_attack
+from roli_jax.experiment.program import build_program, check_run
 from roli_jax.experiment.run import build_run, expand_stages
 from tests import cli
 from tests.covering import mostly_slow
@@ -81,7 +82,7 @@ each_in_the_end = pytest.mark.parametrize(
 def test_any_attack_validates_and_tests(name, weights):
   run = made(name, *SECTIONS[1:])
   (stage,) = expand_stages(run)
-  asked = list(protocol.asked(run))
+  asked = list(protocol.evaluation_tests(run))
   validation = measure.Test(build_attack(run, "val_attack"), 12)
   for split, test in (("val", validation), ("test", asked[0])):
     result = measure.run(run, predict, weights, 0, split, test)
