@@ -18,16 +18,7 @@ from roli_jax import keys, losses, sharding
 from roli_jax.attacks import Attack
 from roli_jax.evaluate import tracing
 from roli_jax.evaluate.tracing import KeyedLogits
-from roli_jax.types import (
-  Array,
-  Bool,
-  Float,
-  Images,
-  Int,
-  Key,
-  Logits,
-  PyTree,
-)
+from roli_jax.types import Array, Bool, Float, Images, Int, Key, Logits, PyTree
 
 SMALLEST = 8  # images a device: smaller batches take other kernels
 DRAWS = 20  # of a randomised function, to judge an image
@@ -70,8 +61,8 @@ class Classifier:
     batch_size: images at once, >= 1, rounded up to what the devices divide.
     stochastic: whether it draws from its keys; then it is judged by the mean
       margin and the majority of 20 draws.
-    dtype: of the attacks' passes: `bfloat16`, `float32`, or None for what the
-      function computes in. The judge always runs the function as it is, its
+    dtype: what the attacks' passes compute in: `bfloat16`, `float32`, or None
+      for the function's own. The judge always runs the function as it is, its
       products in float32 at highest precision.
     seed: decides the judge's draws, an int >= 0.
   """
@@ -135,9 +126,7 @@ class Classifier:
       The rows of a bucket, the images found, and how many rows were padding.
     """
     whole = (attack, self.params, key)
-    for rows, real, bucket in self._buckets(examples, eps):
-      found = self._run(_attack, self.dtype, whole, bucket)
-      yield rows, sharding.fetch(found)[real], int((~real).sum())
+    return self._outputs(_attack, self.dtype, whole, examples, eps)
 
   def _on_all(
     self,
@@ -146,7 +135,7 @@ class Classifier:
     purpose: str,
     examples: Examples,
   ) -> Any:
-    """What a program returns for all examples, on the host.
+    """What a program returns for all examples, as NumPy arrays.
 
     Args:
       program: `_judge` or `_slopes`.
@@ -155,44 +144,44 @@ class Classifier:
       examples: what it is run on.
     """
     whole = (self.params, keys.stream(keys.root(self.seed), purpose))
-    outputs = []
-    for _, real, bucket in self._buckets(examples):
-      found = self._run(program, setting, whole, bucket)
-      outputs.append([x[real] for x in sharding.fetch(found)])
-    return tuple(map(np.concatenate, zip(*outputs, strict=True)))
+    outputs = self._outputs(program, setting, whole, examples)
+    columns = zip(*(found for _, found, _ in outputs), strict=True)
+    return tuple(map(np.concatenate, columns))
 
-  def _run(
+  def _outputs(
     self,
     program: Callable[..., Any],
     setting: int | str | None,
     whole: PyTree,
-    parts: PyTree,
-  ) -> Any:
-    in_eights = self.programs.compiled(_in_eights, static_argnums=(0, 1, 2))
-    return in_eights(self.mesh, program, setting, whole, parts)
+    examples: Examples,
+    *others: np.ndarray,
+  ) -> Iterator[tuple[slice, Any, int]]:
+    """Runs a program on the rows, in pieces of two sizes.
 
-  def _buckets(
-    self, examples: Examples, *others: np.ndarray
-  ) -> Iterator[tuple[slice, np.ndarray, PyTree]]:
-    """The rows in pieces of two sizes; the last is padded with copies.
+    The last piece is filled up with copies of the last row.
 
     Yields:
-      The rows of a piece, which of its rows are no padding, and the examples
-      and the other arrays at these rows, on the devices.
+      The rows of a piece, what the program returns for them, as NumPy arrays,
+      and how many rows were padding.
     """
+    in_eights = self.programs.compiled(_in_eights, static_argnums=(0, 1, 2))
     indices = examples.indices.astype(np.uint32)  # what keys are folded from
     examples = dataclasses.replace(examples, indices=indices)
-    arrays: tuple[Any, ...] = (examples, *others)
-    large = self.sizes[-1]
-    small = self.sizes[max(0, len(self.sizes) - 2)]
+    small, large = self.sizes[-2:][0], self.sizes[-1]
     start, n = 0, len(examples)
     while start < n:
       size = large if n - start >= large else small
-      at = start + np.arange(size)
-      piece = tuple(x[np.minimum(at, n - 1)] for x in arrays)
-      rows = slice(start, min(start + size, n))
-      yield rows, at < n, sharding.spread(piece, self.mesh)
-      start += size
+      stop = min(start + size, n)
+      at = np.minimum(np.arange(start, start + size), n - 1)
+      piece = (examples[at], *(x[at] for x in others))
+      parts = sharding.spread(piece, self.mesh)
+      found = in_eights(self.mesh, program, setting, whole, parts)
+      count = stop - start
+      real = jax.tree.map(
+        lambda x, count=count: x[:count], sharding.fetch(found)
+      )
+      yield slice(start, stop), real, size - count
+      start = stop
 
 
 def make(
@@ -336,10 +325,7 @@ def _in_eights(
 
 
 def map_in_eights(
-  fn: Callable[..., Any],
-  mesh: Mesh,
-  whole: PyTree,
-  parts: tuple[PyTree, ...],
+  fn: Callable[..., Any], mesh: Mesh, whole: PyTree, parts: tuple[PyTree, ...]
 ) -> Any:
   """`fn(whole, *parts)` on each device's share of the rows of `parts`.
 

@@ -8,14 +8,15 @@ gradients break what APGD does not; does everything fall at a large radius?
 In go a function, at most 64 images with labels, and a threat model. Out come
 `checks.Check`s, one for each question: its verdict (`pass`, `info`, `warn` or
 `fail`), a line on what was seen, and the images that it is about. They need
-attacks of their own and take minutes, so nobody has to wait for them: an
-evaluation makes only the cheap ones of `checks` by itself. A diagnosis repeats
-those, and one table can hold both.
+attacks of their own and take minutes: an evaluation by itself makes only the
+cheap checks of `checks`, and who wants a diagnosis calls for it. It returns the
+cheap ones too, before its own.
 
-The numbers in the docstrings are the thresholds. Sources: the checklist of
-Carlini et al. 2019, "On evaluating adversarial robustness"; the flags of
-AutoAttack (Croce and Hein 2020); the indicators of attack failure (Pintor et
-al. 2022).
+Each question's docstring says when it speaks up; its numbers are thresholds.
+What the attacks find is kept in `trials.Trials`, since most are compared with
+the same APGD. Sources: the checklist of Carlini et al. 2019, "On evaluating
+adversarial robustness"; the flags of AutoAttack (Croce and Hein 2020); the
+indicators of attack failure (Pintor et al. 2022).
 """
 
 import dataclasses
@@ -128,8 +129,7 @@ def _finite_differences(trials: Trials) -> Check:
   cosine = _cosine(np.stack(measured, 1), np.stack(expected, 1))
   bad = cosine < 0.9
   finding = f"cosine with finite differences {np.median(cosine):.3f} (median)"
-  concerned = trials.examples.indices[bad] if bad.mean() > 0.1 else ()
-  return judged("gradient_is_right", "fail", finding, concerned)
+  return trials.check("gradient_is_right", "fail", finding, bad, 0.1 * len(bad))
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -204,11 +204,9 @@ def _across_the_box(trials: Trials, share: float) -> evaluate.Result:
 def _large_radius(trials: Trials) -> Check:
   """Any image can be made grey, and still more stand than chance explains."""
   result = _across_the_box(trials, 0.5)
-  stands, right = result.robust, result.clean.sum()
+  stands, right = result.robust, int(result.clean.sum())
   finding = f"{stands.sum()} of {right} stand when all can be made grey"
-  many = stands.sum() > max(1, right // 2)
-  concerned = trials.examples.indices[stands] if many else ()
-  return judged("large_eps", "fail", finding, concerned)
+  return trials.check("large_eps", "fail", finding, stands, max(1, right // 2))
 
 
 def _unbounded(trials: Trials) -> Check:
@@ -259,7 +257,8 @@ def _other_losses(trials: Trials) -> Check:
     " misses"
   )
   most = dlr if dlr.sum() >= margin.sum() else margin
-  return trials.check("losses_agree", "warn", finding, most, share=0.05)
+  allowed = max(1, 0.05 * len(most))
+  return trials.check("losses_agree", "warn", finding, most, allowed)
 
 
 def _silent_success(trials: Trials) -> Check:
@@ -270,9 +269,7 @@ def _silent_success(trials: Trials) -> Check:
   )
   silent = last.robust & ~best.robust
   finding = f"{silent.sum()} paths of PGD passed a better image than their last"
-  return judged(
-    "silent_success", "info", finding, trials.examples.indices[silent]
-  )
+  return trials.check("silent_success", "info", finding, silent, allowed=0)
 
 
 def _outside(trials: Trials) -> Check:
@@ -280,8 +277,7 @@ def _outside(trials: Trials) -> Check:
   each = [result.invalid for result in trials.results.values()]
   outside = np.any(each, axis=0)
   finding = f"{outside.sum()} images outside, of {len(each)} attacks"
-  concerned = trials.examples.indices[outside]
-  return judged("all_inside", "fail", finding, concerned)
+  return trials.check("all_inside", "fail", finding, outside, allowed=0)
 
 
 def _worst_case(trials: Trials) -> Check:

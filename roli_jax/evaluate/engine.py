@@ -27,7 +27,7 @@ class Evaluation:
   Attributes:
     function: the function.
     examples: the clean images, float32, their labels, and who they are.
-    logits: of the clean images, [n, k].
+    logits: the clean images', [n, k].
     slopes: L1 norms of the gradients at clean images, see `_check_model`.
     strange: who was broken by logits that are NaN or infinite, bool [n].
     resumed: what attacks had computed in processes before this one.
@@ -266,11 +266,7 @@ class Evaluation:
     return ledger
 
   def _restored(
-    self,
-    attack: attacks.Attack,
-    name: str,
-    radii: np.ndarray,
-    num_jobs: int,
+    self, attack: attacks.Attack, name: str, radii: np.ndarray, num_jobs: int
   ) -> Ledger:
     """What the journal has of an attack, judged by a pass of now.
 
@@ -334,11 +330,7 @@ class Evaluation:
       update(len(adv))
 
   def _judged(
-    self,
-    attack: attacks.Attack,
-    radii: np.ndarray,
-    ended: Ended,
-    work: Work,
+    self, attack: attacks.Attack, radii: np.ndarray, ended: Ended, work: Work
   ) -> dict[str, np.ndarray]:
     """The verdicts on jobs that have ended: a fresh pass, and float64.
 

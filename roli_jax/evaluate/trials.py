@@ -73,21 +73,21 @@ class Trials:
     verdict: str,
     finding: str,
     odd: np.ndarray,
-    share: float = SHARE,
+    allowed: float | None = None,
   ) -> Check:
-    """A check with that verdict if more images are odd than chance explains.
+    """A check with that verdict if more images are odd than are allowed.
 
     Args:
       name: the name of the check.
       verdict: `warn` or `fail`.
       finding: what was seen, in a line.
       odd: which images are, bool [n].
-      share: of the images that may be; one always may.
+      allowed: how many may be, by chance; one, or 1%, by default.
     """
-    many = odd.sum() > max(1, share * len(odd))
-    return judged(
-      name, verdict, finding, self.examples.indices[odd] if many else ()
-    )
+    if allowed is None:
+      allowed = max(1, SHARE * len(odd))
+    concerned = self.examples.indices[odd] if odd.sum() > allowed else ()
+    return judged(name, verdict, finding, concerned)
 
   def climbed(self, x: np.ndarray, loss: str) -> tuple[np.ndarray, np.ndarray]:
     """The values of a loss that attacks climb, and its gradients, in float64.
