@@ -73,7 +73,7 @@ class Trials:
     verdict: str,
     finding: str,
     odd: np.ndarray,
-    allowed: float | None = None,
+    allowed: float | int | None = None,
   ) -> Check:
     """A check with that verdict if more images are odd than are allowed.
 
