@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from roli_jax import attacks, convert, data, evaluate, keys, step
-from roli_jax.evaluate import checks, classifier
+from roli_jax.evaluate import classifier, inputs
 from roli_jax.files import journal
 from roli_jax.threat import ThreatModel
 from tests.covering import mostly_slow
@@ -207,11 +207,15 @@ def test_the_judge_is_precise_whatever_the_model_asks_for(toy):
 
   on = classifier.make(logits_fn, None, images.shape[1:], 64)
   rows = np.arange(40).repeat(2)[:64]
-  judge = on.programs.compiled(classifier._judge, static_argnums=(0, 1))
-  text = judge.lower(
-    on.mesh, 1, (), keys.root(0),
-    images[rows], labels[rows], rows.astype(np.uint32),
-  ).as_text()  # fmt: skip
+  examples = classifier.Examples(
+    images[rows], labels[rows], rows.astype(np.uint32)
+  )
+  in_eights = on.programs.compiled(
+    classifier._in_eights, static_argnums=(0, 1, 2)
+  )
+  text = in_eights.lower(
+    on.mesh, classifier._judge, 1, ((), keys.root(0)), (examples,)
+  ).as_text()
   assert "HIGHEST" in text
 
 
@@ -249,7 +253,7 @@ def test_what_is_no_attack_is_refused(toy):
   ):
     with pytest.raises(ValueError, match=message):
       # (`evaluate.run` hands it on; in tests its types are checked before.)
-      checks.check_inputs(*toy[1:], np.arange(40), attack)
+      inputs.check_inputs(*toy[1:], np.arange(40), attack)
 
 
 def test_an_attack_of_ones_own_may_require_any_field(toy):

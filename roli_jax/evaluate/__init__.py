@@ -4,6 +4,13 @@ An attack never judges itself: what it claims is classified by a fresh forward
 pass at highest precision, and its distance is measured in float64 on the host.
 Each image's result depends on that image, the attack and the seed, not on
 which images it shares a batch with, nor on interruptions.
+
+`run` is the way in. Behind it, in the order of an evaluation: `inputs` refuses
+arguments that can't be meant, `tracing` and `classifier` put the function on
+the devices, `engine` decides who attacks whom and judges what was found,
+`batching` packs searches into batches, `ledger` keeps what an attack's jobs
+have found, `result` is what comes out. `checks` tests in each evaluation
+whether its number can be trusted; `diagnosis` does so by attacks of its own.
 """
 
 import os
@@ -14,9 +21,11 @@ from typing import Any
 import numpy as np
 
 from roli_jax import attacks
-from roli_jax.evaluate import checks, classifier
+from roli_jax.evaluate import classifier, inputs
+from roli_jax.evaluate.classifier import Examples
 from roli_jax.evaluate.engine import Evaluation
 from roli_jax.evaluate.result import Result
+from roli_jax.types import PyTree
 
 
 def run(
@@ -25,7 +34,7 @@ def run(
   labels: np.ndarray,
   attack: attacks.Attack | None,
   *,
-  params: Any = None,
+  params: PyTree = None,
   seed: int = 0,
   batch_size: int = 128,
   indices: np.ndarray | None = None,
@@ -67,11 +76,15 @@ def run(
       where the attack needs one; progress of another evaluation.
   """
   images = np.asarray(images)
-  checks.check_shape(images)
   function = classifier.make(
-    logits_fn, params, images.shape[1:], batch_size,
-    stochastic=stochastic, dtype=dtype, seed=seed,
-  )  # fmt: skip
+    logits_fn,
+    params,
+    inputs.image_shape(images),
+    batch_size,
+    stochastic=stochastic,
+    dtype=dtype,
+    seed=seed,
+  )
   return run_on(function, images, labels, attack, indices=indices, save=save)
 
 
@@ -88,16 +101,14 @@ def run_on(
   started = time.perf_counter()
   images, labels = np.asarray(images), np.asarray(labels)
   indices = np.arange(len(images)) if indices is None else np.asarray(indices)
-  checks.check_inputs(images, labels, indices, attack)
-  checks.check_function(function, labels, attack)
-  now = Evaluation(
-    function,
+  inputs.check_inputs(images, labels, indices, attack)
+  inputs.check_function(function, labels, attack)
+  examples = Examples(
     images.astype(np.float32),
     labels.astype(np.int32),  # 8 bits don't count 300 classes
     indices.astype(np.int64),
-    attack,
-    save,
   )
+  now = Evaluation(function, examples, attack, save)
   if attack is not None:
     attack.run_in(now)
   return now.result(time.perf_counter() - started)

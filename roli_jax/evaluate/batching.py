@@ -11,16 +11,21 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.stages import Lowered
 
 from roli_jax import keys, progress, sharding
 from roli_jax.attacks import search
+from roli_jax.attacks.search import Job, Search, State
 from roli_jax.evaluate import classifier
-from roli_jax.evaluate.classifier import Classifier
+from roli_jax.evaluate.classifier import Classifier, Examples
+from roli_jax.evaluate.tracing import KeyedLogits
+from roli_jax.types import Array, Bool, Images, Int, Key, Keys, Logits, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +33,13 @@ class Subjects:
   """What is attacked; NumPy arrays, one entry an image.
 
   Attributes:
-    images: the clean ones, float32.
-    labels: their classes.
-    indices: who each is.
-    eps: the radius of each.
+    examples: the clean images, float32, their labels, and who they are.
+    eps: the radius of each, [n].
     towards: [n, k], the classes aimed at, by the number of the target.
-    noise: what searches start from; None draws it.
+    noise: [n, ...], what searches start from; None draws it.
   """
 
-  images: np.ndarray
-  labels: np.ndarray
-  indices: np.ndarray
+  examples: Examples
   eps: np.ndarray
   towards: np.ndarray
   noise: np.ndarray | None = None
@@ -51,9 +52,9 @@ class Ended:
   Attributes:
     rows: which of the images, int [b].
     jobs: which job of each of those images, int [b].
-    found: whether the job claims to have found a misclassified image.
-    adv: that image, or the clean one.
-    can_go_on: whether a claim that proves false leaves steps to take.
+    found: whether the job claims to have found a misclassified image, bool [b].
+    adv: that image, or the clean one, [b, ...].
+    can_go_on: whether a claim that proves false leaves steps to take, bool [b].
   """
 
   rows: np.ndarray
@@ -86,7 +87,7 @@ class Work:
     return Work(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
   def add(self, steps: int, padding: int, passes: tuple[int, int]) -> None:
-    """So many steps of jobs and of padding, of so many passes each."""
+    """Adds so many steps of jobs and of padding, of so many passes each."""
     forward, backward = passes
     self.forward += steps * forward
     self.backward += steps * backward
@@ -100,7 +101,7 @@ Settle = Callable[[Ended], tuple[np.ndarray, np.ndarray]]
 
 def run(
   function: Classifier,
-  attack: search.Search,
+  attack: Search,
   subjects: Subjects,
   waiting: Iterable[tuple[int, int]],
   settle: Settle,
@@ -114,98 +115,68 @@ def run(
     attack: the search.
     subjects: the images.
     waiting: (row, job) of each job, in the order in which they start.
-    settle: told of jobs that have ended, says which have broken their image,
-      whose later jobs are called off; and which go on, since they have not.
+    settle: takes jobs that have ended, and returns which have broken their
+      image, whose later jobs are called off; and which go on, since they have
+      not. bool [b] each.
     work: what was computed is added to it.
-    update: told of steps that are no longer to be taken.
+    update: called with the number of steps that no longer have to be taken.
   """
-  key = keys.stream(keys.root(function.seed), attack.name)
-  sizes = function.sizes
-  if classifier.runs_on_cpu(function.mesh):
-    sizes = sizes[-1:]  # eight rows without a job cost nothing there
+  pool = _Pool(function, attack, subjects)
   queue = collections.deque(waiting)
-  fallen: dict[int, int] = {}  # row -> the first job that broke the image
-  running, pool = _NOBODY, None
-  advance = function.programs.compiled(
-    _advance, static_argnums=(0, 1), donate_argnums=(5, 6)
-  )
+  first_break: dict[int, int] = {}  # row -> the first job that broke the image
+
+  def is_called_off(row: int, job: int) -> bool:
+    return attack.stop and first_break.get(row, job) < job
+
+  running = _NOBODY
   while True:
-    called_off = _called_off(attack, fallen, running)
+    pairs = zip(running.rows.tolist(), running.jobs.tolist(), strict=True)
+    called_off = np.array([is_called_off(*pair) for pair in pairs], bool)
     update(int((attack.length - running.steps[called_off]).sum()))
     running = running.at(~called_off)
-    fresh = _next(queue, attack, fallen, sizes[-1] - len(running), update)
+    fresh: list[tuple[int, int]] = []
+    while queue and len(running) + len(fresh) < pool.sizes[-1]:
+      pair = queue.popleft()
+      if is_called_off(*pair):
+        update(attack.length)
+      else:
+        fresh.append(pair)
     running = running.and_new(fresh)
-    total = len(running)
-    if not total:
+    if not len(running):
       return
-    size = min(s for s in sizes if s >= total)
-    places = _places(size, function.mesh.size)[:total]
-    pool = _filled(
-      function, attack, subjects, key, pool, size, places, running, len(fresh)
-    )
-    pool, counts = advance(
-      function.mesh,
-      function.dtype,
-      _of_a_job(attack),
-      function.params,
-      math.ceil(math.sqrt(attack.length)),  # steps at most
-      *pool,
-    )
-    state, counts = pool[1], sharding.fetch(counts)
-    steps, done = (x[places] for x in sharding.fetch((state.i, state.done)))
-    new = int((steps - running.steps).sum())
-    idle = int(counts.sum()) * (size // len(counts)) - new
-    work.add(new, idle, attack.step_passes)
-    running = dataclasses.replace(
-      running, slots=places, steps=steps, again=np.zeros(total, bool)
-    )
+    before = running.steps
+    running, done, total = pool.advance(running, len(fresh))
+    new = int((running.steps - before).sum())
+    work.add(new, total - new, attack.step_passes)
     ended = np.flatnonzero(done)
     if len(ended):
-      told = _ended(running.at(ended), state, subjects, attack)
-      broke, goes_on = settle(told)
-      for row, job in zip(told.rows[broke], told.jobs[broke], strict=True):
-        fallen[row] = min(job, fallen.get(row, job))
+      claims = pool.claims(running.at(ended))
+      broke, goes_on = settle(claims)
+      rows, jobs = claims.rows[broke].tolist(), claims.jobs[broke].tolist()
+      for row, job in zip(rows, jobs, strict=True):
+        first_break[row] = min(job, first_break.get(row, job))
       running.again[ended] = goes_on
     over = done & ~running.again
-    update(new + int((attack.length - steps)[over].sum()))
+    update(new + int((attack.length - running.steps)[over].sum()))
     running = running.at(~over)
 
 
 def lower(
-  function: Classifier, attack: search.Search, shape: tuple[int, ...]
-) -> jax.stages.Lowered:
-  """The program that takes a full pool on by all steps, not compiled.
+  function: Classifier, attack: Search, shape: tuple[int, ...]
+) -> Lowered:
+  """The program of a search's steps for the largest batch, not compiled.
 
   Args:
     function: the function; its params may be shapes.
     attack: the search.
     shape: (h, w, c) of an image.
   """
-  size, one = function.sizes[-1], _of_a_job(attack)
-  aims = attack.num_targets or 1
   nobody = Subjects(
-    images=np.zeros((1, *shape), np.float32),
-    labels=np.zeros(1, np.int32),
-    indices=np.zeros(1, np.uint32),
+    Examples(np.zeros((1, *shape), np.float32), *np.zeros((2, 1), np.int32)),
     eps=np.zeros(1, np.float32),
-    towards=np.zeros((1, aims), np.int32),
+    towards=np.zeros((1, attack.num_targets or 1), np.int32),
   )
-  first = np.zeros(1, np.int64)
-  news = _news(attack, nobody, size, first, first, first)
-  pool = jax.eval_shape(_empty, one, keys.root(function.seed), news)
-  fresh = jax.ShapeDtypeStruct((size,), bool)
-  rows = sharding.split(function.mesh)
-  job, state, fresh = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
-    (*pool, fresh),
-  )
-  advance = function.programs.compiled(
-    _advance, static_argnums=(0, 1), donate_argnums=(5, 6)
-  )
-  return advance.lower(
-    function.mesh, function.dtype, one, function.params, attack.length,
-    job, state, fresh,
-  )  # fmt: skip
+  return _Pool(function, attack, nobody).lower()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,140 +201,175 @@ class _Running:
     return len(self.rows)
 
   def at(self, which: np.ndarray) -> "_Running":
-    """Those at these positions, or where the mask says so."""
-    return _Running(
-      *(getattr(self, f.name)[which] for f in dataclasses.fields(self))
-    )
+    """Those at these positions, or where the mask is True."""
+    return _Running(*(x[which] for x in vars(self).values()))
 
   def and_new(self, fresh: list[tuple[int, int]]) -> "_Running":
     """These, and (row, job) of others behind them that have no place yet."""
     rows, jobs = np.array(fresh, np.int64).reshape(-1, 2).T
     none = np.zeros(len(fresh), np.int64)
-    new = _Running(rows, jobs, none, none, none.astype(bool))
-    return _Running(
-      *(
-        np.concatenate([getattr(self, f.name), getattr(new, f.name)])
-        for f in dataclasses.fields(self)
-      )
+    new = (rows, jobs, none, none, none.astype(bool))
+    both = zip(vars(self).values(), new, strict=True)
+    return _Running(*(np.concatenate(arrays) for arrays in both))
+
+
+_NOBODY = _Running(*(np.zeros(0, np.int64),) * 4, np.zeros(0, bool))
+
+
+class _Pool:
+  """Jobs on the devices, in batches of few sizes.
+
+  Attributes:
+    function: the function.
+    attack: the search.
+    subjects: the images.
+    sizes: how many rows a batch may have, smallest first.
+  """
+
+  def __init__(self, function: Classifier, attack: Search, subjects: Subjects):
+    self.function, self.attack, self.subjects = function, attack, subjects
+    # On a CPU eight rows without a job cost nothing: one size will do.
+    on_cpu = classifier.runs_on_cpu(function.mesh)
+    self.sizes = function.sizes[-1:] if on_cpu else function.sizes
+    # The attack as a job sees it: other numbers of jobs compile nothing.
+    self._of_a_job = dataclasses.replace(
+      attack, num_restarts=1, num_targets=min(1, attack.num_targets)
+    )
+    self._key = keys.stream(keys.root(function.seed), attack.name)
+    self._rows: tuple[Job, State] | None = None
+    self._advance = function.programs.compiled(
+      _advance, static_argnums=(0, 1), donate_argnums=(5, 6)
     )
 
+  def advance(
+    self, running: _Running, num_fresh: int
+  ) -> tuple[_Running, np.ndarray, int]:
+    """Gives jobs places and takes steps of them.
 
-_NONE = np.zeros(0, np.int64)
-_NOBODY = _Running(
-  rows=_NONE, jobs=_NONE, slots=_NONE, steps=_NONE, again=_NONE.astype(bool)
-)
+    Args:
+      running: the jobs.
+      num_fresh: how many of them, the last ones, have no place yet.
+
+    Returns:
+      The jobs where they are now, which of them are done, bool [b], and how
+      many steps all rows have taken, those without a job among them.
+    """
+    devices, total = self.function.mesh.size, len(running)
+    size = min(s for s in self.sizes if s >= total)
+    # By eights, each device in turn: few jobs are spread over all of them.
+    eights = np.arange(size).reshape(devices, -1, classifier.SMALLEST)
+    places = eights.swapaxes(0, 1).ravel()[:total]
+    self._rows, counts = self._advance(
+      self.function.mesh,
+      self.function.dtype,
+      self._of_a_job,
+      self.function.params,
+      math.ceil(math.sqrt(self.attack.length)),  # steps at most
+      *self._packed(size, places, running, num_fresh),
+    )
+    state, counts = self._rows[1], sharding.fetch(counts)
+    steps, done = (x[places] for x in sharding.fetch((state.i, state.done)))
+    now = dataclasses.replace(
+      running, slots=places, steps=steps, again=np.zeros(total, bool)
+    )
+    return now, done, int(counts.sum()) * (size // len(counts))
+
+  def lower(self) -> Lowered:
+    """The program that takes a full batch on by all steps, not compiled."""
+    none = np.zeros(self.sizes[-1], np.int64)
+    news = self._starts(none, none)
+    rows = jax.eval_shape(_empty, self._of_a_job, self._key, news)
+    fresh = jax.ShapeDtypeStruct(none.shape, bool)
+    where = sharding.split(self.function.mesh)
+    placed = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+      (*rows, fresh),
+    )
+    return self._advance.lower(
+      self.function.mesh,
+      self.function.dtype,
+      self._of_a_job,
+      self.function.params,
+      self.attack.length,
+      *placed,
+    )
+
+  def claims(self, ended: _Running) -> Ended:
+    """What these jobs, which have ended, claim to have found."""
+    assert self._rows is not None
+    state = self._rows[1]
+    found = sharding.fetch(state.found)[ended.slots]
+    adv = self.subjects.examples.images[ended.rows]  # a copy, as of any indices
+    if found.any():
+      adv[found] = sharding.fetch(state.adv)[ended.slots[found]]
+    can_go_on = ended.steps < self.attack.length
+    return Ended(ended.rows, ended.jobs, found, adv, can_go_on)
+
+  def _packed(
+    self, size: int, places: np.ndarray, running: _Running, num_fresh: int
+  ) -> tuple[Job, State, Bool[Array, "b"]]:
+    """All jobs at their places, states, and which of them are to begin."""
+    is_new = np.arange(len(places)) >= len(places) - num_fresh
+    used = np.ones(len(places), bool)
+    slots = running.slots.astype(np.int32)
+    order, retract, fresh, used = (
+      _placed(values, places, size)
+      for values in (slots, running.again, is_new, used)
+    )
+    starts = self._starts(running.rows[is_new], running.jobs[is_new])
+    news = {
+      name: _placed(values, places[is_new], size)
+      for name, values in starts.items()
+    }
+    arrays = sharding.spread(
+      (order, retract, fresh, used, news), self.function.mesh
+    )
+    if self._rows is None:
+      self._rows = _empty(self._of_a_job, self._key, arrays[-1])
+    return _pack(
+      self.function.mesh, self._of_a_job, self._key, self._rows, *arrays
+    )
+
+  def _starts(
+    self, rows: np.ndarray, jobs: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """What new jobs begin with, one row each: what `_job` takes."""
+    subjects, examples = self.subjects, self.subjects.examples[rows]
+    restarts = self.attack.num_restarts
+    targets = np.minimum(jobs // restarts, subjects.towards.shape[1] - 1)
+    starts = {
+      "images": examples.images,
+      "labels": examples.labels.astype(np.int32),
+      "targets": subjects.towards[rows, targets].astype(np.int32),
+      "restart": (jobs % restarts).astype(np.int32),
+      "eps": subjects.eps[rows].astype(np.float32),
+      "indices": examples.indices.astype(np.uint32),
+      "jobs": jobs.astype(np.uint32),
+    }
+    if subjects.noise is not None:
+      starts["noise"] = subjects.noise[rows]
+    return starts
 
 
-def _next(queue, attack, fallen, most, update):
-  """At most so many jobs from the queue, without those of fallen images."""
-  fresh: list[tuple[int, int]] = []
-  while queue and len(fresh) < most:
-    row, job = queue.popleft()
-    if attack.stop and fallen.get(row, job) < job:
-      update(attack.length)
-    else:
-      fresh.append((row, job))
-  return fresh
+def _placed(values: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
+  """Values at their places among so many rows; zeros elsewhere."""
+  out = np.zeros((size, *values.shape[1:]), values.dtype)
+  out[places] = values
+  return out
 
 
-def _ended(running, state, subjects, attack):
-  """What these jobs, which have ended, claim to have found."""
-  found = sharding.fetch(state.found)[running.slots]
-  adv = subjects.images[running.rows].copy()
-  if found.any():
-    adv[found] = sharding.fetch(state.adv)[running.slots[found]]
-  can_go_on = running.steps < attack.length
-  return Ended(running.rows, running.jobs, found, adv, can_go_on)
-
-
-def _of_a_job(attack):
-  """The attack as a job sees it: other numbers of jobs compile nothing."""
-  return dataclasses.replace(
-    attack, num_restarts=1, num_targets=min(1, attack.num_targets)
-  )
-
-
-def _called_off(attack, fallen, running):
-  """The jobs of images that fell to an earlier one."""
-  if not attack.stop:
-    return np.zeros(len(running), bool)
-  pairs = zip(running.rows, running.jobs, strict=True)
-  firsts = [fallen.get(row, job) for row, job in pairs]
-  return np.array(firsts, np.int64) < running.jobs
-
-
-def _places(size: int, devices: int) -> np.ndarray:
-  """The rows of a pool in the order in which they are filled.
-
-  By eights, each device in turn: few jobs are spread over all of them.
-  """
-  eights = np.arange(size).reshape(devices, -1, classifier.SMALLEST)
-  return eights.swapaxes(0, 1).ravel()
-
-
-def _filled(
-  function, attack, subjects, key, pool, size, places, running, num_fresh
-):
-  """The pool with its jobs at their places, new ones at theirs.
-
-  Returns:
-    Jobs, states, and which of them are to begin.
-  """
-  order = np.zeros(size, np.int32)
-  order[places] = running.slots
-  retract, fresh = np.zeros(size, bool), np.zeros(size, bool)
-  retract[places] = running.again
-  first = len(places) - num_fresh
-  starts, new = places[first:], running.at(np.arange(first, len(places)))
-  fresh[starts] = True
-  news = _news(attack, subjects, size, starts, new.rows, new.jobs)
-  used = np.zeros(size, bool)
-  used[places] = True
-  arrays = sharding.spread((order, retract, fresh, used, news), function.mesh)
-  if pool is None:
-    pool = _empty(_of_a_job(attack), key, arrays[-1])
-  return _pack(function.mesh, _of_a_job(attack), key, pool, *arrays)
-
-
-def _news(attack, subjects, size, starts, rows, jobs):
-  """Arrays of new jobs at their places; zeros elsewhere."""
-  most = subjects.towards.shape[1] - 1
-  targets = np.minimum(jobs // attack.num_restarts, most)
-  values = {
-    "images": subjects.images[rows],
-    "labels": subjects.labels[rows].astype(np.int32),
-    "targets": subjects.towards[rows, targets].astype(np.int32),
-    "restart": (jobs % attack.num_restarts).astype(np.int32),
-    "eps": subjects.eps[rows].astype(np.float32),
-    "indices": subjects.indices[rows].astype(np.uint32),
-    "jobs": jobs.astype(np.uint32),
-  }
-  if subjects.noise is not None:
-    values["noise"] = subjects.noise[rows]
-
-  def placed(value):
-    out = np.zeros((size, *value.shape[1:]), value.dtype)
-    out[starts] = value
-    return out
-
-  return {name: placed(value) for name, value in values.items()}
-
-
-def _job(key, news):
-  own = keys.per_image(key, news["indices"])
-  return search.Job(
-    images=news["images"],
-    labels=news["labels"],
-    targets=news["targets"],
-    restart=news["restart"],
-    eps=news["eps"],
-    keys=keys.fold(own, news["jobs"]),
-    noise=news.get("noise"),
-  )
+def _job(key: Key[Array, ""], news: Mapping[str, jax.Array]) -> Job:
+  """New jobs; their keys come from who the image is and the job's number."""
+  fields = dict(news)
+  image_keys = keys.per_image(key, fields.pop("indices"))
+  job_keys = keys.fold(image_keys, fields.pop("jobs"))
+  return Job(**fields, keys=job_keys)
 
 
 @jax.jit
-def _empty(attack, key, news):
+def _empty(
+  attack: Search, key: Key[Array, ""], news: Mapping[str, jax.Array]
+) -> tuple[Job, State]:
   """A pool of no jobs."""
   job = _job(key, news)
   state = jax.tree.map(jnp.zeros_like, attack.begin(job))
@@ -371,8 +377,30 @@ def _empty(attack, key, news):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pack(mesh, attack, key, pool, order, retract, fresh, used, news):
-  """The pool in another order, with new jobs, ready to go on."""
+def _pack(
+  mesh: Mesh,
+  attack: Search,
+  key: Key[Array, ""],
+  pool: tuple[Job, State],
+  order: Int[Array, "b"],
+  retract: Bool[Array, "b"],
+  fresh: Bool[Array, "b"],
+  used: Bool[Array, "b"],
+  news: Mapping[str, jax.Array],
+) -> tuple[Job, State, Bool[Array, "b"]]:
+  """The pool in another order, with new jobs, ready to go on.
+
+  Args:
+    mesh: the devices, over which rows are split.
+    attack: the search.
+    key: that of the attack.
+    pool: jobs and states as they were.
+    order: where each row was before.
+    retract: whose claim proved false.
+    fresh: which rows begin a new job.
+    used: which rows have a job; the others are done.
+    news: what new jobs begin with, see `_Pool._starts`.
+  """
   job, state = jax.tree.map(lambda x: x[order], pool)
   job = search.where(fresh, _job(key, news), job)
   state = attack.retract(state, retract)
@@ -381,19 +409,31 @@ def _pack(mesh, attack, key, pool, order, retract, fresh, used, news):
   return jax.lax.with_sharding_constraint(packed, sharding.split(mesh))
 
 
-def _advance(fn, mesh, dtype, attack, params, most, job, state, fresh):
-  """At most so many steps of each job.
+def _advance(
+  fn: KeyedLogits,
+  mesh: Mesh,
+  dtype: str | None,
+  attack: Search,
+  params: PyTree,
+  most: int | Int[Array, ""],
+  job: Job,
+  state: State,
+  fresh: Bool[Array, "b"],
+) -> tuple[tuple[Job, State], Int[Array, "groups"]]:
+  """Takes at most so many steps of each job; fresh ones begin first.
 
   Returns:
     The pool, and the steps of the slowest of each group of rows that was run
     together.
   """
 
-  def go_on(whole, job, state, fresh):
+  def go_on(
+    whole: PyTree, job: Job, state: State, fresh: Bool[Array, "b"]
+  ) -> tuple[State, Int[Array, "1"]]:
     attack, params, most = whole
     state = search.where(fresh, attack.begin(job), state)
 
-    def classify(images, image_keys):
+    def classify(images: Images, image_keys: Keys) -> Logits:
       return classifier.lowered(fn, dtype)(params, images, image_keys)
 
     with jax.default_matmul_precision("default" if dtype else "highest"):

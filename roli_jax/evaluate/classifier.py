@@ -1,7 +1,7 @@
-"""A function of images on the devices: attacked, and judged.
+"""A function of images on the devices, which attacks climb and a judge asks.
 
-What comes out for an image does not depend on which images it shares a batch
-with, nor on how many devices there are.
+The result for an image does not depend on which images it shares a batch with,
+nor on how many devices there are.
 """
 
 import dataclasses
@@ -13,12 +13,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from jax.stages import Lowered
 
 from roli_jax import keys, losses, sharding
+from roli_jax.attacks import Attack
 from roli_jax.evaluate import tracing
+from roli_jax.evaluate.tracing import KeyedLogits
+from roli_jax.types import Array, Bool, Float, Images, Int, Key, Logits, PyTree
 
 SMALLEST = 8  # images a device: smaller batches take other kernels
 DRAWS = 20  # of a randomised function, to judge an image
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """Images to attack or to judge: NumPy arrays, or the devices' own.
+
+  (Their shapes stand here and not in annotations: JAX puts other things than
+  arrays in the fields of a tree.)
+
+  Attributes:
+    images: [n, h, w, c], float32, in the box of the threat model.
+    labels: [n], integers, the images' classes.
+    indices: [n], integers: who each image is. Its keys are folded from this.
+  """
+
+  images: Any
+  labels: Any
+  indices: Any
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def __getitem__(self, rows: slice | np.ndarray) -> "Examples":
+    """The examples at these rows, or where the mask is True."""
+    return jax.tree.map(lambda x: x[rows], self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +59,17 @@ class Classifier:
     programs: the function, and what is compiled for it.
     params: its first argument, on every device.
     mesh: the devices, along `data`.
-    batch_size: images at once, rounded up to what the devices divide.
+    batch_size: images at once, >= 1, rounded up to what the devices divide.
     stochastic: whether it draws from its keys; then it is judged by the mean
       margin and the majority of 20 draws.
-    dtype: of the attacks' passes, `bfloat16` or None for what the function
-      computes in. Judged is always as the function computes, its products in
-      float32 at highest precision.
+    dtype: what the attacks' passes compute in: `bfloat16`, `float32`, or None
+      for the function's own. The judge always runs the function as it is, its
+      products in float32 at highest precision.
     seed: decides the judge's draws, an int >= 0.
   """
 
   programs: tracing.Programs
-  params: Any
+  params: PyTree
   mesh: Mesh
   batch_size: int
   stochastic: bool = False
@@ -47,113 +77,138 @@ class Classifier:
   seed: int = 0
 
   @property
-  def unit(self) -> int:
-    """What the devices divide into batches that are not too small."""
-    return SMALLEST * self.mesh.size
-
-  @property
   def sizes(self) -> tuple[int, ...]:
     """The sizes of batches that programs are compiled for, smallest first.
 
-    On a CPU idle eights cost nothing, so one size will do for searches.
+    Multiples of eight rows a device: the batch size, a quarter and a 16th.
     """
-    large = self.unit * -(-self.batch_size // self.unit)
-    return tuple(sorted({self._part(large, k) for k in (1, 4, 16)}))
-
-  def _part(self, large, k):
-    return self.unit * -(-large // (k * self.unit))
+    unit = SMALLEST * self.mesh.size
+    large = unit * -(-self.batch_size // unit)
+    return tuple(sorted({unit * -(-large // (k * unit)) for k in (1, 4, 16)}))
 
   def judge(
-    self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray
+    self, examples: Examples
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Whether images are classified as labelled, margins, and logits."""
-    parts: list[Any] = []
-    key = keys.stream(keys.root(self.seed), "judge")
-    arrays = (images, labels, indices.astype(np.uint32))
-    for _, real, bucket in self._buckets(*arrays):
-      draws = DRAWS if self.stochastic else 1
-      judge = self.programs.compiled(_judge, static_argnums=(0, 1))
-      out = judge(self.mesh, draws, self.params, key, *bucket)
-      parts.append([x[real] for x in sharding.fetch(out)])
-    right, margin, logits = map(np.concatenate, zip(*parts, strict=True))
-    return right, margin, logits
+    """Whether images are classified as labelled, margins, and logits.
 
-  def craft(
-    self, attack: Any, key: Any, images, labels, indices, eps
-  ) -> Iterator[tuple[slice, np.ndarray, int]]:
-    """What an attack of one call makes of each bucket of images.
-
-    Yields:
-      The rows of a bucket, the images found, and how many rows were padding.
+    Returns:
+      bool [n]; the label's logit minus the best other, [n]; logits [n, k].
     """
-    arrays = (images, labels, indices.astype(np.uint32), eps)
-    for rows, real, bucket in self._buckets(*arrays):
-      craft = self.programs.compiled(_attack, static_argnums=(0, 1))
-      found = craft(self.mesh, self.dtype, attack, self.params, key, *bucket)
-      yield rows, sharding.fetch(found)[real], int((~real).sum())
-
-  def lower(self, attack: Any, shape: tuple[int, ...]) -> jax.stages.Lowered:
-    """The program of `craft`, not compiled; params may be shapes.
-
-    Args:
-      attack: of one call.
-      shape: (h, w, c) of an image.
-    """
-    craft = self.programs.compiled(_attack, static_argnums=(0, 1))
-    rows = sharding.split(self.mesh)
-
-    def array(dtype, *dims):
-      full = (self.sizes[-1], *dims)
-      return jax.ShapeDtypeStruct(full, dtype, sharding=rows)
-
-    return craft.lower(
-      self.mesh,
-      self.dtype,
-      attack,
-      self.params,
-      keys.root(self.seed),
-      array(jnp.float32, *shape),
-      array(jnp.int32),
-      array(jnp.uint32),
-      array(jnp.float32),
-    )
+    draws = DRAWS if self.stochastic else 1
+    return self._on_all(_judge, draws, "judge", examples)
 
   def slopes(
-    self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray
+    self, examples: Examples
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The gradient that attacks climb: is it of use, and how long is it?
 
     Returns:
-      [n] each: where values of it are not finite, where all of them are 0, and
-      its L1 norm without those that are not finite.
+      [n] each: whether any value of it is not finite, whether all of them are
+      0, and its L1 norm without those that are not finite.
     """
-    parts: list[Any] = []
-    key = keys.stream(keys.root(self.seed), "slopes")
-    arrays = (images, labels, indices.astype(np.uint32))
-    for _, real, bucket in self._buckets(*arrays):
-      slopes = self.programs.compiled(_slopes, static_argnums=(0, 1))
-      out = slopes(self.mesh, self.dtype, self.params, key, *bucket)
-      parts.append([x[real] for x in sharding.fetch(out)])
-    strange, flat, length = map(np.concatenate, zip(*parts, strict=True))
-    return strange, flat, length
+    return self._on_all(_slopes, self.dtype, "slopes", examples)
 
-  def _buckets(self, *arrays) -> Iterator[tuple[slice, np.ndarray, Any]]:
-    """The arrays in pieces of two sizes; the last is padded with copies."""
-    large = self.sizes[-1]
-    small = self.sizes[max(0, len(self.sizes) - 2)]
-    start, n = 0, len(arrays[0])
+  def craft(
+    self,
+    attack: Attack,
+    key: Key[Array, ""],
+    examples: Examples,
+    eps: np.ndarray,
+  ) -> Iterator[tuple[slice, np.ndarray, int]]:
+    """Runs an attack of one call on a bucket of images after the other.
+
+    Args:
+      attack: one that is no search.
+      key: its random key, from which each image's is folded.
+      examples: the images that it starts from.
+      eps: the radius of each image, float32 [n].
+
+    Yields:
+      The rows of a bucket, the images found, and how many rows were padding.
+    """
+    whole = (attack, self.params, key)
+    return self._outputs(_attack, self.dtype, whole, examples, eps)
+
+  def lower(self, attack: Attack, shape: tuple[int, ...]) -> Lowered:
+    """The program of `craft` for the largest batch, not compiled.
+
+    Args:
+      attack: one that is no search.
+      shape: (h, w, c) of an image. The params may be shapes too.
+    """
+    in_eights = self.programs.compiled(_in_eights, static_argnums=(0, 1, 2))
+    rows = sharding.split(self.mesh)
+
+    def array(dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
+      full = (self.sizes[-1], *dims)
+      return jax.ShapeDtypeStruct(full, dtype, sharding=rows)
+
+    examples = Examples(
+      array(jnp.float32, *shape), array(jnp.int32), array(jnp.uint32)
+    )
+    whole = (attack, self.params, keys.root(self.seed))
+    parts = (examples, array(jnp.float32))
+    return in_eights.lower(self.mesh, _attack, self.dtype, whole, parts)
+
+  def _on_all(
+    self,
+    program: Callable[..., Any],
+    setting: int | str | None,
+    purpose: str,
+    examples: Examples,
+  ) -> Any:
+    """What a program returns for all examples, as NumPy arrays.
+
+    Args:
+      program: `_judge` or `_slopes`.
+      setting: its second argument.
+      purpose: the name of the random stream that it draws from.
+      examples: what it is run on.
+    """
+    whole = (self.params, keys.stream(keys.root(self.seed), purpose))
+    outputs = self._outputs(program, setting, whole, examples)
+    columns = zip(*(found for _, found, _ in outputs), strict=True)
+    return tuple(map(np.concatenate, columns))
+
+  def _outputs(
+    self,
+    program: Callable[..., Any],
+    setting: int | str | None,
+    whole: PyTree,
+    examples: Examples,
+    *others: np.ndarray,
+  ) -> Iterator[tuple[slice, Any, int]]:
+    """Runs a program on the rows, in pieces of two sizes.
+
+    The last piece is filled up with copies of the last row.
+
+    Yields:
+      The rows of a piece, what the program returns for them, as NumPy arrays,
+      and how many rows were padding.
+    """
+    in_eights = self.programs.compiled(_in_eights, static_argnums=(0, 1, 2))
+    indices = examples.indices.astype(np.uint32)  # what keys are folded from
+    examples = dataclasses.replace(examples, indices=indices)
+    small, large = self.sizes[-2:][0], self.sizes[-1]
+    start, n = 0, len(examples)
     while start < n:
       size = large if n - start >= large else small
-      at = start + np.arange(size)
-      piece = tuple(a[np.minimum(at, n - 1)] for a in arrays)
-      rows = slice(start, min(start + size, n))
-      yield rows, at < n, sharding.spread(piece, self.mesh)
-      start += size
+      stop = min(start + size, n)
+      at = np.minimum(np.arange(start, start + size), n - 1)
+      piece = (examples[at], *(x[at] for x in others))
+      parts = sharding.spread(piece, self.mesh)
+      found = in_eights(self.mesh, program, setting, whole, parts)
+      count = stop - start
+      real = jax.tree.map(
+        lambda x, count=count: x[:count], sharding.fetch(found)
+      )
+      yield slice(start, stop), real, size - count
+      start = stop
 
 
 def make(
   logits_fn: Callable[..., Any],
-  params: Any,
+  params: PyTree,
   shape: tuple[int, ...],
   batch_size: int,
   *,
@@ -165,11 +220,12 @@ def make(
 
   Args:
     logits_fn: the function.
-    params: its first argument; None where it takes none.
+    params: its first argument, a tree of arrays; None where it takes none.
     shape: (h, w, c) of an image.
-    batch_size: images at once.
+    batch_size: images at once, >= 1.
     stochastic: whether it takes a key last.
-    dtype: the precision of the attacks' passes; None: the function's own.
+    dtype: the precision of the attacks' passes, `bfloat16` or `float32`; None:
+      the function's own.
     seed: decides the judge's draws, an int >= 0.
 
   Raises:
@@ -189,83 +245,105 @@ def make(
   return Classifier(programs, placed, mesh, batch_size, stochastic, dtype, seed)
 
 
-def lowered(fn: Callable[..., Any], dtype: str | None) -> Callable[..., Any]:
+def lowered(fn: KeyedLogits, dtype: str | None) -> KeyedLogits:
   """The function on params and images of that dtype; logits in float32."""
   if dtype is None:
     return fn
 
-  def cast(tree):
+  def cast(tree: PyTree) -> PyTree:
     return jax.tree.map(
       lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
       tree,
     )
 
-  def low(params, images, image_keys):
-    return fn(cast(params), cast(images), image_keys)
-
-  return low
-
-
-def _attack(fn, mesh, dtype, attack, params, key, images, labels, indices, eps):
-  def adversarial(whole, images, labels, indices, eps):
-    attack, params, key = whole
-    threat = dataclasses.replace(attack.threat, eps=eps)
-    image_keys = keys.per_image(key, indices)
-    # One draw of a randomised function for each image, which is climbed.
-    return dataclasses.replace(attack, threat=threat)(
-      lambda x: lowered(fn, dtype)(params, x, image_keys),
-      images,
-      labels,
-      image_keys,
-    )
-
-  parts = (images, labels, indices, eps)
-  return map_in_eights(adversarial, mesh, (attack, params, key), parts)
-
-
-def _slopes(fn, mesh, dtype, params, key, images, labels, indices):
-  """See `Classifier.slopes`."""
-
-  def looked_at(whole, images, labels, indices):
-    params, key = whole
-    image_keys = keys.per_image(key, indices)
-
-    def climb(x):
-      logits = lowered(fn, dtype)(params, x, image_keys)
-      return losses.SURROGATES["ce"].climb(logits, labels).sum()
-
-    grads = jax.grad(climb)(images).reshape(len(images), -1)
-    known = jnp.isfinite(grads)
-    length = jnp.abs(jnp.where(known, grads, 0)).sum(1)
-    return ~known.all(1), (grads == 0).all(1), length
-
-  return map_in_eights(
-    looked_at, mesh, (params, key), (images, labels, indices)
+  return lambda params, images, image_keys: fn(
+    cast(params), cast(images), image_keys
   )
 
 
-def _judge(fn, mesh, draws, params, key, images, labels, indices):
-  """Whether each image is classified as labelled, margins and logits."""
+# The programs: each takes the function, a setting that is compiled into it,
+# what all images share, and eight images or more.
 
-  def judged(whole, images, labels, indices):
-    params, key = whole
-    image_keys = keys.per_image(key, indices)
 
-    def draw(k):
-      own = keys.fold(image_keys, k)
-      with jax.default_matmul_precision("highest"):
-        logits = fn(params, images, own)
-      right = losses.correct(logits, labels).astype(jnp.float32)
-      return right, -losses.margin(logits, labels), logits
+def _attack(
+  fn: KeyedLogits,
+  dtype: str | None,
+  whole: tuple[Any, PyTree, Key[Array, ""]],
+  examples: Examples,
+  eps: Float[Array, "b"],
+) -> Images:
+  """The images that an attack of one call finds; `whole` has it first."""
+  attack, params, key = whole
+  threat = dataclasses.replace(attack.threat, eps=eps)
+  # One draw of a randomised function for each image, which is climbed.
+  image_keys = keys.per_image(key, examples.indices)
+  return dataclasses.replace(attack, threat=threat)(
+    lambda x: lowered(fn, dtype)(params, x, image_keys),
+    examples.images,
+    examples.labels,
+    image_keys,
+  )
 
-    if draws == 1:
-      right, *rest = draw(0)
-      return right > 0.5, *rest
+
+def _slopes(
+  fn: KeyedLogits,
+  dtype: str | None,
+  whole: tuple[PyTree, Key[Array, ""]],
+  examples: Examples,
+) -> tuple[Bool[Array, "b"], Bool[Array, "b"], Float[Array, "b"]]:
+  """See `Classifier.slopes`."""
+  params, key = whole
+  image_keys = keys.per_image(key, examples.indices)
+
+  def climb(x: Images) -> Float[Array, ""]:
+    logits = lowered(fn, dtype)(params, x, image_keys)
+    return losses.SURROGATES["ce"].climb(logits, examples.labels).sum()
+
+  grads = jax.grad(climb)(examples.images).reshape(len(examples), -1)
+  known = jnp.isfinite(grads)
+  length = jnp.abs(jnp.where(known, grads, 0)).sum(1)
+  return ~known.all(1), (grads == 0).all(1), length
+
+
+def _judge(
+  fn: KeyedLogits,
+  draws: int,
+  whole: tuple[PyTree, Key[Array, ""]],
+  examples: Examples,
+) -> tuple[Bool[Array, "b"], Float[Array, "b"], Logits]:
+  """See `Classifier.judge`."""
+  params, key = whole
+  image_keys = keys.per_image(key, examples.indices)
+
+  def draw(
+    k: int | Int[Array, ""],
+  ) -> tuple[Float[Array, "b"], Float[Array, "b"], Logits]:
+    draw_keys = keys.fold(image_keys, k)
+    with jax.default_matmul_precision("highest"):
+      logits = fn(params, examples.images, draw_keys)
+    right = losses.correct(logits, examples.labels).astype(jnp.float32)
+    return right, -losses.margin(logits, examples.labels), logits
+
+  if draws == 1:
+    right, margin, logits = draw(0)
+  else:
     drawn = jax.lax.map(draw, jnp.arange(draws))
-    right, *rest = (x.mean(0) for x in drawn)
-    return right > 0.5, *rest
+    right, margin, logits = (x.mean(0) for x in drawn)
+  return right > 0.5, margin, logits
 
-  return map_in_eights(judged, mesh, (params, key), (images, labels, indices))
+
+def _in_eights(
+  fn: KeyedLogits,
+  mesh: Mesh,
+  program: Callable[..., Any],
+  setting: int | str | None,
+  whole: PyTree,
+  parts: tuple[PyTree, ...],
+) -> Any:
+  """A program on each device's share of the rows of `parts`."""
+  return map_in_eights(
+    lambda *args: program(fn, setting, *args), mesh, whole, parts
+  )
 
 
 def runs_on_cpu(mesh: Mesh) -> bool:
@@ -273,16 +351,25 @@ def runs_on_cpu(mesh: Mesh) -> bool:
   return mesh.devices.flat[0].platform == "cpu"
 
 
-def map_in_eights(fn, mesh: Mesh, whole, parts):
+def map_in_eights(
+  fn: Callable[..., Any], mesh: Mesh, whole: PyTree, parts: tuple[PyTree, ...]
+) -> Any:
   """`fn(whole, *parts)` on each device's share of the rows of `parts`.
 
   On a CPU for eight rows at a time: XLA's kernels for a CPU round differently
   at different sizes of a batch. At one size, an image's result is the same
   bits whatever it is batched with.
+
+  Args:
+    fn: takes `whole` and a share of each part, and returns arrays that have
+      one row for each of theirs.
+    mesh: the devices, along `data`.
+    whole: a tree of arrays that every device sees.
+    parts: trees of arrays of n rows each.
   """
   on_cpu = runs_on_cpu(mesh)
 
-  def local(whole, *parts):
+  def local(whole: PyTree, *parts: PyTree) -> Any:
     size = SMALLEST if on_cpu else len(jax.tree.leaves(parts)[0])
     split = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), parts)
     out = jax.lax.map(lambda part: fn(whole, *part), split)

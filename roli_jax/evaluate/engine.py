@@ -1,62 +1,85 @@
 """An evaluation: who attacks whom, what is judged, and what is kept of it."""
 
 import dataclasses
+import functools
+import os
 import pathlib
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from roli_jax import attacks, keys, progress
-from roli_jax.evaluate import batching, checks
+from roli_jax.evaluate import batching, checks, inputs
+from roli_jax.evaluate.batching import Ended, Subjects, Work
+from roli_jax.evaluate.classifier import Classifier, Examples
 from roli_jax.evaluate.ledger import Ledger
 from roli_jax.evaluate.result import Result
 from roli_jax.files import journal
+from roli_jax.threat import ThreatModel
 
 
 class Evaluation:
-  """An evaluation as far as it is."""
+  """An evaluation as far as it is; arrays as `Result` describes them.
 
-  def __init__(self, function, images, labels, indices, attack, save):
-    self.function = function
-    self.images, self.labels, self.indices = images, labels, indices
-    n = len(images)
-    self.clean, self.margin, self.logits = function.judge(
-      images, labels, indices
-    )
-    checks.check_numbers(self.logits, indices)
-    self.work = {"none": batching.Work(forward=n)}
-    self.resumed: list[batching.Work] = []
-    self.checks = checks.of_outputs(
-      function, images, labels, indices, self.clean, self.logits
-    )
+  Attributes:
+    function: the function.
+    examples: the clean images, float32, their labels, and who they are.
+    logits: the clean images', [n, k].
+    slopes: L1 norms of the gradients at clean images, see `_check_model`.
+    strange: who was broken by logits that are NaN or infinite, bool [n].
+    resumed: what attacks had computed in processes before this one.
+    journal: progress on disk.
+
+  Args:
+    function: the function.
+    examples: float32 images, int32 labels, int64 indices.
+    attack: the attack that will be run; None: none.
+    save: the directory of the journal; None keeps nothing.
+  """
+
+  def __init__(
+    self,
+    function: Classifier,
+    examples: Examples,
+    attack: attacks.Attack | None,
+    save: str | os.PathLike[str] | None,
+  ):
+    self.function, self.examples = function, examples
+    n = len(examples)
+    self.clean, self.margin, self.logits = function.judge(examples)
+    inputs.check_numbers(self.logits, examples.indices)
+    self.work = {"none": Work(forward=n)}
+    self.resumed: list[Work] = []
+    self.checks = checks.of_outputs(function, examples, self.clean, self.logits)
     seen = slice(checks.MOST) if attack is None else self.clean
-    found, self.slopes = checks.of_gradients(
-      function, images[seen], labels[seen], indices[seen]
-    )
+    found, self.slopes = checks.of_gradients(function, examples[seen])
     self.checks.append(found)
     self.notes: list[str] = []
     self.robust = self.clean.copy()
     self.broken_by = np.where(self.clean, "", "clean").astype(object)
     self.distance = np.where(self.clean, np.inf, 0.0)
     self.min_distance = self.distance.copy()
-    self.adv = images.copy()
+    self.adv = examples.images.copy()
     self.invalid, self.strange = np.zeros(n, bool), np.zeros(n, bool)
-    self.journal = self._journal(attack, save)
+    self.journal = self._opened(attack, pathlib.Path(save) if save else None)
 
-  def _journal(self, attack, save):
+  def _opened(
+    self, attack: attacks.Attack | None, path: pathlib.Path | None
+  ) -> journal.Journal:
     """Progress as far as it is on disk; an error if it is of something else."""
-    if not save:
+    if path is None:
       return journal.Journal(None, {}, {})
-    path, params = pathlib.Path(save), jax.tree.leaves(self.function.params)
+    examples, params = self.examples, jax.tree.leaves(self.function.params)
     about = {
       "attack": repr(attack),
       # A long array's repr leaves most of it out.
       "radii": journal.digest(*map(np.asarray, jax.tree.leaves(attack))),
       "seed": self.function.seed,
-      "images": journal.digest(self.images, self.indices),
-      "labels": journal.digest(self.labels.astype(np.int64)),
+      "images": journal.digest(examples.images, examples.indices),
+      "labels": journal.digest(examples.labels.astype(np.int64)),
       "params": journal.digest(*params) if params else None,
       "stochastic": self.function.stochastic,
       "dtype": self.function.dtype,
@@ -73,7 +96,7 @@ class Evaluation:
       kept.add("clean", logits=self.logits, slopes=self.slopes)
     return kept
 
-  def _check_model(self, path, entry):
+  def _check_model(self, path: pathlib.Path, entry: Mapping[str, Any]) -> None:
     """Raises a ValueError unless logits and gradients are this model's.
 
     Compared as they are and not by a digest: another kind of CPU rounds
@@ -92,7 +115,7 @@ class Evaluation:
           f" differ by {far:.1e} of their length. Give another directory."
         )
 
-  def attack(self, attack: Any) -> None:
+  def attack(self, attack: attacks.Attack) -> None:
     """Attacks those that still stand, and enters what became of them."""
     ledger = self._found(attack, attack.name, np.flatnonzero(self.robust))
     self._enter(ledger, attack.name, ledger.broken)
@@ -115,24 +138,28 @@ class Evaluation:
       radius = np.minimum(radius, most).astype(np.float32)
       still = (low < 0.999 * best.nearest) & (low < most)
       for part in attack.climbs:
-        rows = np.flatnonzero(still)
+        name, rows = f"curve {k} {part.name}", np.flatnonzero(still)
+        noise = best.adv - self.examples.images
         tried = self._found(
-          part, f"curve {k} {part.name}", rows, radius,
-          towards=best.said[:, None], noise=best.adv - self.images,
-        )  # fmt: skip
+          part, name, rows, radius, best.predicted[:, None], noise
+        )
         still &= ~tried.broken
         best.take(tried)
         step[tried.broken] *= 2
       low = np.where(still, radius, low)
     self._enter(best, attack.name, best.nearest <= self._radii(attack.threat))
     names = [name for name in self.work if name.startswith("curve ")]
-    self.work["curve"] = sum(map(self.work.pop, names), batching.Work())
+    self.work["curve"] = sum(map(self.work.pop, names), Work())
 
   def result(self, seconds: float) -> Result:
-    """All that is known."""
+    """All that is known, after so many seconds of this process."""
     before = sum(work.seconds for work in self.resumed)
     found = checks.of_result(
-      self.clean, self.broken_by, self.indices, self.invalid, self.strange
+      self.clean,
+      self.broken_by,
+      self.examples.indices,
+      self.invalid,
+      self.strange,
     )
     return Result(
       clean=self.clean,
@@ -149,13 +176,19 @@ class Evaluation:
       seconds=seconds + before,
     )
 
-  def _radii(self, threat):
-    """Each image's radius, in float64."""
+  def _radii(self, threat: ThreatModel) -> np.ndarray:
+    """Each image's radius, float64 [n]."""
     eps = np.asarray(threat.eps, np.float64)
-    return np.broadcast_to(eps, len(self.images)).copy()
+    return np.broadcast_to(eps, len(self.examples)).copy()
 
-  def _enter(self, ledger, name, broken):
-    """Enters what an attack found; what is outside is reported, no break."""
+  def _enter(self, ledger: Ledger, name: str, broken: np.ndarray) -> None:
+    """Enters what an attack found; what is outside is reported, no break.
+
+    Args:
+      ledger: what it found.
+      name: that of the attack.
+      broken: which images count as broken by it, bool [n].
+    """
     self.robust[broken] = False
     self.adv[broken] = ledger.adv[broken]
     self.distance[broken] = ledger.best[broken]
@@ -166,145 +199,179 @@ class Evaluation:
     self.margin[known] = ledger.margin[known]
     self.min_distance = np.minimum(self.min_distance, ledger.nearest)
 
-  def _found(self, attack, name, rows, eps=None, towards=None, noise=None):
-    """What an attack finds for these rows, as far as it is on disk from there.
+  def _found(
+    self,
+    attack: attacks.Attack,
+    name: str,
+    rows: np.ndarray,
+    eps: np.ndarray | None = None,
+    towards: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
+  ) -> Ledger:
+    """Runs an attack on these rows, from where its progress on disk ends.
 
     Args:
       attack: a search, or any attack of one call.
       name: what it is known by on disk.
       rows: which of the images are attacked, int [m].
-      eps: a radius for each image in place of the attack's, [m].
+      eps: [n], a radius for each image in place of the attack's.
       towards: [n, k], the targets, other than the clean logits' order.
       noise: [n, ...], what searches start from; None draws it.
     """
-    num_classes = self.logits.shape[1]
-    num_jobs = attack.jobs(num_classes) if attack.is_search else 1
-    eps = self._radii(attack.threat) if eps is None else eps
-    ledger = Ledger(self.images, num_jobs, attack.stop)
-    for entry in self.journal.entries(name):
-      ledger.enter(self._judged_again(attack, eps, entry))
-      *passes, seconds = entry["work"].tolist()
-      ledger.work = batching.Work(*map(int, passes), seconds)
-    self.resumed.append(dataclasses.replace(ledger.work))
+    radii = self._radii(attack.threat) if eps is None else eps
+    search, num_classes = _as_search(attack), self.logits.shape[1]
+    num_jobs = search.jobs(num_classes) if search else 1
+    ledger = self._restored(attack, name, radii, num_jobs)
     started = time.perf_counter() - ledger.work.seconds
 
-    def settle(ended):
-      told = self._judged(attack, eps, ended, ledger.work)
-      false = ended.found & ~told["broke"]
-      goes_on = false & ended.can_go_on & ledger.stops
+    def settle(ended: Ended) -> tuple[np.ndarray, np.ndarray]:
+      """Judges jobs, keeps and enters the verdicts: broken, and to go on."""
+      verdicts = self._judged(attack, radii, ended, ledger.work)
+      is_false = ended.found & ~verdicts["broke"]
+      goes_on = is_false & ended.can_go_on & ledger.stops
       ledger.work.seconds = time.perf_counter() - started
-      entry = {
-        **told,
-        "ended": ~goes_on,
-        "work": dataclasses.astuple(ledger.work),
-      }
+      work = dataclasses.astuple(ledger.work)
+      entry = {**verdicts, "ended": ~goes_on, "work": work}
       self.journal.add(name, **entry)
       ledger.enter(entry)
-      return told["broke"], goes_on
+      return verdicts["broke"], goes_on
 
-    if attack.is_search and towards is None:
-      towards = self._targets(attack)
+    run: Callable[..., None]
+    if search is None:
+      jobs = [(row, 0) for row in rows.tolist()]
+      run = functools.partial(self._craft, attack, radii)
+    else:
+      towards = self._targets(search) if towards is None else towards
+      subjects = Subjects(self.examples, radii, towards, noise)
+      jobs = self._jobs(search, towards, rows)
+      run = functools.partial(batching.run, self.function, search, subjects)
     waiting = [
-      (int(row), job)
-      for job in range(num_jobs)
-      for row in rows[self._makes_sense(attack, towards, rows, job)]
+      (row, job)
+      for row, job in jobs
       if not ledger.ended[row, job] and ledger.first[row] >= job
     ]
     if waiting:
-      total = len(waiting) * (attack.length if attack.is_search else 1)
+      total = len(waiting) * (search.length if search else 1)
+      notes = search.notes(num_classes) if search else []
+      self.notes += [note for note in notes if note not in self.notes]
       with progress.bar(name, total) as update:
 
-        def tell(advance):
+        def tell(advance: int) -> None:
           standing = int(self.robust.sum() - ledger.broken[rows].sum())
           update(advance, f"{standing} of {len(self.robust)} stand")
 
-        if attack.is_search:
-          self.notes += [
-            note for note in attack.notes(num_classes) if note not in self.notes
-          ]
-          self._search(attack, eps, towards, noise, waiting, settle,
-                       ledger.work, tell)  # fmt: skip
-        else:
-          self._craft(attack, eps, [row for row, _ in waiting], settle,
-                      ledger.work, tell)  # fmt: skip
+        run(waiting, settle, ledger.work, tell)
     ledger.work.seconds = time.perf_counter() - started
     self.work[name] = ledger.work
     return ledger
 
-  def _targets(self, attack):
-    """The classes aimed at: beside the label, largest clean logit first."""
-    count = max(1, attack.targets(self.logits.shape[1]))
-    others = self.logits.copy()
-    others[np.arange(len(others)), self.labels] = -np.inf
-    return np.argsort(-others, axis=1, kind="stable")[:, :count]
-
-  def _makes_sense(self, attack, towards, rows, job):
-    """Whether a job of these images can find anything."""
-    if towards is None:
-      return np.ones(len(rows), bool)
-    target = min(job // attack.num_restarts, towards.shape[1] - 1)
-    return attack.reachable(self.logits[rows], towards[rows, target])
-
-  def _judged_again(self, attack, eps, entry):
-    """An entry from disk, with what a pass of now says of its images.
+  def _restored(
+    self, attack: attacks.Attack, name: str, radii: np.ndarray, num_jobs: int
+  ) -> Ledger:
+    """What the journal has of an attack, judged by a pass of now.
 
     A job whose image is none any more is taken up again.
     """
-    rows, claims = entry["rows"], np.isfinite(entry["far"])
-    adv = self.images[rows].copy()
-    adv[claims] = entry["adv"]
-    ended = batching.Ended(rows, entry["jobs"], claims, adv, ~claims)
-    now = self._judged(attack, eps, ended, batching.Work())
-    now["margin"] = np.where(claims, now["margin"], entry["margin"])
-    now["outside"] |= entry["outside"] & ~claims
-    holds = np.isfinite(now["far"]) | ~claims
-    return {**now, "ended": entry["ended"] & holds}
+    ledger = Ledger(self.examples.images, num_jobs, attack.stop)
+    for entry in self.journal.entries(name):
+      rows, claims = entry["rows"], np.isfinite(entry["far"])
+      adv = self.examples.images[rows]
+      adv[claims] = entry["adv"]
+      ended = Ended(rows, entry["jobs"], claims, adv, ~claims)
+      now = self._judged(attack, radii, ended, Work())
+      now["margin"] = np.where(claims, now["margin"], entry["margin"])
+      now["outside"] |= entry["outside"] & ~claims
+      holds = np.isfinite(now["far"]) | ~claims
+      ledger.enter({**now, "ended": entry["ended"] & holds})
+      *passes, seconds = entry["work"].tolist()
+      ledger.work = dataclasses.replace(
+        Work(*map(int, passes)), seconds=seconds
+      )
+    self.resumed.append(dataclasses.replace(ledger.work))
+    return ledger
 
-  def _search(self, attack, eps, towards, noise, waiting, settle, work, tell):
-    subjects = batching.Subjects(
-      self.images, self.labels, self.indices, eps, towards, noise
-    )
-    batching.run(self.function, attack, subjects, waiting, settle, work, tell)
+  def _targets(self, search: attacks.Search) -> np.ndarray:
+    """[n, k], the classes aimed at: beside the label, largest logit first."""
+    count = max(1, search.targets(self.logits.shape[1]))
+    others = self.logits.copy()
+    others[np.arange(len(others)), self.examples.labels] = -np.inf
+    return np.argsort(-others, axis=1, kind="stable")[:, :count]
 
-  def _craft(self, attack, eps, rows, settle, work, tell):
-    rows = np.array(rows)
+  def _jobs(
+    self, search: attacks.Search, towards: np.ndarray, rows: np.ndarray
+  ) -> list[tuple[int, int]]:
+    """(row, job) of all jobs that can find anything, all first jobs first."""
+    jobs = []
+    for job in range(search.jobs(self.logits.shape[1])):
+      target = min(job // search.num_restarts, towards.shape[1] - 1)
+      sensible = search.reachable(self.logits[rows], towards[rows, target])
+      jobs += [(row, job) for row in rows[sensible].tolist()]
+    return jobs
+
+  def _craft(
+    self,
+    attack: attacks.Attack,
+    radii: np.ndarray,
+    waiting: Sequence[tuple[int, int]],
+    settle: batching.Settle,
+    work: Work,
+    update: progress.Update,
+  ) -> None:
+    """Runs an attack of one call, as `batching.run` runs a search."""
+    rows = np.array([row for row, _ in waiting])
     key = keys.stream(keys.root(self.function.seed), attack.name)
-    arrays = (self.images, self.labels, self.indices, np.float32(eps))
-    crafted = self.function.craft(attack, key, *(a[rows] for a in arrays))
+    crafted = self.function.craft(
+      attack, key, self.examples[rows], radii[rows].astype(np.float32)
+    )
     for part, adv, padding in crafted:
       work.add(len(adv), padding, attack.passes)
       yes = np.ones(len(adv), bool)
-      settle(batching.Ended(rows[part], 0 * rows[part], yes, adv, ~yes))
-      tell(len(adv))
+      settle(Ended(rows[part], 0 * rows[part], yes, adv, ~yes))
+      update(len(adv))
 
-  def _judged(self, attack, eps, ended, work):
-    """What a fresh pass and float64 say of jobs that have ended."""
+  def _judged(
+    self, attack: attacks.Attack, radii: np.ndarray, ended: Ended, work: Work
+  ) -> dict[str, np.ndarray]:
+    """The verdicts on jobs that have ended: a fresh pass, and float64.
+
+    Args:
+      attack: the attack.
+      radii: each image's, [n].
+      ended: the jobs, b of them.
+      work: the judge's passes are added to it.
+
+    Returns:
+      An entry of the journal, arrays of one entry a job: `rows` and `jobs`;
+      `far`, the distance at which the image is misclassified, else inf;
+      `broke`; `outside`, the ball or the box; `margin`, NaN where there is no
+      verdict; `said`, the class; `strange`, by logits that are no numbers; and
+      `adv`, the images of those whose `far` is finite.
+    """
     claims, rows = ended.found, ended.rows
     count = len(rows)
     far, margin = np.full(count, np.inf), np.full(count, np.nan)
     outside, broke = np.zeros(count, bool), np.zeros(count, bool)
-    said, strange = np.zeros(count, np.int64), np.zeros(count, bool)
+    predicted, strange = np.zeros(count, np.int64), np.zeros(count, bool)
     if claims.any():
-      own = rows[claims]
+      clean, adv = self.examples[rows[claims]], ended.adv[claims]
+      eps = radii[rows[claims]]
       right, margins, logits = self.function.judge(
-        ended.adv[claims], self.labels[own], self.indices[own]
+        dataclasses.replace(clean, images=adv)
       )
-      work.forward += len(own)
-      threat = dataclasses.replace(attack.threat, eps=eps[own])
-      lengths, inside, in_box = threat.measure(
-        ended.adv[claims], self.images[own]
-      )
+      work.forward += len(adv)
+      threat = dataclasses.replace(attack.threat, eps=eps)
+      lengths, inside, in_box = threat.measure(adv, clean.images)
       # Beyond eps is no mistake of FAB's, and no break.
       allowed = in_box & (inside | attack.finds_distance)
       outside[claims] = ~allowed
-      said[claims] = logits.argmax(1)
-      masked = np.isneginf(self.logits[own])
+      predicted[claims] = logits.argmax(1)
+      masked = np.isneginf(self.logits[rows[claims]])
       strange[claims] = ~(np.isfinite(logits) | masked).all(1)
       wrong = ~right & allowed
       far[claims] = np.where(wrong, lengths, np.inf)
       broke[claims] = wrong
       if attack.finds_distance:
-        broke[claims] &= lengths <= eps[own]
+        broke[claims] &= lengths <= eps
       # A search's point is a verdict where it broke the image, not beyond eps.
       known = broke[claims] if attack.is_search else allowed
       margin[claims] = np.where(known, margins, np.nan)
@@ -315,7 +382,14 @@ class Evaluation:
       "broke": broke,
       "outside": outside,
       "margin": margin,
-      "said": said,
+      "said": predicted,
       "strange": strange,
       "adv": ended.adv[np.isfinite(far)],
     }
+
+
+def _as_search(attack: attacks.Attack) -> attacks.Search | None:
+  """The attack if it is run step by step; None if by one call."""
+  if isinstance(attack, attacks.Search) and attack.is_search:
+    return attack
+  return None

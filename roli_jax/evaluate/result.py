@@ -14,23 +14,27 @@ class Result:
   """What became of each image; NumPy arrays, one entry an image.
 
   Attributes:
-    clean: whether the clean image is classified as labelled.
-    robust: whether it is, and so are all images that the attacks found.
+    clean: whether the clean image is classified as labelled, bool [n].
+    robust: whether it is, and so are all images that the attacks found, bool
+      [n].
     broken_by: "" where robust, "clean" where misclassified before any attack,
-      else the name of the attack that broke it.
-    distance: of the adversarial image where an attack broke it; 0 where the
-      clean image is misclassified, inf where it is robust.
+      else the name of the attack that broke it; text [n].
+    distance: how far the adversarial image is from the clean one, in the norm
+      of the threat model, where an attack broke it; 0 where the clean image is
+      misclassified, inf where it is robust; float64 [n].
     min_distance: the least distance at which the image was found to be
       misclassified, inside eps or not: by FAB and the curve, which look for
-      it; else as `distance`.
-    margin: the label's logit minus the best other at the last verified point.
-    adv: the adversarial image where an attack broke it, else the clean one.
+      it; else as `distance`; [n].
+    margin: the label's logit minus the best other at the last verified point,
+      [n].
+    adv: the adversarial image where an attack broke it, else the clean one,
+      float32 [n, h, w, c].
     invalid: whether an attack left the ball or the box, which never counts as
-      a break.
+      a break, bool [n].
     work: passes of single images and seconds, by attack; those of the checks,
       five passes of at most 64 images, are left out.
     notes: where an attack did other than its name says: for few classes.
-    checks: what was found to be right or wrong with the function.
+    checks: tests of whether the accuracy can be trusted, see `checks.Check`.
     seconds: how long it took, in this process and in those before it.
   """
 
@@ -67,7 +71,7 @@ class Result:
   def summary(self) -> dict[str, Any]:
     """Totals as plain values; rates come with 95% Wilson intervals."""
 
-    def rate(flags):
+    def rate(flags: np.ndarray) -> dict[str, float]:
       low, high = statistics.wilson(int(flags.sum()), len(flags))
       return {"value": float(flags.mean()), "low": low, "high": high}
 

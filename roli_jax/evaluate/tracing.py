@@ -1,15 +1,32 @@
-"""A user's function, traced and compiled, and never out of date.
+"""May what was compiled for a user's function be used again in this call?
 
-What is compiled for a function holds what that read outside its arguments when
-it was traced: a weight in a closure, a flag, a module's mode. Used again after
-one of these has changed, it would give the numbers of before.
+`jax.jit` keeps every array, flag and module that a function read from outside
+its arguments (a closure, a global, `self`) as it was when the function was
+traced. A user who trains the weights in a closure further and evaluates again
+would be given the numbers of the old weights. To compile anew in each call is
+always right, and may take minutes. So `programs` decides in each call, from the
+function and the shapes of its arguments:
+
+* Without params: nothing is kept. The weights are most likely in the closure,
+  and differ in each call.
+* With params: the function and its derivative are traced, which takes seconds
+  and compiles nothing. If operations and all arrays that they read are those
+  of the last call (see `_digest`), its compiled programs are used again; else
+  all is compiled anew.
+* A function with the attribute `is_pure` reads nothing but its arguments. It is
+  not traced again, and all functions that are equal to it share its programs.
+
+What comes out is `Programs`: the function in one form, whatever arguments the
+user's takes; the jitted programs that others make of it; and what the traces
+have shown: the number of classes, and whether there is a derivative.
 """
 
+import dataclasses
 import functools
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,41 +38,37 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from roli_jax import keys, trees
 from roli_jax.attacks import search
 from roli_jax.files import journal
+from roli_jax.types import Array, Float, Images, Keys, Logits, PyTree
+
+# `(params, images, keys) -> logits`: the one form of all users' functions.
+KeyedLogits = Callable[[PyTree, Images, Keys], Logits]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Programs:
-  """What is compiled for one function; it dies with this object.
+  """A function, and what has been compiled for it.
 
   Attributes:
     fn: `(params, images, keys) -> logits` in float32.
-    num_classes: the width of its logits.
+    num_classes: the width of its logits, >= 2.
     no_slope: why JAX can't differentiate it, "" where it can.
     is_fickle: whether it is another function each time it is traced, as with
       random numbers that NumPy draws in it.
-
-  Args:
-    fn: the function.
-    num_classes: its own.
-    no_slope: its own.
-    is_fickle: its own.
-    is_stale: whether JAX knows parts of it as they were.
+    is_stale: whether JAX's own caches hold old traces of parts of it, which
+      the programs then have to bypass; see `_bypassing_caches`.
   """
 
-  def __init__(
-    self,
-    fn: Callable[..., Any],
-    num_classes: int,
-    no_slope: str = "",
-    is_fickle: bool = False,
-    is_stale: bool = False,
-  ):
-    self.fn, self.num_classes, self.no_slope = fn, num_classes, no_slope
-    self.is_fickle = is_fickle
-    self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
-    self._is_stale = is_stale
+  fn: KeyedLogits
+  num_classes: int
+  no_slope: str = ""
+  is_fickle: bool = False
+  is_stale: bool = False
+  _compiled: dict[Callable[..., Any], Any] = dataclasses.field(
+    default_factory=dict
+  )
 
   def compiled(self, program: Callable[..., Any], **options: Any) -> Any:
-    """`program` with the function as its first argument, jitted.
+    """`program` with the function as its first argument, jitted once.
 
     Args:
       program: a function of a module, `(fn, *args) -> result`.
@@ -63,31 +76,40 @@ class Programs:
     """
     if program not in self._compiled:
       fn = self.fn
-      # A closure of this object: JAX's caches know it weakly.
+      # A new closure for this object: JAX refers weakly to the functions that
+      # it has compiled, and what is compiled dies with the object.
       jitted = jax.jit(lambda *args: program(fn, *args), **options)
-      self._compiled[program] = _apart(jitted) if self._is_stale else jitted
+      self._compiled[program] = (
+        _bypassing_caches(jitted) if self.is_stale else jitted
+      )
     return self._compiled[program]
 
 
-# By the identity of a function: a weak reference to it, and for each kind of
-# arguments a digest of all that was traced, with what is compiled.
-_KNOWN: dict[Any, tuple[Any, dict[Any, tuple[str, Programs]]]] = {}
+# What was compiled in calls before, by the kind of their arguments: a digest of
+# all that was traced ("" of a pure function, which needs none), and programs.
+_Kept = dict[tuple[bool, str], tuple[str, Programs]]
 
-# Those that read nothing but their arguments, by their value.
-_PURE: dict[Any, dict[Any, tuple[str, Programs]]] = {}
+# By the identity of a function, with a weak reference to it, since functions
+# need not be hashable. An entry goes when its function does.
+_KEPT: dict[Any, tuple[Any, _Kept]] = {}
+
+# Functions that are `is_pure`, by their value.
+_KEPT_PURE: dict[Any, _Kept] = {}
 
 _contexts = itertools.count()
 
 
-def _apart(fn):
-  """The function, in whose traces JAX uses no trace of before.
+def _bypassing_caches(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """The function, traced without the traces that JAX has kept of its parts.
 
-  An inner `jit` or `checkpoint` keeps what it read outside its arguments when
-  it was first traced at these shapes: weights that have changed since.
+  A `jit` or `checkpoint` inside a function keeps its own trace by shapes, with
+  what it read outside its arguments when it was first traced: weights that may
+  have changed since. Metadata is part of the key of JAX's caches; under a name
+  that was never used nothing is found there.
   """
   name = str(next(_contexts))
 
-  def call(*args):
+  def call(*args: Any) -> Any:
     with set_xla_metadata(roli_jax=name):
       return fn(*args)
 
@@ -96,24 +118,19 @@ def _apart(fn):
 
 def programs(
   logits_fn: Callable[..., Any],
-  params: Any,
+  params: PyTree,
   shape: tuple[int, ...],
   *,
   stochastic: bool = False,
 ) -> Programs:
-  """The programs of `([params,] images[, key]) -> logits`.
+  """The programs of `([params,] images[, key]) -> logits`, kept or new.
 
-  Without params the function is traced anew in each call. With params what is
-  compiled is kept as long as the function lives. In each call the function is
-  traced to see whether it, or an array that it reads outside its arguments, has
-  changed since; then it is compiled anew. A function that says `is_pure`, as
-  those of `step.make_predict` do, reads nothing but its arguments: what was
-  traced once is right for good, for all functions that are equal to it.
+  The module's first lines say when those of a call before are returned.
 
   Args:
     logits_fn: the function; nothing has to be hashable.
-    params: a tree of arrays, or None.
-    shape: [b, h, w, c] of the images that it is tried on.
+    params: a tree of arrays; None where the function takes none.
+    shape: [b, h, w, c] of the images that it is traced with.
     stochastic: whether it takes a key last.
 
   Raises:
@@ -125,44 +142,40 @@ def programs(
       f"logits_fn must be a function, got {type(logits_fn).__name__}"
     )
   pure = getattr(logits_fn, "is_pure", False)
-  avals = _shapes(params)
   images = jax.ShapeDtypeStruct(shape, jnp.float32)
   image_keys = jax.eval_shape(keys.per_image, keys.root(0), np.arange(shape[0]))
-  args = (avals, images, image_keys)
-  known = {} if params is None else _known(logits_fn, pure)
+  args = (_shapes(params), images, image_keys)
+  kept = {} if params is None else _kept(logits_fn, pure)
   kind = (stochastic, str(jax.tree.flatten(args)))
-  if pure and kind in known:
-    return known[kind][1]
-  keeps = pure or params is None
-  get = (lambda: logits_fn) if keeps else _weakly(logits_fn)
-  fn = _normal(get, params is not None, stochastic)
+  if pure and kind in kept:
+    return kept[kind][1]
+  # Programs that are kept must not keep the function alive.
+  get = (lambda: logits_fn) if pure or params is None else _weakly(logits_fn)
+  fn = _in_one_form(get, params is not None, stochastic)
   num_classes = _num_classes(logits_fn, fn, args)
 
-  def in_float32(*args):
+  def in_float32(*args: Any) -> Logits:
     return fn(*args).astype(jnp.float32)
 
   if pure:
-    digest, made = "", Programs(in_float32, num_classes)
-  else:
-    plain, no_slope = _traced(in_float32, args)
-    digest = _digest(_apart(_traced)(in_float32, args)[0])
-    if digest and kind in known and known[kind][0] == digest:
-      return known[kind][1]
-    is_stale = digest != _digest(plain)
-    is_fickle = False
-    if is_stale:
-      again, _ = _apart(_traced)(in_float32, args)
-      is_fickle = digest != _digest(again)
-    made = Programs(in_float32, num_classes, no_slope, is_fickle, is_stale)
-  if digest or pure:
-    known[kind] = (digest, made)
-  return made
+    kept[kind] = ("", Programs(in_float32, num_classes))
+    return kept[kind][1]
+  jaxpr, no_slope = _traced(in_float32, args)
+  digest = _fresh_digest(in_float32, args)
+  if digest and kind in kept and kept[kind][0] == digest:
+    return kept[kind][1]
+  is_stale = digest != _digest(jaxpr)
+  is_fickle = is_stale and digest != _fresh_digest(in_float32, args)
+  new = Programs(in_float32, num_classes, no_slope, is_fickle, is_stale)
+  if digest:
+    kept[kind] = (digest, new)
+  return new
 
 
-def _shapes(params):
+def _shapes(params: PyTree) -> PyTree:
   """The params' shapes; what is no array is an error that names it."""
 
-  def shape(path, x):
+  def shape(path: str, x: Any) -> jax.ShapeDtypeStruct:
     try:
       return jax.eval_shape(lambda x: x, x)
     except TypeError as error:
@@ -174,143 +187,165 @@ def _shapes(params):
   return () if params is None else trees.map_named(shape, params)
 
 
-def _known(logits_fn, pure):
-  """What is known of the function; nothing of one that can't be known."""
+def _kept(logits_fn: Callable[..., Any], pure: bool) -> _Kept:
+  """What is kept for the function; nothing for one that can't be recognised."""
   if pure:
-    return _PURE.setdefault(logits_fn, {})
+    return _KEPT_PURE.setdefault(logits_fn, {})
   key: Any = id(logits_fn)
   if inspect.ismethod(logits_fn):  # another object each time it is named
     key = id(logits_fn.__self__), id(logits_fn.__func__)
-  if key not in _KNOWN:
+  if key not in _KEPT:
     try:
-      reference = _reference(logits_fn, lambda _: _KNOWN.pop(key, None))
+      # Another function may be given the same id when this one is gone.
+      reference = _reference(logits_fn, lambda _: _KEPT.pop(key, None))
     except TypeError:
       return {}
-    _KNOWN[key] = (reference, {})
-  return _KNOWN[key][1]
+    _KEPT[key] = (reference, {})
+  return _KEPT[key][1]
 
 
-def _weakly(logits_fn):
-  """A way to the function that doesn't keep it alive, if there is one."""
+def _weakly(logits_fn: Callable[..., Any]) -> Callable[[], Any]:
+  """A getter of the function that doesn't keep it alive, if there is one."""
   try:
     return _reference(logits_fn)
-  except TypeError:
+  except TypeError:  # of a class with slots
     return lambda: logits_fn
 
 
-def _reference(logits_fn, *called):
+def _reference(
+  logits_fn: Callable[..., Any], *when_gone: Callable[[Any], Any]
+) -> weakref.ref[Any]:
   kind = weakref.WeakMethod if inspect.ismethod(logits_fn) else weakref.ref
-  return kind(logits_fn, *called)
+  return kind(logits_fn, *when_gone)
 
 
-def _normal(get, with_params, stochastic):
-  """The function as one of params, images and keys."""
+def _in_one_form(
+  get: Callable[[], Any], with_params: bool, stochastic: bool
+) -> KeyedLogits:
+  """The function that `get` returns, as one of params, images and keys."""
 
-  def fn(params, images, image_keys):
+  def fn(params: PyTree, images: Images, image_keys: Keys) -> Any:
     logits_fn = get()
-    own = functools.partial(logits_fn, params) if with_params else logits_fn
-    return search.keyed(own, stochastic)(images, image_keys)
+    if with_params:
+      logits_fn = functools.partial(logits_fn, params)
+    return search.keyed(logits_fn, stochastic)(images, image_keys)
 
   return fn
 
 
-def _num_classes(logits_fn, fn, args):
-  """The width of the function's logits; an error if there are none."""
-  _, images, _ = args
+def _num_classes(
+  logits_fn: Callable[..., Any], fn: KeyedLogits, args: Sequence[PyTree]
+) -> int:
+  """The width of the function's logits.
+
+  Raises:
+    ValueError: the function can't be traced, or what it returns is no logits.
+  """
+  shape = args[1].shape
   try:
     # A new function: JAX remembers traces by the function.
     out = jax.eval_shape(lambda *args: fn(*args), *args)
   except Exception as error:
-    raise ValueError(_untraceable(logits_fn, images.shape, error)) from error
-  _check_logits(out, images.shape[0])
-  return out.shape[1]
-
-
-def _traced(fn, args):
-  """All that the function and its gradient do, and why it has no gradient.
-
-  The derivative is looked at too: it may have rules of its own, and these read
-  arrays as well.
-  """
-
-  def slope(params, images, image_keys):
-    logits, pull = jax.vjp(lambda x: fn(params, x, image_keys), images)
-    return logits, pull(logits)
-
-  try:
-    return jax.make_jaxpr(slope)(*args), ""
-  except Exception as error:
-    return jax.make_jaxpr(lambda *args: fn(*args))(*args), _first_line(error)
-
-
-def _check_logits(out, count):
-  if getattr(out, "ndim", None) != 2 or out.shape[0] != count:
+    raise ValueError(_untraceable(logits_fn, shape, error)) from error
+  if getattr(out, "ndim", None) != 2 or out.shape[0] != shape[0]:
     raise ValueError(
-      f"expected logits [{count}, classes] for {count} images, got"
+      f"expected logits [{shape[0]}, classes] for {shape[0]} images, got"
       f" {getattr(out, 'shape', type(out).__name__)}"
     )
   if out.shape[1] < 2:
     raise ValueError("expected logits of at least 2 classes, got 1")
   if not jnp.issubdtype(out.dtype, jnp.floating):
     raise ValueError(f"expected logits as floats, got {out.dtype}")
+  return out.shape[1]
 
 
-def _untraceable(logits_fn, shape, error):
-  said = (
+def _traced(fn: KeyedLogits, args: Sequence[PyTree]) -> tuple[ClosedJaxpr, str]:
+  """All operations of the function and its gradient, and why it has none.
+
+  The derivative is looked at too: it may have rules of its own, and these read
+  arrays as well.
+
+  Returns:
+    Both in one jaxpr, and ""; or, where it can't be differentiated, the
+    function alone and the first line of the error.
+  """
+
+  def slope(
+    params: PyTree, images: Images, image_keys: Keys
+  ) -> tuple[Logits, tuple[Float[Array, "..."]]]:
+    logits, pull = jax.vjp(lambda x: fn(params, x, image_keys), images)
+    return logits, pull(logits)
+
+  try:
+    return jax.make_jaxpr(slope)(*args), ""
+  except Exception as error:
+    # A new function: JAX remembers traces by the function.
+    return jax.make_jaxpr(lambda *args: fn(*args))(*args), _first_line(error)
+
+
+def _untraceable(
+  logits_fn: Callable[..., Any], shape: Sequence[int], error: Exception
+) -> str:
+  """What went wrong, and what most likely mends it."""
+  problem = (
     f"the function can't be traced by JAX on images {list(shape)}:"
     f" {_first_line(error)}"
   )
   if type(error).__name__ == "TraceContextError":  # flax's, not imported
-    return said + (
+    return problem + (
       "\nDoes a module change its own state? Call its eval() first, give the"
       " module itself as the function, and leave out nnx.jit."
     )
   if isinstance(error, TypeError) and "positional argument" in str(error):
-    return said + (
+    return problem + (
       "\nIt is called as fn(images), with params as fn(params, images), and"
       " with stochastic=True it takes a key last."
     )
   if hasattr(logits_fn, "apply"):
-    return said + (
+    return problem + (
       "\nIs it a module without its variables? Give its `apply` as the"
       " function, and the variables as params."
     )
-  return said + (
+  return problem + (
     "\nA network of NumPy, PyTorch or TensorFlow goes through"
     " jax.pure_callback: docs/evaluation.md has the ten lines."
   )
 
 
-def _first_line(error):
+def _first_line(error: Exception) -> str:
   lines = str(error).strip().splitlines() or [""]
   return f"{type(error).__name__}: {lines[0]}"
 
 
-def _digest(closed: ClosedJaxpr) -> str:
-  """A digest of the operations as text and of the constants' values.
+def _fresh_digest(fn: KeyedLogits, args: Sequence[PyTree]) -> str:
+  """The digest of the function as it is now, past all of JAX's caches."""
+  jaxpr, _ = _bypassing_caches(_traced)(fn, args)
+  return _digest(jaxpr)
 
-  The text leaves out addresses. Where there are any, as of a callback to the
-  host, two that are equal may differ: "".
+
+def _digest(jaxpr: ClosedJaxpr) -> str:
+  """A digest of the operations, as text, and of all arrays that they read.
+
+  Two functions of the same digest compute the same. The text leaves addresses
+  of Python objects out; where it has any, or calls Python on the host, two
+  that look equal may differ: then there is no digest, "".
   """
-  text = str(closed)
+  text = str(jaxpr)
   if "0xXX" in text or "callback" in text:
     return ""
-  return journal.digest(np.frombuffer(text.encode(), np.uint8),
-                        *_constants(closed))  # fmt: skip
+  as_bytes = np.frombuffer(text.encode(), np.uint8)
+  return journal.digest(as_bytes, *_constants(jaxpr))
 
 
-def _constants(closed: ClosedJaxpr) -> Iterator[Any]:
-  yield from closed.consts
-  yield from _inner(closed.jaxpr)
-
-
-def _inner(jaxpr: Jaxpr) -> Iterator[Any]:
-  def is_program(x):
-    return isinstance(x, ClosedJaxpr | Jaxpr)
-
+def _constants(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[Any]:
+  """Arrays that were read outside the arguments, at any depth of the jaxpr."""
+  if isinstance(jaxpr, ClosedJaxpr):
+    yield from jaxpr.consts
   for equation in jaxpr.eqns:
-    for value in jax.tree.leaves(equation.params, is_leaf=is_program):
-      if isinstance(value, ClosedJaxpr):
+    for value in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr):
+      if _is_jaxpr(value):
         yield from _constants(value)
-      elif isinstance(value, Jaxpr):
-        yield from _inner(value)
+
+
+def _is_jaxpr(x: Any) -> bool:
+  return isinstance(x, ClosedJaxpr | Jaxpr)
