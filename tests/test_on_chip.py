@@ -113,7 +113,8 @@ def order(tmp_path, monkeypatch, script):
 
 ABORTS = """
 import json, os, pathlib, sys
-pathlib.Path(sys.argv[4]).write_text(json.dumps({"digest": "d", "result": None}))
+answer = {"digest": "d", "result": None}
+pathlib.Path(sys.argv[4]).write_text(json.dumps(answer))
 print("F1129 06:00:00.000000 1 tiling.cc:627] Check failed: 784 vs. 56",
       file=sys.stderr, flush=True)
 os.abort()

@@ -6,11 +6,14 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
+from jax.stages import Lowered
 
-from roli_jax import attacks, corruptions, data, evaluate
-from roli_jax.evaluate import batching, checks, classifier
+from roli_jax import attacks, corruptions, data, evaluate, sharding
+from roli_jax.evaluate import batching, checks, classifier, tracing
 from roli_jax.experiment.run import Run
+from roli_jax.types import Variables
 
 _PIECE = 2**30  # bytes of pixels that are held and attacked at once
 
@@ -175,6 +178,37 @@ def on_devices(
     dtype=dtype,
     seed=seed,
   )
+
+
+def lower(
+  run: Run,
+  predict: Callable[..., Any],
+  variables: Variables,
+  attack: attacks.Attack,
+) -> Lowered:
+  """The program of a test's attack on the run's devices, not compiled.
+
+  Args:
+    run: the run.
+    predict: `(variables, images) -> logits`.
+    variables: the shapes of what it takes first.
+    attack: no ensemble.
+  """
+  small = (classifier.SMALLEST, *run.shape)
+  everywhere = sharding.replicated(run.mesh)
+  function = classifier.Classifier(
+    tracing.programs(predict, variables, small),
+    jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+      variables,
+    ),
+    run.mesh,
+    run.config["eval_batch_size"],
+    dtype=run.compute_dtype,
+  )
+  if isinstance(attack, attacks.Search):
+    return batching.lower(function, attack, run.shape)
+  return function.lower(attack, run.shape)
 
 
 def _joined(results: Sequence[evaluate.Result]) -> evaluate.Result:

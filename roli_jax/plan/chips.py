@@ -38,7 +38,17 @@ class Chip:
 _GIB = 2**30
 
 
-def _gpu(name, cores, fpus, shared, optin, l2, clock, major, chip):
+def _gpu(
+  name: str,
+  cores: int,
+  fpus: int,
+  shared: int,
+  optin: int,
+  l2: int,
+  clock: float,
+  major: int,
+  chip: Chip,
+) -> Chip:
   """The GPU, described; sizes in bytes, the clock in GHz."""
   fields = {
     "shared_memory_per_core": shared,
@@ -151,7 +161,8 @@ class Target:
     """
     from jax.experimental import topologies
 
-    chip, options = self.chip, {}
+    chip = self.chip
+    options: dict[str, Any] = {}
     shape = "x".join(map(str, self.shape))
     name = f"{self.kind}:{shape}"
     if chip.platform == "cuda":

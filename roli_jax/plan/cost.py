@@ -18,7 +18,6 @@ from roli_jax.models import Model
 from roli_jax.peft import Method
 from roli_jax.types import Params, PyTree
 
-
 # The share of the peak that training is taken to reach. An assumption, not a
 # measurement.
 EFFICIENCY = 0.4

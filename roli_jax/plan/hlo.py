@@ -363,11 +363,10 @@ def _products(computation: Computation, x: Instruction) -> int:
   """FLOPs of a product or convolution, 0 of all else."""
   if x.opcode not in ("dot", "convolution", "custom-call"):
     return 0
-  left, right, *_ = [
-    *(computation[n].result[0] for n in x.operands),
-    None,
-    None,
-  ]
+  read = [computation[name].result[0] for name in x.operands[:2]]
+  if len(read) < 2:
+    return 0
+  left, right = read
   if x.opcode == "dot":
     return _dot(x.result[0], left, _listed(x.rest, "lhs_contracting_dims"))
   if x.opcode == "convolution":
@@ -417,31 +416,28 @@ def _convolution(text: str, left: Array, right: Array, result: Array) -> int:
   window = _window(text)
   places = 1
   for axis in (c for c in images if c.isdigit()):
-    settings = {k: v[int(axis)] for k, v in window.items() if v}
+    settings = {name: values[int(axis)] for name, values in window.items()}
     places *= _pairs(images[axis], kernels[axis], outs[axis], settings)
   return 2 * outs["b"] * outs["f"] * kernels["i"] * places
 
 
-def _window(text: str) -> dict[str, list[int | tuple[int, int]]]:
-  """Stride, padding and dilation of each axis, as `window={...}` says."""
+def _window(text: str) -> dict[str, list[int]]:
+  """What `window={...}` says for each axis; of padding, what stands before."""
   found = re.search(r"window=\{([^}]*)\}", text)
-  fields: dict[str, list[int | tuple[int, int]]] = {}
-  for field in found[1].split() if found else ():
-    name, _, values = field.partition("=")
-    fields[name] = [
-      (int(low), int(high or 0)) if name == "pad" else int(low)
-      for low, _, high in (v.partition("_") for v in values.split("x"))
-    ]
-  return fields
+  fields = (field.split("=") for field in (found[1].split() if found else ()))
+  return {
+    name: [int(value.partition("_")[0]) for value in values.split("x")]
+    for name, values in fields
+    if name != "rhs_reversal"
+  }
 
 
 def _pairs(
-  images: int, kernels: int, outs: int, window: Mapping[str, object]
+  images: int, kernels: int, outs: int, window: Mapping[str, int]
 ) -> int:
   """Pairs of an output and a kernel's place that meet a pixel, on one axis."""
-  low, _ = window.get("pad", (0, 0))  # type: ignore[misc]
-  stride, dilation = window.get("stride", 1), window.get("lhs_dilate", 1)
-  at = np.arange(outs)[:, None] * stride - low
-  at = at + np.arange(kernels) * window.get("rhs_dilate", 1)
-  inside = (at >= 0) & (at % dilation == 0) & (at // dilation < images)
+  starts = np.arange(outs) * window.get("stride", 1) - window.get("pad", 0)
+  at = starts[:, None] + np.arange(kernels) * window.get("rhs_dilate", 1)
+  holes = window.get("lhs_dilate", 1)
+  inside = (at >= 0) & (at % holes == 0) & (at // holes < images)
   return int(inside.sum())

@@ -9,14 +9,14 @@ import copy
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from roli_jax import models, progress
 from roli_jax.experiment.build import build_optimizer
-from roli_jax.experiment.run import Run, expand_stages
+from roli_jax.experiment.run import expand_stages
 from roli_jax.files import workdir
 from roli_jax.plan import chips, compiler, cost, programs, shapes
 from roli_jax.results.tables import Table
@@ -49,30 +49,43 @@ def make(
       result = _compiled(config, number, one, target, folder)
       made.append({"name": one.name, "stage": one.stage.name, **result})
       update(1)
-  bound = [max(x["seconds_products"], x["seconds_traffic"])
-           if x["compiled"] else None for x in made]  # fmt: skip
-  known = all(seconds is not None for seconds in bound)
   overflowing = [i for i, x in enumerate(made) if not _fits(x, target)]
   suggestion = None
   if overflowing:
-    suggestion = _suggestion(
-      config, overflowing[0], made[overflowing[0]], target, folder
-    )
+    first = overflowing[0]
+    suggestion = _suggestion(config, first, made[first], target, folder)
   return {
     "target": name,
     "kind": target.kind,
     "devices": target.num_devices,
     "memory_bytes": target.chip.memory,
     "programs": made,
-    "hours": sum(
-      seconds * one.times for seconds, one in zip(bound, listed, strict=True)
-    ) / 3600 if known else None,
+    "hours": _hours(made, listed),
     "fits": not overflowing,
     "suggestion": suggestion,
-  }  # fmt: skip
+  }
 
 
-def _compiled(config, number, one, target, folder):
+def _hours(
+  made: Sequence[Mapping[str, Any]], listed: Sequence[programs.Planned]
+) -> float | None:
+  """A lower bound; None where a program isn't compiled."""
+  if not all(result["compiled"] for result in made):
+    return None
+  seconds = (
+    one.times * max(result["seconds_products"], result["seconds_traffic"])
+    for result, one in zip(made, listed, strict=True)
+  )
+  return sum(seconds) / 3600
+
+
+def _compiled(
+  config: Mapping[str, Any],
+  number: int,
+  one: programs.Planned,
+  target: chips.Target,
+  folder: pathlib.Path,
+) -> dict[str, Any]:
   folder.mkdir(parents=True, exist_ok=True)
   workdir.write_json(folder / "config.json", dict(config))
   order = {"program": number, "target": target.name, "turns": one.turns}
@@ -116,7 +129,7 @@ def _changes(
   config: Mapping[str, Any], one: programs.Planned, target: chips.Target
 ) -> Iterator[Changes]:
   """What saves memory, what costs least first."""
-  low = {"backbone.dtype": "bfloat16"}
+  low: Changes = {"backbone.dtype": "bfloat16"}
   lows = [{}] if config["backbone"].get("dtype") == "bfloat16" else [low, {}]
   size = config["eval_batch_size"]
   if one.attack is None:

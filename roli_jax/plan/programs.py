@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from roli_jax import attacks, keys, sharding, step
-from roli_jax.evaluate import batching, classifier, tracing
-from roli_jax.experiment import protocol
-from roli_jax.experiment.build import build_attack, build_model, build_program
+from roli_jax import attacks, keys, sharding
+from roli_jax.experiment import measure, protocol
+from roli_jax.experiment.build import build_attack, build_model
+from roli_jax.experiment.program import build_predict, build_program
 from roli_jax.experiment.run import Run, expand_stages
 from roli_jax.experiment.stages import Stage
 from roli_jax.plan import chips, shapes
@@ -79,10 +79,11 @@ def lower(
   chosen = listed(run, expand_stages(run))[number]
   if chosen.attack is None:
     return _lower_step(run, chosen.stage)
-  function = _classifier(run, chosen.stage)
-  if isinstance(chosen.attack, attacks.Search):
-    return batching.lower(function, chosen.attack, run.shape)
-  return function.lower(chosen.attack, run.shape)
+  model = build_model(run, chosen.stage)
+  variables = jax.eval_shape(model.init, keys.root(0))
+  return measure.lower(
+    run, build_predict(run, chosen.stage), variables, chosen.attack
+  )
 
 
 def _of_stage(run: Run, stage: Stage) -> Iterator[Planned]:
@@ -111,27 +112,9 @@ def _lower_step(run: Run, stage: Stage) -> jax.stages.Lowered:
     "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows),
     "index": jax.ShapeDtypeStruct((size,), jnp.uint32, sharding=rows),
   }
-  key = keys.root(0)
-  where = sharding.replicated(run.mesh)
-  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=where)
-  return program.step.lower(program.abstract_state, batch, key)
-
-
-def _classifier(run: Run, stage: Stage) -> classifier.Classifier:
-  """The stage's model, of which there are shapes, on the run's devices."""
-  model = build_model(run, stage)
-  variables = jax.eval_shape(model.init, keys.root(0))
-  found = tracing.programs(
-    step.make_predict(model), variables, (classifier.SMALLEST, *run.shape)
+  root = keys.root(0)
+  key = jax.ShapeDtypeStruct(
+    root.shape, root.dtype, sharding=sharding.replicated(run.mesh)
   )
-  where = sharding.replicated(run.mesh)
-  placed = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), variables
-  )
-  return classifier.Classifier(
-    found,
-    placed,
-    run.mesh,
-    run.config["eval_batch_size"],
-    dtype=run.compute_dtype,
-  )
+  jitted: Any = program.step
+  return jitted.lower(program.abstract_state, batch, key)
