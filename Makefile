@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-all bench clean
+.PHONY: demo test test-all test-chips bench clean
 
 demo: $(VENV)/ready
 	$(RUN) -m roli_jax.main --config=configs/glyphs_roli.py --workdir=runs/demo
@@ -20,6 +20,11 @@ test: $(VENV)/ready-test
 test-all: $(VENV)/ready-test
 	$(RUN) -m pytest -n 2 --dist loadfile -m slow
 
+# Toys of everything, compiled by the compilers of TPUs and GPUs, without any.
+CHIPS ?= .venv-chips
+test-chips: $(CHIPS)/ready
+	JAX_ENABLE_COMPILATION_CACHE=false $(CHIPS)/bin/python -m pytest -n 2 --dist loadgroup -m chips tests/chips
+
 bench: $(VENV)/ready
 	$(RUN) -m roli_jax.main --mode=bench --config=configs/bench.py
 
@@ -33,5 +38,11 @@ $(VENV)/ready-test: $(VENV)/ready requirements-test.txt
 	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
+$(CHIPS)/ready: requirements-chips.txt requirements.txt
+	$(PYTHON) -m venv $(CHIPS)
+	$(CHIPS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-chips.txt
+	JAX=$$($(CHIPS)/bin/python -c 'import jax; print(jax.__version__)') && $(CHIPS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check "jax[tpu]==$$JAX" "jax-cuda12-plugin==$$JAX"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs .jax_cache
+	rm -rf $(VENV) $(CHIPS) runs .jax_cache

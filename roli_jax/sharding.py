@@ -55,8 +55,9 @@ def ruled(shapes: Any, over: Mesh, rules: Sequence[Any] = ()) -> Any:
   axis, along the largest dimension that it divides, or an axis or None for each
   dimension. The first rule counts whose pattern matches the end of a leaf's
   path, from a `/` on: the averages of an optimizer lie as the parameters they
-  are of. What no rule names is on each device, and so is a leaf that has no
-  dimension for an axis given alone.
+  are of. What no rule names is on each device, and so are numbers, as an
+  optimizer keeps one for each leaf, and a leaf that has no dimension for an
+  axis given alone.
 
   Example:
     >>> shapes = {"fc1": {"kernel": jax.ShapeDtypeStruct((8, 32), "float32")}}
@@ -78,7 +79,7 @@ def ruled(shapes: Any, over: Mesh, rules: Sequence[Any] = ()) -> Any:
   patterns = [(_compiled(rule, sizes), rule[1]) for rule in rules]
 
   def spec(name: str, shape: tuple[int, ...]) -> PartitionSpec:
-    for pattern, axes in patterns:
+    for pattern, axes in patterns if shape else ():
       if pattern.fullmatch(name):
         if isinstance(axes, str):
           return _along(shape, axes, sizes[axes])

@@ -1,7 +1,8 @@
 """Tables of cases of which `make test` runs a few, `make test-all` the rest."""
 
 import collections
-from collections.abc import Hashable, Iterable
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -60,3 +61,62 @@ def mostly_slow(words: Iterable[Any], *fast: Any) -> list[Any]:
     )
     for word in words
   ]
+
+
+def pairwise(
+  factors: Mapping[str, Sequence[str]], allowed: Callable[[dict], bool]
+) -> list[dict[str, str]]:
+  """Few cases, in which all that can stand beside each other once does.
+
+  Greedy: each case begins with a pair that no case has yet, and takes of each
+  further factor the value that brings most new pairs.
+
+  Args:
+    factors: the values of each.
+    allowed: whether a case, or the part of one, may be.
+  """
+  names = list(factors)
+  wanted = {
+    frozenset([(a, x), (b, y)])
+    for a, b in itertools.combinations(names, 2)
+    for x, y in itertools.product(factors[a], factors[b])
+  }
+  cases: list[dict[str, str]] = []
+  while wanted:
+    left = collections.Counter(itertools.chain.from_iterable(wanted))
+
+    def urgency(pair, left=left):
+      return sum(left[value] for value in pair), sorted(pair)
+
+    first = max(wanted, key=urgency)
+    uses = collections.Counter(x for case in cases for x in case.items())
+    case = _completed(dict(first), factors, wanted, uses, allowed)
+    if case is None:
+      wanted.discard(first)  # the two exclude each other
+      continue
+    cases.append(case)
+    pairs = itertools.combinations(case.items(), 2)
+    wanted.difference_update(frozenset(pair) for pair in pairs)
+  return cases
+
+
+def _completed(case, factors, wanted, uses, allowed):
+  """The case with a value of each factor, or None if there is none allowed.
+
+  Of values that bring as many new pairs, the one that was used least.
+  """
+  missing = [name for name in factors if name not in case]
+  if not missing:
+    return {name: case[name] for name in factors} if allowed(case) else None
+
+  def gain(value):
+    here = (missing[0], value)
+    pairs = (frozenset([here, other]) for other in case.items())
+    return sum(pair in wanted for pair in pairs), -uses[here]
+
+  for value in sorted(factors[missing[0]], key=gain, reverse=True):
+    trial = {**case, missing[0]: value}
+    found = _completed(trial, factors, wanted, uses, allowed)
+    if found:
+      return found
+  return None

@@ -88,6 +88,16 @@ def test_parts_that_can_not_be_are_refused(turns):
     build_program(made, expand_stages(made)[0])
 
 
+def test_a_number_that_an_optimizer_keeps_for_a_leaf_is_not_split():
+  shapes = {"omega/fc1/kernel": (), "params/fc1/kernel": (8, 32)}
+  shapes = {k: jax.ShapeDtypeStruct(v, "float32") for k, v in shapes.items()}
+  over = sharding.mesh(2, devices=jax.devices()[:2])
+  placed = sharding.ruled(shapes, over, (("fc1/kernel", (None, "model")),))
+  assert [tuple(x.sharding.spec) for x in placed.values()] == [
+    (), (None, "model"),
+  ]  # fmt: skip
+
+
 def test_rules_split_parameters_and_what_the_optimizer_keeps(one):
   now, _ = one
   made = build_run(steps.config(FSDP))

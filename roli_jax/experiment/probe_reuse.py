@@ -77,8 +77,8 @@ def _copy(
       continue  # whatever is wrong with that run, this one trains its own
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(directory)
-    about = {"cell": stage.cell, "stage": "probe", "lr": stage.lr}
-    for row in record.where(record.read(other / "training.jsonl"), **about):
+    rows = record.read(other / "training.jsonl")
+    for row in record.where(rows, **stage.row):
       log.add(row)
     logging.warning("the probe of %s is taken from %s", stage.cell, other)
     return

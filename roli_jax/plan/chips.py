@@ -181,7 +181,8 @@ class Target:
 
   def environment(self) -> dict[str, str]:
     """The variables that a process needs, from before it imports JAX."""
-    ours = {"JAX_PLATFORMS": "cpu"}
+    # JAX can't read back what it has kept for a chip that isn't there.
+    ours = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     if self.chip.platform == "tpu":
       # No metadata server is asked, and several processes may compile at once.
       return ours | {

@@ -72,10 +72,7 @@ def lower(
     number: which of `listed`.
     target: the devices, described.
   """
-  run = shapes.planned(config)
-  model = run.mesh.shape["model"]
-  mesh = sharding.mesh(model, devices=target.devices())
-  run = dataclasses.replace(run, mesh=mesh)
+  run = shapes.planned(config, target.devices())
   chosen = listed(run, expand_stages(run))[number]
   if chosen.attack is None:
     return _lower_step(run, chosen.stage)

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from roli_jax import convert, data, keys, models, peft, specs
+from roli_jax import convert, data, keys, models, peft, sharding, specs
 from roli_jax.experiment.build import build_model, method_fields
 from roli_jax.experiment.run import Run, build_run
 from roli_jax.experiment.stages import Stage
@@ -26,12 +26,26 @@ class Split:
     return self.size
 
 
-def planned(config: Mapping[str, Any]) -> Run:
+def planned(
+  config: Mapping[str, Any], devices: Sequence[jax.Device] | None = None
+) -> Run:
   """A run with shapes in place of data and weights.
 
   A data set of which nothing is known is looked at.
+
+  Args:
+    config: the run's.
+    devices: those that it is planned for; None: one of this machine, which may
+      have fewer than `config.mesh` wants.
+
+  Raises:
+    ValueError: as a run of the config would on such devices.
   """
-  run = build_run(config)
+  mesh = {"model": 1, "rules": (), **config.get("mesh", {})}
+  run = build_run({**config, "mesh": {**mesh, "model": 1}})
+  if devices is None:
+    devices, mesh["model"] = jax.devices()[:1], 1
+  over = sharding.mesh(mesh["model"], devices=devices)
   name, backbone = config["data"]["name"], config["backbone"]
   splits: Mapping[str, Any] = run.data
   if name in data.FACTS:
@@ -53,7 +67,9 @@ def planned(config: Mapping[str, Any]) -> Run:
     )
     return convert.Bundle(model, *jax.eval_shape(model.init, keys.root(0)))
 
-  return dataclasses.replace(run, data=splits, load=load)
+  return dataclasses.replace(
+    run, config=config, mesh=over, data=splits, load=load
+  )
 
 
 def model_and_method(
