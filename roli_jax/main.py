@@ -138,7 +138,7 @@ def _sweep(command: Command) -> None:
   from roli_jax.results import report, tables
 
   path = command.workdir
-  found = sweep.cells(
+  found = sweep.swept_runs(
     command.swept, lambda words: command_line.parse(words).config
   )
   if command.flags.sweep_print:

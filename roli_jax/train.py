@@ -21,9 +21,9 @@ from roli_jax.experiment import (
   facts,
   probe_reuse,
   products,
-  protocol,
+  stage_tests,
 )
-from roli_jax.experiment.restore import restore
+from roli_jax.experiment.best_checkpoint import restore
 from roli_jax.experiment.run import build_run, expand_stages
 from roli_jax.experiment.train_stage import (
   LOG_FIELDS,
@@ -51,7 +51,7 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
   """
   run = build_run(config)
   stages = expand_stages(run)
-  protocol.check(run, stages)
+  stage_tests.check(run, stages)
   ensembles_run.check(run, stages)
   for warning in workdir.claim(path, config):
     logging.warning("%s", warning)
@@ -67,14 +67,14 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
 
   with progress.bar("stages", len(stages)) as update:
     for stage in stages:
-      if not protocol.is_done(run, stage, results):
+      if not stage_tests.is_done(run, stage, results):
         if stage.name == "probe":
           probe_reuse.adopt(run, stage, path, log)
         meta = train_stage(run, stage, path, log, best)
         if meta is None:
           return results.rows
-        protocol.add_validation(run, stage, results, meta)
-        protocol.test_stage(run, stage, results, best(stage))
+        stage_tests.add_validation(run, stage, results, meta)
+        stage_tests.test_stage(run, stage, results, best(stage))
       if stage.start and run.config.get("ensembles"):
         ensembles_run.run(run, stage, results, best(stage.start), best(stage))
       update(1)
@@ -101,9 +101,9 @@ def evaluate(
     ValueError: no such checkpoint, or more than one; data of other classes.
   """
   run = build_run(config, diagnoses=config["checks"])
-  protocol.check(run, ())
+  stage_tests.check(run, ())
   stage, predict, variables = restore(run, path)
   results = record.Record(path / "results.jsonl")
-  chosen = protocol.evaluation_tests(run)
-  protocol.add_tests(run, stage, results, predict, variables, chosen)
+  chosen = stage_tests.evaluation_tests(run)
+  stage_tests.add_tests(run, stage, results, predict, variables, chosen)
   return record.where(results.rows, **stage.row, split="test")

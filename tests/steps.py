@@ -20,7 +20,7 @@ from roli_jax.experiment.run import (
   expand_stages,
   training_images,
 )
-from roli_jax.experiment.stage_state import initial_variables
+from roli_jax.experiment.start_and_resume import initial_variables
 
 
 def config(*rules: tuple, model: int = 1) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from roli_jax import (
   step,
   train,
 )
-from roli_jax.experiment import ensembles_run, protocol
+from roli_jax.experiment import ensembles_run, stage_tests
 from roli_jax.experiment.build import build_model
 from roli_jax.experiment.run import build_run, expand_stages
-from roli_jax.experiment.stage_state import initial_variables
+from roli_jax.experiment.start_and_resume import initial_variables
 from roli_jax.results import record
 from roli_jax.threat import ThreatModel
 
@@ -157,7 +157,7 @@ def test_an_unknown_set_of_corruptions_is_refused_before_training():
   config["cells"] = ({"method": "full", "init": "roli", "tests": tests},)
   made = build_run(config)
   with pytest.raises(ValueError, match="did you mean 'glyphs'"):
-    protocol.check(made, expand_stages(made))
+    stage_tests.check(made, expand_stages(made))
 
 
 def test_an_attack_on_one_model_overstates_what_both_withstand():

@@ -35,7 +35,10 @@ from roli_jax.experiment.build import (
 )
 from roli_jax.experiment.program import build_program
 from roli_jax.experiment.run import build_run, training_images
-from roli_jax.experiment.stage_state import initial_variables, start_variables
+from roli_jax.experiment.start_and_resume import (
+  initial_variables,
+  start_variables,
+)
 from roli_jax.experiment.train_stage import best_variables
 from roli_jax.optim import reference, schedules
 from roli_jax.results import record

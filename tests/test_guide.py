@@ -14,7 +14,7 @@ from PIL import Image
 from configs import guide as configs
 from roli_jax import data, keys, models, trees
 from roli_jax.data import archives, transforms, verify
-from roli_jax.experiment import protocol as score
+from roli_jax.experiment import stage_tests as score
 from roli_jax.experiment.build import build_attack
 from roli_jax.experiment.run import build_run
 from roli_jax.experiment.stages import expand

@@ -15,8 +15,8 @@ from configs import roli
 from roli_jax import convert, data, keys, models, peft, train, trees
 from roli_jax.experiment.build import build_method
 from roli_jax.experiment.run import build_run
-from roli_jax.experiment.stage_state import initial_variables
 from roli_jax.experiment.stages import expand
+from roli_jax.experiment.start_and_resume import initial_variables
 from roli_jax.experiment.train_stage import best_variables
 from roli_jax.files import checkpoint
 from roli_jax.results import record

@@ -16,7 +16,7 @@ import pytest
 from roli_jax import sharding, trees
 from roli_jax.experiment.program import build_program, check_run
 from roli_jax.experiment.run import build_run, expand_stages, training_images
-from roli_jax.experiment.stage_state import initial_variables
+from roli_jax.experiment.start_and_resume import initial_variables
 from roli_jax.results import record
 from tests import cli, steps
 

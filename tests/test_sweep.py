@@ -38,7 +38,7 @@ def test_all_combinations_are_named_by_what_varies():
 
 
 def test_each_cell_is_an_ordinary_command_in_a_directory_of_its_own(tmp_path):
-  cells = sweep.cells(GRID, resolve)
+  cells = sweep.swept_runs(GRID, resolve)
   command = cells[1].command(tmp_path)
   assert command[:3] == ["python", "-m", "roli_jax.main"]
   assert command[-1] == f"--workdir={tmp_path}/method=full-lr=0.01"
@@ -47,7 +47,7 @@ def test_each_cell_is_an_ordinary_command_in_a_directory_of_its_own(tmp_path):
 
 def test_a_tables_cells_are_one_run_each():
   words = ("--config=configs/glyphs_roli.py:table=default",)
-  cells = sweep.cells(words, resolve)
+  cells = sweep.swept_runs(words, resolve)
   assert [cell.words[-1] for cell in cells] == [
     f"--config.only={i}" for i in range(6)
   ]
@@ -64,7 +64,7 @@ def test_a_tables_cells_are_one_run_each():
 )
 def test_what_is_no_grid_is_refused(words, message):
   with pytest.raises(ValueError, match=message):
-    sweep.cells(words, resolve)
+    sweep.swept_runs(words, resolve)
 
 
 def test_a_run_is_finished_with_all_rows_of_its_own_config(tmp_path):

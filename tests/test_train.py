@@ -11,7 +11,7 @@ import pytest
 from roli_jax import train, trees
 from roli_jax.experiment import stages
 from roli_jax.experiment.run import build_run
-from roli_jax.experiment.stage_state import initial_variables
+from roli_jax.experiment.start_and_resume import initial_variables
 from roli_jax.experiment.train_stage import best_variables
 from roli_jax.files import checkpoint, workdir
 from roli_jax.results import record, report

@@ -16,7 +16,7 @@ from roli_jax.clip.tokenizer import Tokenizer
 from roli_jax.experiment.build import build_model
 from roli_jax.experiment.program import build_program, check_run
 from roli_jax.experiment.run import build_run, expand_stages
-from roli_jax.experiment.stage_state import initial_variables
+from roli_jax.experiment.start_and_resume import initial_variables
 from roli_jax.models import heads
 
 WIDTH, CONTEXT, EMBED = 128, 12, 8

@@ -64,7 +64,7 @@ def judged(
 
   Args:
     name: the name of the check.
-    verdict: that where an image is concerned.
+    verdict: the check's if there are such images.
     finding: what was seen, in a line; also where it passes.
     concerned: indices of the images.
   """

@@ -22,7 +22,9 @@ from roli_jax.threat import ThreatModel
 
 
 class Evaluation:
-  """An evaluation as far as it is; arrays as `Result` describes them.
+  """An evaluation in progress: which images still stand, after which attacks.
+
+  Arrays are those that `Result` describes.
 
   Attributes:
     function: the function.
@@ -268,9 +270,10 @@ class Evaluation:
   def _restored(
     self, attack: attacks.Attack, name: str, radii: np.ndarray, num_jobs: int
   ) -> Ledger:
-    """What the journal has of an attack, judged by a pass of now.
+    """Returns the ledger of an attack's finished jobs, from the journal.
 
-    A job whose image is none any more is taken up again.
+    Their images are judged afresh. A job whose image is no longer misclassified
+    runs again.
     """
     ledger = Ledger(self.examples.images, num_jobs, attack.stop)
     for entry in self.journal.entries(name):

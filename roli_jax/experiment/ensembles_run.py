@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from roli_jax import data, ensembles, sharding, specs
-from roli_jax.experiment import measure, protocol
+from roli_jax.experiment import measure, stage_tests
 from roli_jax.experiment.build import build_attack
 from roli_jax.experiment.program import build_both, build_predict, build_program
 from roli_jax.experiment.run import Run, training_images
@@ -86,10 +86,12 @@ def run(
   for name in run.config["ensembles"]:
     make = FAMILIES[name]
     chosen = dataclasses.replace(stage, name=name)
-    tests = list(protocol.tests(run, chosen))
+    tests = list(stage_tests.tests(run, chosen))
     if name in MAIN_ALONE:
       tests = tests[:1]
-    wanted = [r for t in tests for r in protocol.rows(run, chosen, "test", t)]
+    wanted = [
+      r for t in tests for r in stage_tests.rows(run, chosen, "test", t)
+    ]
     if tests and all(row in results for row in wanted):
       continue
     family = make(run, stage, first, second)
@@ -97,7 +99,7 @@ def run(
     if family.is_frontier and run.config["test"]:
       test = measure.Test(build_attack(run, "eval_attack"))
       _test_members(run, chosen, results, family, test, "test")
-    protocol.add_tests(run, chosen, results, family.predict, best, tests)
+    stage_tests.add_tests(run, chosen, results, family.predict, best, tests)
 
 
 def _best(
@@ -109,7 +111,7 @@ def _best(
   for label, member in _test_members(
     run, chosen, results, family, test, "val"
   ).items():
-    *_, about = protocol.rows(run, member, "val", test)
+    *_, about = stage_tests.rows(run, member, "val", test)
     (row,) = record.where(results.rows, **about)
     robust[label] = row["value"]
   return family.members[max(robust, key=lambda label: robust[label])]
@@ -127,7 +129,7 @@ def _test_members(
   named = {}
   for label, variables in family.members.items():
     named[label] = dataclasses.replace(chosen, name=f"{chosen.name}-{label}")
-    protocol.add_tests(
+    stage_tests.add_tests(
       run, named[label], results, family.predict, variables, [test], split
     )
   return named

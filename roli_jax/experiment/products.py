@@ -12,8 +12,8 @@ from roli_jax import convert, distributed, keys, sharding
 from roli_jax.experiment.build import build_attack, build_model
 from roli_jax.experiment.program import build_predict
 from roli_jax.experiment.run import Run
-from roli_jax.experiment.stage_state import Best
 from roli_jax.experiment.stages import Stage
+from roli_jax.experiment.start_and_resume import Best
 from roli_jax.types import Images, Int, Integer, Labels, Variables
 
 

@@ -1,9 +1,8 @@
-"""Many runs from one command line: a grid of arguments, each cell a run.
+"""Many runs from one command line: each combination of a grid is a run.
 
 `a|b` in an argument of the config or in a field means both. Each combination
-is an ordinary command in a workdir of its own below the sweep's, and so is each
-cell of a table: a run of a sweep has one cell, by which it is called here.
-Their rows are merged.
+is an ordinary command in a workdir of its own below the sweep's. A config that
+is a table gives one run for each of its cells. The rows of all runs are merged.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from roli_jax.results import record
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class SweptRun:
   """One run of a sweep.
 
   Attributes:
@@ -92,9 +91,9 @@ def _plain(name: str) -> str:
   return re.sub(r"[^\w.=+-]+", "_", name)
 
 
-def cells(
+def swept_runs(
   words: Sequence[str], resolve: Callable[[Sequence[str]], Mapping[str, Any]]
-) -> list[Cell]:
+) -> list[SweptRun]:
   """Returns the runs of a sweep.
 
   Args:
@@ -109,12 +108,14 @@ def cells(
     config = resolve(chosen)
     table = config.get("cells", ())
     if len(table) < 2 or config.get("only") is not None:
-      found.append(Cell(name, chosen, config))
+      found.append(SweptRun(name, chosen, config))
       continue
     for i, cell in enumerate(table):
       parts = filter(None, [name, f"{i:02d}", _cell_name(cell)])
       words_of_one = (*chosen, f"--config.only={i}")
-      found.append(Cell("-".join(parts), words_of_one, {**config, "only": i}))
+      found.append(
+        SweptRun("-".join(parts), words_of_one, {**config, "only": i})
+      )
   if len(found) < 2:
     raise ValueError(
       "there is nothing to sweep over: give alternatives, as in"
@@ -139,7 +140,7 @@ def _cell_name(cell: Mapping[str, Any]) -> str:
   return _plain("-".join(values))
 
 
-def run(runs: Sequence[Cell], path: pathlib.Path) -> list[dict[str, Any]]:
+def run(runs: Sequence[SweptRun], path: pathlib.Path) -> list[dict[str, Any]]:
   """Runs each cell that isn't complete, one after the other, and merges rows.
 
   Args:
@@ -173,7 +174,7 @@ def run(runs: Sequence[Cell], path: pathlib.Path) -> list[dict[str, Any]]:
   return rows
 
 
-def merge(runs: Sequence[Cell], path: pathlib.Path) -> list[dict[str, Any]]:
+def merge(runs: Sequence[SweptRun], path: pathlib.Path) -> list[dict[str, Any]]:
   """Writes all rows to `results.jsonl`, and the commands to `sweep.json`."""
   rows = [
     row

@@ -11,11 +11,11 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from roli_jax import data, progress, sharding
-from roli_jax.experiment import protocol, stage_state
+from roli_jax.experiment import stage_tests, start_and_resume
 from roli_jax.experiment.program import build_program
 from roli_jax.experiment.run import Run, training_images
-from roli_jax.experiment.stage_state import Best, Meta
 from roli_jax.experiment.stages import Stage
+from roli_jax.experiment.start_and_resume import Best, Meta
 from roli_jax.files import checkpoint
 from roli_jax.results import record
 from roli_jax.statistics import Counts
@@ -56,7 +56,9 @@ def train_stage(
   program = build_program(run, stage)
   directory = checkpoint.directory(path, stage)
   with checkpoint.manager(directory) as checkpoints:
-    now, key, meta = stage_state.restore_or_start(run, stage, checkpoints, best)
+    now, key, meta = start_and_resume.restore_or_start(
+      run, stage, checkpoints, best
+    )
     done = int(now.step)
     batches = data.train_batches(
       training_images(run, stage),
@@ -65,7 +67,7 @@ def train_stage(
       start=done,
       num_workers=run.config["data"].get("num_workers", 0),
     )
-    about = stage_state.describe(run, stage)
+    about = start_and_resume.describe(run, stage)
     started = time.perf_counter() - meta["seconds"]
     attack = program.attack.name if program.criterion.adversarial else "none"
     counts: list[Counts] = []  # of the steps since the last row of the log
@@ -83,7 +85,9 @@ def train_stage(
             "history": [*meta["history"], entry],
             "seconds": time.perf_counter() - started,
           }
-          stage_state.save(run, stage, checkpoints, now, key, {**about, **meta})
+          start_and_resume.save(
+            run, stage, checkpoints, now, key, {**about, **meta}
+          )
         if done == stage.num_steps:
           return meta
         batch = next(batches)
@@ -128,7 +132,7 @@ def _validate(
   run: Run, stage: Stage, log: record.Record, done: int, variables: Variables
 ) -> dict[str, Any]:
   """Logs the validation after this step; returns its entry of the history."""
-  clean, robust = protocol.validate(run, stage, variables)
+  clean, robust = stage_tests.validate(run, stage, variables)
   about = {**stage.row, "step": done, "split": "val", "metric": "accuracy"}
   for measured in (clean, robust):
     log.add({**about, **measured})

@@ -97,10 +97,11 @@ def main(asked: str, answer: str) -> None:
 
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """Compiles it; where GPUs' kernels would have to be timed, by cuBLAS.
+  """Compiles it; on a GPU, if Triton finds no tiles, with cuBLAS alone.
 
-  Triton's own choice of tiles, which timing would replace, is none at all for
-  some products. On a GPU such a product falls to cuBLAS.
+  On a GPU, XLA times several kernels for each product and takes the fastest.
+  Here nothing can be timed, and Triton's default fails for some products, which
+  the timing would have given to cuBLAS.
   """
   try:
     return lowered.compile()
@@ -118,7 +119,7 @@ def describe(
   Args:
     compiled: a `jax.stages.Compiled`.
     target: what it was compiled for.
-    turns: of a loop that ends by a condition on its data, >= 1.
+    turns: how often a loop runs whose length is data, >= 1.
   """
   chip = target.chip
   count = hlo.count(

@@ -139,7 +139,7 @@ def count(text: str, *, on_chip: bool = True, turns: int = 1) -> Count:
     text: the module, `compiled.as_text()`.
     on_chip: whether memory spaces other than 0 lie on the chip, as a TPU's do;
       a GPU's are parts of its main memory.
-    turns: those of a loop that ends by a condition on its data, >= 1.
+    turns: how often a loop runs whose length is data, >= 1.
 
   Raises:
     ValueError: the text is no module.

@@ -27,7 +27,11 @@ Changes = dict[str, Any]  # dotted field of the config -> its value
 def make(
   config: Mapping[str, Any], name: str, folder: pathlib.Path
 ) -> dict[str, Any]:
-  """What plan.json says as `chip`; contract and docs/scaling.md list it.
+  """Compiles the run's programs, and returns plan.json's section `chip`.
+
+  For each program: whether it compiles, its bytes, FLOPs, memory traffic and
+  collectives on one device. For the run: whether it fits, the least hours, and
+  a change of the config that makes it fit.
 
   Args:
     config: the run's.
@@ -103,10 +107,12 @@ def _suggestion(
   target: chips.Target,
   folder: pathlib.Path,
 ) -> Changes | None:
-  """The first change that shapes say is enough, if the compiler agrees.
+  """Returns the mildest change that makes the program fit, or None.
 
-  Shapes know nothing of what the compiler needs besides; so they say by which
-  factor its own peak falls. Where it gave none, what shapes count stands.
+  Each change is judged by an estimate from shapes. The compiler needs more
+  than shapes tell, so the estimate is scaled by the ratio of the compiler's
+  peak to it, before the change. The first change that then fits is compiled; if
+  the compiler disagrees, None.
   """
   run = shapes.planned(config)
   one = programs.listed(run, expand_stages(run))[number]

@@ -25,10 +25,10 @@ from roli_jax.results.tables import Table
 
 
 def outline(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The plan without what it costs: stages, rates and parameters, as JSON.
+  """Returns the plan without costs: stages, rates and parameters, as JSON.
 
-  Rates are those of the config's one cell; of a table every stage stands.
-  `init` is the one asked for: the probe's rows say roli.
+  A config that is a table has the stages of all its cells in it. `init` is the
+  last cell's, also where the stage before it, a probe, has another.
 
   Raises:
     ValueError: as a run of the config would.
@@ -38,7 +38,7 @@ def outline(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The plan: `outline`, and what it costs.
+  """Returns the plan: `outline` with the costs beside it.
 
   Bytes are the last stage's: float32 arrays, and what a batch's gradients keep
   on one device. Hours are those of all stages with their validations and main

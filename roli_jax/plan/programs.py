@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from roli_jax import attacks, keys, sharding
-from roli_jax.experiment import measure, protocol
+from roli_jax.experiment import measure, stage_tests
 from roli_jax.experiment.build import build_attack, build_model
 from roli_jax.experiment.program import build_predict, build_program
 from roli_jax.experiment.run import Run, expand_stages
@@ -36,7 +36,7 @@ class Planned:
 
   @property
   def turns(self) -> int:
-    """Of the attack's loop, whose length is data where it is an argument."""
+    """How often the attack's loop runs; in an evaluation that is data."""
     if self.attack is None:
       return 1
     if isinstance(self.attack, attacks.Search):
@@ -89,7 +89,7 @@ def _of_stage(run: Run, stage: Stage) -> Iterator[Planned]:
   validated = math.ceil(stage.num_steps / every) + 1
   attack = build_attack(run, "val_attack")
   yield Planned("validate", stage, attack, validated * _batches(run, "val"))
-  for test in protocol.tests(run, stage):
+  for test in stage_tests.tests(run, stage):
     if test.attack is None:
       continue
     for part in test.attack.parts:

@@ -9,7 +9,7 @@ import pytest
 
 from configs import glyphs_roli
 from roli_jax import attacks, evaluate
-from roli_jax.experiment import measure, protocol
+from roli_jax.experiment import measure, stage_tests
 from roli_jax.experiment.build import build_attack
 from roli_jax.experiment.program import build_program, check_run
 from roli_jax.experiment.run import build_run, expand_stages
@@ -82,11 +82,11 @@ each_in_the_end = pytest.mark.parametrize(
 def test_any_attack_validates_and_tests(name, weights):
   run = made(name, *SECTIONS[1:])
   (stage,) = expand_stages(run)
-  asked = list(protocol.evaluation_tests(run))
+  asked = list(stage_tests.evaluation_tests(run))
   validation = measure.Test(build_attack(run, "val_attack"), 12)
   for split, test in (("val", validation), ("test", asked[0])):
     result = measure.run(run, predict, weights, 0, split, test)
-    rows = protocol.rows(run, stage, split, test)
+    rows = stage_tests.rows(run, stage, split, test)
     assert len(rows) == len(test.values(result))
     assert {"gradients finite", "batch", "ball_and_box"} <= {
       check.name for check in result.checks

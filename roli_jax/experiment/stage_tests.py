@@ -7,7 +7,7 @@ from absl import logging
 
 from roli_jax import attacks, corruptions, specs
 from roli_jax.evaluate import checks, diagnosis
-from roli_jax.experiment import evaluations, measure
+from roli_jax.experiment import evaluation_files, measure
 from roli_jax.experiment.build import build_attack
 from roli_jax.experiment.measure import Corruption, Test
 from roli_jax.experiment.program import build_predict, check_run
@@ -211,9 +211,9 @@ def add_tests(
       found = _diagnosis(run, predict, variables, stage, attack)
       summary = {"row": about[-1], "eps": float(attack.threat.eps)}
       save_adv = run.config["save_adv"]
-      evaluations.keep(folder, summary, result, found, save_adv)
+      evaluation_files.keep(folder, summary, result, found, save_adv)
     elif attack is not None:
-      evaluations.keep_checks(root, split, about[-1], result)
+      evaluation_files.keep_checks(root, split, about[-1], result)
     _add(results, about, test.values(result), len(result.clean), result.seconds)
 
 
