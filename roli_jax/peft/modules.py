@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from roli_jax.models.layers import gelu
@@ -39,7 +40,9 @@ def _dropped(
 
 
 def _affine(
-  x: Float[Array, "... d"], kernel: Float[Array, "d e"], bias: Float[Array, "e"]
+  x: Float[Array, "... d"],
+  kernel: Float[Array | np.ndarray, "d e"],
+  bias: Float[Array | np.ndarray, "e"],
 ) -> Float[Array, "... e"]:
   return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
@@ -83,7 +86,7 @@ class LoraDense(nn.Module):
 
 def lora_kernel(
   module: nn.Module,
-  kernel: Float[Array, "i j c d"],
+  kernel: Float[Array | np.ndarray, "i j c d"],
   rank: int,
   scale: float | int,
   a_init: Init,
