@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-all test-chips bench clean
+.PHONY: demo test test-all test-chips bench bench-chip clean
 
 demo: $(VENV)/ready
 	$(RUN) -m roli_jax.main --config=configs/glyphs_roli.py --workdir=runs/demo
@@ -27,6 +27,11 @@ test-chips: $(CHIPS)/ready
 
 bench: $(VENV)/ready
 	$(RUN) -m roli_jax.main --mode=bench --config=configs/bench.py
+
+# By the Python that has the chip's JAX: make bench-chip PYTHON=...
+BUDGET_S ?= 480
+bench-chip:
+	$(PYTHON) -m roli_jax.bench.chip --config.budget_s=$(BUDGET_S)
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "roli_jax needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

@@ -12,6 +12,7 @@ from configs import bench as configured
 from roli_jax import bench, models, peft
 from roli_jax.bench import (
   against_torch,
+  chip,
   eager,
   passes,
   suites,
@@ -182,3 +183,54 @@ def test_a_cpu_is_split_as_the_config_says_unless_told(
     "--config.suites=()", f"--workdir={tmp_path}",
   )  # fmt: skip
   assert f"on {count} x cpu" in done.stdout, done.stderr
+
+
+REHEARSED = {
+  **chip.CONFIG,
+  "families": ("glyph_vit_token", "glyph_resnet"),
+  "models": ("glyph_vit",),
+  "methods": ("linear",),
+  "batch_sizes": (8, 16),
+  "runs": 1,
+  "numbers": 8,
+  "attack_images_224": 0,
+}
+
+
+@pytest.mark.slow
+def test_the_first_minutes_on_a_chip_are_rehearsed(tmp_path, monkeypatch):
+  known = chip.parts
+
+  def parts(config):
+    broken = {"torch": None, "trace": known(config)["trace"]}
+    return {
+      k: v for k, v in known(config).items() if k != "autoattack"
+    } | broken
+
+  monkeypatch.setattr(chip, "parts", parts)
+  rows = chip.run(REHEARSED, tmp_path)
+  suites = {row["suite"] for row in rows}
+  assert {
+    "environment", "numbers", "determinism", "families", "steps", "trace",
+  } <= suites  # fmt: skip
+  stopped = [row for row in rows if row["name"].startswith("stopped")]
+  assert not stopped, stopped
+  found = {row["name"]: row for row in rows}
+  assert found["autoattack_robust, flags equal"]["share"] == 1
+  assert found["features, largest error"]["error"] < 1e-6
+  assert found["a step, twice"]["same"]
+  assert all(row["finite"] for row in rows if row["suite"] == "families")
+  assert json.loads((tmp_path / "bench-chip.json").read_text()) == rows
+
+
+def test_a_part_that_fails_costs_itself_alone(tmp_path, monkeypatch):
+  def parts(config):
+    return {"determinism": None, "nothing": None, "late": None}
+
+  monkeypatch.setattr(chip, "parts", parts)
+  config = {**chip.CONFIG, "families": ("no_such_model",), "budget_s": 60}
+  first, second, _ = chip.run(config, tmp_path)
+  assert "stopped" in first["name"] and "no_such_model" in first["name"]
+  assert "nothing" in second["name"]
+  late = chip.run({**config, "budget_s": 0}, tmp_path)
+  assert all("no time left" in row["name"] for row in late)

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from roli_jax import attacks, convert, data, evaluate, keys, models, step
-from roli_jax.bench import passes
+from roli_jax import attacks, data, evaluate, keys, models, step
+from roli_jax.bench import passes, workload
 from roli_jax.bench.timing import Row, row
 from roli_jax.threat import ThreatModel
 from roli_jax.types import Variables
@@ -20,16 +20,19 @@ def searches(config: Mapping[str, Any]) -> Iterator[Row]:
   On the shipped network all of AutoAttack, each attack alone on all images;
   on a random ViT-S/16 at 224 a few steps, for the rate of passes.
   """
-  bundle = convert.load(convert.find("glyph_vit", "robust"))
+  model, variables = workload.shipped()
   letters = data.build("letters", "val").take(
     np.arange(config["attack_images"])
   )
-  variables = (bundle.params, bundle.stats)
   images, labels = letters.pixels(), letters.labels
   parts = attacks.AutoAttack(ThreatModel("linf", 0.1)).parts
-  yield from _searched("8x8", bundle.model, variables, images, labels, parts)
-  if not config["attack_images_224"]:
-    return
+  yield from _searched("8x8", model, variables, images, labels, parts)
+  if config["attack_images_224"]:
+    yield from at_224(config)
+
+
+def at_224(config: Mapping[str, Any]) -> Iterator[Row]:
+  """A few steps of each part on a random ViT-S/16, for the rate of passes."""
   model = models.create("vit_s16", 1000)
   shape = (config["attack_images_224"], 224, 224, 3)
   images = np.random.default_rng(0).uniform(size=shape).astype(np.float32)

@@ -7,6 +7,7 @@ import numpy as np
 
 from roli_jax import (
   attacks,
+  convert,
   keys,
   losses,
   models,
@@ -17,6 +18,7 @@ from roli_jax import (
 )
 from roli_jax.optim import schedules
 from roli_jax.threat import ThreatModel
+from roli_jax.types import Variables
 
 NUM_STEPS = 7  # of PGD in a training step, as in RoLI
 EPS = 0.1  # its radius, in Linf
@@ -24,6 +26,12 @@ EPS = 0.1  # its radius, in Linf
 Batch = dict[str, np.ndarray]
 # `(state, batch, key) -> (state, counts)`
 TrainStep = Callable[..., tuple[state.TrainState, Any]]
+
+
+def shipped() -> tuple[models.Model, Variables]:
+  """The robust network that comes with the package, and its variables."""
+  bundle = convert.load(convert.find("glyph_vit", "robust"))
+  return bundle.model, (bundle.params, bundle.stats)
 
 
 def random_batch(model: models.Model, size: int) -> Batch:

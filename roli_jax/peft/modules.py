@@ -91,7 +91,7 @@ def lora_kernel(
   scale: float | int,
   a_init: Init,
   passing: bool = False,
-) -> Float[Array, "i j c d"]:
+) -> Float[Array | np.ndarray, "i j c d"]:
   """Returns a convolution's kernel plus scale a b.
 
   Args:
