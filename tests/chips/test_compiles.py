@@ -54,8 +54,10 @@ def can_be(case):
   """Whether the config's rules allow it."""
   has_tokens = case["backbone"] in ("glyph_vit_token", "glyph_clip",
                                     "glyph_swin")  # fmt: skip
+  has_statistics = case["backbone"] in ("glyph_resnet", "glyph_wrn")
   return (
     (case["method"] != "vpt" or has_tokens)
+    and (case["loss"] != "twins" or has_statistics)
     and (case["method"] == "autolora") == (case["loss"] == "autolora")
     and (case["rules"] != "megatron" or "_vit" in case["backbone"])
   )
