@@ -29,7 +29,6 @@ from roli_jax import attacks, evaluate, keys, models, peft, step
 from roli_jax.bench import searches, timing, workload
 from roli_jax.bench.timing import Row, row
 from roli_jax.plan import chips, compiler
-from roli_jax.threat import ThreatModel
 
 CONFIG: dict[str, Any] = {
   "budget_s": 480.0,  # of all parts together
@@ -75,11 +74,10 @@ def _numbers(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     both = jax.jit(step.make_both(model))
     features, logits = both(variables, images)
   labels = np.asarray(logits.argmax(-1))
-  predict, threat = step.make_predict(model), ThreatModel("linf", _EPS)
-  pgd = attacks.build("pgd", threat, num_steps=workload.NUM_STEPS)
+  predict, pgd = step.make_predict(model), workload.attack(eps=_EPS)
   judge = functools.partial(evaluate.run, predict, images, labels)
   found = judge(pgd, params=variables)
-  broken = judge(attacks.build("autoattack", threat), params=variables)
+  broken = judge(attacks.build("autoattack", pgd.threat), params=variables)
   return {
     "features": np.asarray(features),
     "logits": np.asarray(logits),

@@ -45,9 +45,9 @@ def random_batch(model: models.Model, size: int) -> Batch:
   }
 
 
-def attack(loss: str = "ce") -> attacks.Attack:
-  """The step's PGD, which raises this surrogate."""
-  threat = ThreatModel("linf", EPS)
+def attack(loss: str = "ce", eps: float = EPS) -> attacks.Attack:
+  """The step's PGD, which raises this surrogate within this radius."""
+  threat = ThreatModel("linf", eps)
   return attacks.build("pgd", threat, num_steps=NUM_STEPS, loss=loss)
 
 
