@@ -262,8 +262,11 @@ def _make_attack(
       return scaled(logits_fn, images, target, image_keys)
     # Every other image: both halves of every device's part, so that none of
     # them has to move.
+    # (By pairs, and not by a stride: GPUs' compilers abort at strided labels
+    # that feed a product, jaxlib 0.10.2.)
     halves = images.reshape(-1, 2, *images.shape[1:])
-    adv = scaled(logits_fn, halves[:, 0], labels[::2], image_keys[::2])
+    first = labels.reshape(-1, 2)[:, 0], image_keys.reshape(-1, 2)[:, 0]
+    adv = scaled(logits_fn, halves[:, 0], *first)
     return jnp.stack([adv, halves[:, 1]], 1).reshape(images.shape)
 
   return attack_batch
