@@ -23,7 +23,7 @@ test-all: $(VENV)/ready-test
 # Toys of everything, compiled by the compilers of TPUs and GPUs, without any.
 CHIPS ?= .venv-chips
 test-chips: $(CHIPS)/ready
-	JAX_ENABLE_COMPILATION_CACHE=false $(CHIPS)/bin/python -m pytest -n 2 --dist loadgroup -m chips tests/chips
+	JAX_ENABLE_COMPILATION_CACHE=false timeout 1500 $(CHIPS)/bin/python -m pytest -n 2 --dist loadgroup -m chips tests/chips
 
 bench: $(VENV)/ready
 	$(RUN) -m roli_jax.main --mode=bench --config=configs/bench.py
