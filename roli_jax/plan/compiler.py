@@ -77,7 +77,14 @@ def main(asked: str, answer: str) -> None:
     file.write_text(json.dumps({"refused": str(error)}))
     return
   text = lowered.as_text()
-  versions = [target.name, os.environ.get("XLA_FLAGS", ""), *_versions()]
+  # What is counted hangs on the turns, which the program has as data.
+  turns = order.get("turns", 1)
+  versions = [
+    target.name,
+    str(turns),
+    os.environ.get("XLA_FLAGS", ""),
+    *_versions(),
+  ]
   digest = hashlib.sha256("\n".join([text, *versions]).encode()).hexdigest()[
     :32
   ]
@@ -89,7 +96,7 @@ def main(asked: str, answer: str) -> None:
     return
   started = time.perf_counter()
   try:
-    result = describe(_compile(lowered), target, order.get("turns", 1))
+    result = describe(_compile(lowered), target, turns)
   except jax.errors.JaxRuntimeError as error:
     result = failure(str(error))
   result["seconds_compiling"] = time.perf_counter() - started

@@ -87,6 +87,11 @@ def of(model: Model, method: Method) -> Cost:
   )
 
 
+def num_bytes(tree: PyTree) -> int:
+  """The bytes of a tree of arrays, or of their shapes."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def shapes(model: Model) -> Params:
   """The shapes of the model's parameters, backbones found again."""
   params = _shapes(_bare(model))[0]

@@ -57,7 +57,9 @@ def make(
   suggestion = None
   if overflowing:
     first = overflowing[0]
-    suggestion = _suggestion(config, first, made[first], target, folder)
+    suggestion = _suggestion(
+      config, first, listed[first], made[first], target, folder
+    )
   return {
     "target": name,
     "kind": target.kind,
@@ -103,6 +105,7 @@ def _fits(result: Mapping[str, Any], target: chips.Target) -> bool:
 def _suggestion(
   config: Mapping[str, Any],
   number: int,
+  one: programs.Planned,
   result: Mapping[str, Any],
   target: chips.Target,
   folder: pathlib.Path,
@@ -114,8 +117,6 @@ def _suggestion(
   peak to it, before the change. The first change that then fits is compiled; if
   the compiler disagrees, None.
   """
-  run = shapes.planned(config)
-  one = programs.listed(run, expand_stages(run))[number]
   now = _estimate(config, one, target)
   factor = max((result["peak_bytes"] or 0) / now, 1.0)
   ranked = []
@@ -183,19 +184,17 @@ def _estimate(
   each = cost.of(model, method)
   images = config["eval_batch_size"]
   if one.attack is not None:
-    return _bytes(params) + each.attack.kept * -(-images // target.num_devices)
+    return cost.num_bytes(params) + each.attack.kept * -(
+      -images // target.num_devices
+    )
   section = config[stage.name]
   images = section["batch_size"] // section.get("accumulate", 1)
   trained, _ = method.split(params)
   tx = build_optimizer(run, stage, method.labels(params))
-  state = _bytes((params, trained, jax.eval_shape(tx.init, trained)))
+  state = cost.num_bytes((params, trained, jax.eval_shape(tx.init, trained)))
   if run.rules:
     state //= target.num_devices
   return state + each.activations * -(-images // target.num_devices)
-
-
-def _bytes(tree: Any) -> int:
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def tables(chip: Mapping[str, Any]) -> list[Table]:

@@ -82,9 +82,9 @@ def _costs(run, stages):
   return {
     "flops_per_image_forward": one.forward,
     "bytes": {
-      "params": _bytes(params),
-      "trainable": _bytes(trained),
-      "optimizer": _bytes(jax.eval_shape(tx.init, trained)),
+      "params": cost.num_bytes(params),
+      "trainable": cost.num_bytes(trained),
+      "optimizer": cost.num_bytes(jax.eval_shape(tx.init, trained)),
       "activations": one.activations * batch,
     },
     "hours": {
@@ -205,7 +205,3 @@ def _flops(run: Run, stage: Stage) -> int:
     + validated * validation
     + tested * test
   )
-
-
-def _bytes(tree: Any) -> int:
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -54,7 +54,7 @@ def listed(run: Run, stages: Sequence[Stage]) -> list[Planned]:
       else:
         # Radii and step sizes are data: others are the same program.
         static = jax.tree.structure(one.attack)
-        kind = (one.name, build_model(run, stage), static)
+        kind = (one.name, build_model(run, stage), static, one.turns)
       if kind in found:
         times = found[kind].times + one.times
         one = dataclasses.replace(found[kind], times=times)
