@@ -28,14 +28,14 @@ def stream(
 
 
 def per_image(
-  key: Key[Array, ""], indices: Integer[Array | np.ndarray, "b"]
+  key: Key[Array, ""], indices: Integer[Array | np.ndarray, " b"]
 ) -> Keys:
   """Returns one key for each image, from its index in the data set alone."""
   return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
 
 
 def fold(
-  keys: Keys, data: str | int | Integer[Array, ""] | Integer[Array, "b"]
+  keys: Keys, data: str | int | Integer[Array, ""] | Integer[Array, " b"]
 ) -> Keys:
   """Returns each image's key for a purpose.
 

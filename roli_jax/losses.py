@@ -17,7 +17,7 @@ import numpy as np
 from roli_jax.types import Array, Bool, Float, Integer, Labels, Logits
 
 
-def correct(logits: Logits, labels: Labels) -> Bool[Array, "b"]:
+def correct(logits: Logits, labels: Labels) -> Bool[Array, " b"]:
   """Whether each image's largest logit is its label's.
 
   A tie goes to the lower class. Logits that rank nothing are not correct.
@@ -38,17 +38,17 @@ def is_ranking(
   return ~strange.any(-1) & (logits > -xp.inf).any(-1)
 
 
-def cross_entropy(logits: Logits, labels: Labels) -> Float[Array, "b"]:
+def cross_entropy(logits: Logits, labels: Labels) -> Float[Array, " b"]:
   """-log softmax of the label's logit."""
   return jax.nn.logsumexp(logits, axis=-1) - own(logits, labels)
 
 
-def margin(logits: Logits, labels: Labels) -> Float[Array, "b"]:
+def margin(logits: Logits, labels: Labels) -> Float[Array, " b"]:
   """The best other logit minus the label's: positive where misclassified."""
   return _others(logits, labels).max(-1) - own(logits, labels)
 
 
-def kl(logits: Logits, target: Logits) -> Float[Array, "b"]:
+def kl(logits: Logits, target: Logits) -> Float[Array, " b"]:
   """KL(softmax(target) || softmax(logits)), TRADES' inner loss."""
   log_p = jax.nn.log_softmax(target)
   apart = log_p - jax.nn.log_softmax(logits)
@@ -57,7 +57,7 @@ def kl(logits: Logits, target: Logits) -> Float[Array, "b"]:
   return (jnp.exp(log_p) * jnp.where(masked, 0, apart)).sum(-1)
 
 
-def log_odds(logits: Logits, labels: Labels) -> Float[Array, "b"]:
+def log_odds(logits: Logits, labels: Labels) -> Float[Array, " b"]:
   """log((1 - p) / p) for the label's probability p; CE is its softplus.
 
   Raising it raises cross-entropy: the gradients of an image point the same
@@ -69,7 +69,7 @@ def log_odds(logits: Logits, labels: Labels) -> Float[Array, "b"]:
   return others - own(logits, labels)
 
 
-def dlr(logits: Logits, labels: Labels) -> Float[Array, "b"]:
+def dlr(logits: Logits, labels: Labels) -> Float[Array, " b"]:
   """The difference of logits ratio (Croce and Hein 2020a, eq. 6).
 
   The margin over the distance from the largest logit to the third: the same
@@ -84,14 +84,14 @@ def dlr(logits: Logits, labels: Labels) -> Float[Array, "b"]:
 
 def margin_towards(
   logits: Logits, labels: Labels, targets: Labels
-) -> Float[Array, "b"]:
+) -> Float[Array, " b"]:
   """The target's logit minus the label's."""
   return own(logits, targets) - own(logits, labels)
 
 
 def cross_entropy_towards(
   logits: Logits, labels: Labels, targets: Labels
-) -> Float[Array, "b"]:
+) -> Float[Array, " b"]:
   """log softmax of the target's logit."""
   del labels
   return -cross_entropy(logits, targets)
@@ -99,7 +99,7 @@ def cross_entropy_towards(
 
 def dlr_towards(
   logits: Logits, labels: Labels, targets: Labels
-) -> Float[Array, "b"]:
+) -> Float[Array, " b"]:
   """The targeted difference of logits ratio (Croce and Hein 2020a, eq. 7).
 
   The margin to the target over the distance from the largest logit to the
@@ -114,8 +114,8 @@ def dlr_towards(
 
 
 def _ratio(
-  gap: Float[Array, "b"], width: Float[Array, "b"]
-) -> Float[Array, "b"]:
+  gap: Float[Array, " b"], width: Float[Array, " b"]
+) -> Float[Array, " b"]:
   """Returns gap / width; the gap alone where too many classes are masked."""
   # Chosen before dividing: gradients of gap / inf are 0 / inf and inf / inf.
   few = jnp.isinf(width)
@@ -136,7 +136,7 @@ def _is_own(logits: Logits, labels: Labels) -> Bool[Array, "b k"]:
   return jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
 
 
-def own(logits: Logits, labels: Labels) -> Float[Array, "b"]:
+def own(logits: Logits, labels: Labels) -> Float[Array, " b"]:
   """Each image's logit of its label."""
   return jnp.where(_is_own(logits, labels), logits, 0).sum(-1)
 
@@ -146,7 +146,7 @@ def _others(logits: Logits, labels: Labels) -> Float[Array, "b k"]:
   return jnp.where(_is_own(logits, labels), -jnp.inf, logits)
 
 
-def _same(values: Float[Array, "b"]) -> Float[Array, "b"]:
+def _same(values: Float[Array, " b"]) -> Float[Array, " b"]:
   return values
 
 
@@ -160,8 +160,8 @@ class Surrogate:
     loss: `[b] -> [b]`, the loss from that, for means over images.
   """
 
-  climb: Callable[..., Float[Array, "b"]]
-  loss: Callable[[Float[Array, "b"]], Float[Array, "b"]] = _same
+  climb: Callable[..., Float[Array, " b"]]
+  loss: Callable[[Float[Array, " b"]], Float[Array, " b"]] = _same
 
 
 SURROGATES = {
@@ -196,7 +196,7 @@ class Objective(Protocol):
 
   def __call__(
     self, *, clean: Logits | None, adv: Logits, labels: Labels
-  ) -> Float[Array, "b"]: ...
+  ) -> Float[Array, " b"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Clean:
 
   def __call__(
     self, *, clean: Logits | None, adv: Logits, labels: Labels
-  ) -> Float[Array, "b"]:
+  ) -> Float[Array, " b"]:
     del clean
     return cross_entropy(adv, labels)
 
@@ -263,7 +263,7 @@ class Trades(_TwoTerms):
 
   def __call__(
     self, *, clean: Logits | None, adv: Logits, labels: Labels
-  ) -> Float[Array, "b"]:
+  ) -> Float[Array, " b"]:
     assert clean is not None
     return cross_entropy(clean, labels) + self.beta * kl(adv, clean)
 
@@ -286,7 +286,7 @@ class Mart(_TwoTerms):
 
   def __call__(
     self, *, clean: Logits | None, adv: Logits, labels: Labels
-  ) -> Float[Array, "b"]:
+  ) -> Float[Array, " b"]:
     assert clean is not None
     rival = jnp.exp(_others(jax.nn.log_softmax(adv), labels).max(-1))
     bce = cross_entropy(adv, labels) - jnp.log(1.0001 - rival)

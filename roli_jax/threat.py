@@ -119,7 +119,7 @@ class ThreatModel:
 
   def distance(
     self, images: Images, origin: Images
-  ) -> Float[Array | np.ndarray, "b"]:
+  ) -> Float[Array | np.ndarray, " b"]:
     """Returns the norm of each image's offset, [b]; NumPy in, NumPy out."""
     offset: Any = (images - origin).reshape(len(images), -1)
     if self.norm == "linf":
@@ -160,7 +160,7 @@ class ThreatModel:
 TINY = 1e-12  # guards divisions by a norm
 
 
-def near_one(grads: Images, *others: Float[Array, "b"]) -> Any:
+def near_one(grads: Images, *others: Float[Array, " b"]) -> Any:
   """Scales each image's gradients so that the largest is in [0.5, 1).
 
   Squares of gradients of 1e-25 or 1e25 are 0 or inf in float32. The factors are

@@ -20,6 +20,7 @@ from roli_jax import (
 )
 from roli_jax.experiment import ensembles_run, stage_tests
 from roli_jax.experiment.build import build_model
+from roli_jax.experiment.measure import Corruption
 from roli_jax.experiment.run import build_run, expand_stages
 from roli_jax.experiment.start_and_resume import initial_variables
 from roli_jax.results import record
@@ -107,7 +108,7 @@ def test_no_frontier_is_drawn_of_what_has_no_alpha(whole):
 def test_a_corruption_is_of_the_image_and_not_of_its_place(whole):
   _, made, _ = whole
   source = made.data["test"]
-  test = protocol.Corruption("glyph_noise", 3)
+  test = Corruption("glyph_noise", 3)
   rows = np.array([7, 3, 11])
   some = test.pixels(source, rows)
   np.testing.assert_array_equal(some, test.pixels(source, np.arange(12))[rows])
@@ -120,7 +121,7 @@ def test_the_guide_corrupts_each_image_by_one_type(whole):
   _, made, _ = whole
   source = made.data["test"]
   rows = np.array([0, 200])
-  corrupted = protocol.Corruption("guide", 3).pixels(source, rows)
+  corrupted = Corruption("guide", 3).pixels(source, rows)
   for k, name in enumerate(("shot_noise", "zoom_blur")):
     assert corruptions.guide(int(rows[k]), len(source)) == name
     index = int(source.indices[rows[k]])

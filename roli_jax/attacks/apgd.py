@@ -171,7 +171,7 @@ class Apgd(search.Search[ApgdState]):
     return jobs.noisy_start(job, threat, job.eps)
 
   def step(self, classify: Classify, job: Job, state: ApgdState) -> ApgdState:
-    def climb(logits: Logits) -> Float[Array, "b"]:
+    def climb(logits: Logits) -> Float[Array, " b"]:
       if self.num_targets:
         return losses.TOWARDS[self.loss](logits, job.labels, job.targets)
       return losses.SURROGATES[self.loss].climb(logits, job.labels)
@@ -313,9 +313,9 @@ class ApgdMaxLoss(Apgd):
 
 def _seen(
   state: ApgdState,
-  value: Float[Array, "b"],
+  value: Float[Array, " b"],
   grads: Images,
-  wrong: Bool[Array, "b"],
+  wrong: Bool[Array, " b"],
 ) -> ApgdState:
   """Enters the iterate's value, gradient and verdict into the state."""
   best, best_grads, best_value = search.where(
@@ -385,12 +385,12 @@ def _stages(
   return radius_of, next_radius_of, firsts, lasts, checks
 
 
-def _changed(images: Images, origin: Images) -> Float[Array, "b"]:
+def _changed(images: Images, origin: Images) -> Float[Array, " b"]:
   """Counts the values of each image that differ from the clean one's."""
   return (images != origin).reshape(len(images), -1).sum(1).astype(images.dtype)
 
 
-def _sparse_signs(grads: Images, share: Float[Array, "b"]) -> Images:
+def _sparse_signs(grads: Images, share: Float[Array, " b"]) -> Images:
   """Returns the signs of each image's largest gradients, of unit L1 norm.
 
   Args:

@@ -29,7 +29,7 @@ def static(default: Any) -> Any:
   return dataclasses.field(default=default, metadata=trees.STATIC)
 
 
-def where(rows: Bool[Array, "b"], yes: T, no: T) -> T:
+def where(rows: Bool[Array, " b"], yes: T, no: T) -> T:
   """The rows of `yes` where the mask is true, and those of `no` elsewhere.
 
   Args:
@@ -41,7 +41,7 @@ def where(rows: Bool[Array, "b"], yes: T, no: T) -> T:
 
 
 def at_pixels(
-  rows: Bool[Array, "b"], like: jax.Array | np.ndarray
+  rows: Bool[Array, " b"], like: jax.Array | np.ndarray
 ) -> Bool[Array, "b ..."]:
   """The mask with as many axes as `like` has, so that the two broadcast."""
   return rows.reshape(-1, *(1,) * (like.ndim - 1))

@@ -24,7 +24,7 @@ BACK = 0.9  # share of the offset that is kept after a crossing (beta)
 
 # The distance of a class's linearised boundary, the gap of logits to it, and
 # the gradient of that gap.
-_Boundary = tuple[Float[Array, "b"], Float[Array, "b"], Images]
+_Boundary = tuple[Float[Array, " b"], Float[Array, " b"], Images]
 
 
 @trees.tree_class
@@ -95,7 +95,7 @@ class Fab(search.Search[FabState]):
       distance=jnp.full_like(fresh["merit"], jnp.inf),
     )
 
-  def retract(self, state: FabState, rows: Bool[Array, "b"]) -> FabState:
+  def retract(self, state: FabState, rows: Bool[Array, " b"]) -> FabState:
     state = super().retract(state, rows)
     distance = jnp.where(rows, jnp.inf, state.distance)
     return dataclasses.replace(state, distance=distance)
@@ -148,13 +148,13 @@ class Fab(search.Search[FabState]):
 
 def _towards(
   classify: Classify, job: Job, x: Images, draws: Keys
-) -> tuple[Float[Array, "b"], Images]:
+) -> tuple[Float[Array, " b"], Images]:
   """Returns the target's logit minus the label's, and its gradient in x.
 
   Both are scaled by the same power of two for each image, see `near_one`.
   """
 
-  def value(x: Images) -> tuple[Float[Array, ""], Float[Array, "b"]]:
+  def value(x: Images) -> tuple[Float[Array, ""], Float[Array, " b"]]:
     gap = losses.margin_towards(classify(x, draws), job.labels, job.targets)
     return gap.sum(), gap
 
@@ -165,7 +165,7 @@ def _towards(
 
 def _nearest(
   classify: Classify, job: Job, x: Images, draws: Keys, norm: str
-) -> tuple[Float[Array, "b"], Images]:
+) -> tuple[Float[Array, " b"], Images]:
   """As `_towards`, for the class whose linearised boundary is nearest.
 
   It looks at one class after the other, so that memory does not grow with their

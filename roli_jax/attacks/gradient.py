@@ -27,7 +27,7 @@ KEEP = ("sample", "batch", "last")
 TRADES_START = 1e-3  # standard deviation of TRADES' start, in pixel values
 
 # Images and the value of what each of them climbs.
-Candidates = tuple[Images, Float[Array, "b"]]
+Candidates = tuple[Images, Float[Array, " b"]]
 
 
 @jax.tree_util.register_dataclass
@@ -162,7 +162,7 @@ class Pgd(base.Attack):
     return self.threat.sample(keys, images)
 
   def _better(
-    self, best: Candidates, x: Images, values: Float[Array, "b"]
+    self, best: Candidates, x: Images, values: Float[Array, " b"]
   ) -> Candidates:
     """The better of two candidates of each image; a tie keeps the first."""
     best_x, best_values = best

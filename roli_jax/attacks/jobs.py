@@ -107,7 +107,7 @@ def make_job(
 
 
 def noisy_start(
-  job: Job, threat: ThreatModel, radius: Float[Array, "b"]
+  job: Job, threat: ThreatModel, radius: Float[Array, " b"]
 ) -> Images:
   """Returns the clean images plus noise of given length, clipped to the box.
 

@@ -38,11 +38,11 @@ S = TypeVar("S", bound=State)
 Classify = Callable[[Images, Keys], Logits]
 
 # The best image of all jobs so far, its merit, and whether the search is over.
-_BestJob = tuple[Images, Float[Array, "b"], Bool[Array, "b"]]
+_BestJob = tuple[Images, Float[Array, " b"], Bool[Array, " b"]]
 # The values that are climbed, their gradients, and who is misclassified: in a
 # draw 1 or 0, over all draws a bool.
-_Draw = tuple[Float[Array, "b"], Images, Float[Array, "b"]]
-Ascent = tuple[Float[Array, "b"], Images, Bool[Array, "b"]]
+_Draw = tuple[Float[Array, " b"], Images, Float[Array, " b"]]
+Ascent = tuple[Float[Array, " b"], Images, Bool[Array, " b"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Search(base.Attack, Generic[S]):
   def reachable(
     self,
     logits: Float[Array | np.ndarray, "b k"],
-    targets: Integer[Array | np.ndarray, "b"],
-  ) -> Bool[Array | np.ndarray, "b"]:
+    targets: Integer[Array | np.ndarray, " b"],
+  ) -> Bool[Array | np.ndarray, " b"]:
     """Returns for which images a job towards its target can succeed.
 
     It can't towards a class whose clean logit is -inf: that class is masked.
@@ -136,7 +136,7 @@ class Search(base.Attack, Generic[S]):
     """Takes one step of each job and returns its state."""
     raise NotImplementedError
 
-  def retract(self, state: S, rows: Bool[Array, "b"]) -> S:
+  def retract(self, state: S, rows: Bool[Array, " b"]) -> S:
     """Lets jobs go on whose image proved to be no break.
 
     Args:
@@ -290,7 +290,7 @@ def keyed(logits_fn: Callable[..., Logits], stochastic: bool) -> Classify:
 
 
 def ascent(
-  climb: Callable[[Logits], Float[Array, "b"]],
+  climb: Callable[[Logits], Float[Array, " b"]],
   classify: Classify,
   images: Images,
   labels: Labels,
@@ -318,7 +318,7 @@ def ascent(
 
   def values(
     x: Images, draw_keys: Keys
-  ) -> tuple[Float[Array, ""], tuple[Float[Array, "b"], Bool[Array, "b"]]]:
+  ) -> tuple[Float[Array, ""], tuple[Float[Array, " b"], Bool[Array, " b"]]]:
     logits = classify(x, draw_keys)
     value = climb(logits)
     return value.sum(), (value, ~losses.correct(logits, labels))

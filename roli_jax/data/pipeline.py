@@ -84,7 +84,7 @@ def _with_chance(row: int, rng: np.random.Generator) -> np.ndarray:
   return np.array([row, rng.integers(2**62)])
 
 
-def _plain(source: Source, rows: Integer[np.ndarray, "b"]) -> Batch:
+def _plain(source: Source, rows: Integer[np.ndarray, " b"]) -> Batch:
   """Takes the images at these positions as they are."""
   return _batch(source, rows, source.images[rows])
 

@@ -171,8 +171,8 @@ def num_cores() -> int:
 
 
 def stratified(
-  labels: Integer[np.ndarray, "n"], first: int, second: int, seed: int
-) -> tuple[Integer[np.ndarray, "a"], Integer[np.ndarray, "b"]]:
+  labels: Integer[np.ndarray, " n"], first: int, second: int, seed: int
+) -> tuple[Integer[np.ndarray, " a"], Integer[np.ndarray, " b"]]:
   """Draws disjoint positions, each part with the classes' shares.
 
   Args:

@@ -288,7 +288,7 @@ def _check_fit(
     )
 
 
-def vrf_distance(state: VrfState, ft_feats: Features) -> Float[Array, "b"]:
+def vrf_distance(state: VrfState, ft_feats: Features) -> Float[Array, " b"]:
   """Measures from each image's unit features to the bank's k-th nearest member.
 
   It is 2 - 2 cos where squared, else its root. Features that are all 0 have no

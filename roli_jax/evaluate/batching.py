@@ -307,7 +307,7 @@ class _Pool:
 
   def _packed(
     self, size: int, places: np.ndarray, running: _Running, num_fresh: int
-  ) -> tuple[Job, State, Bool[Array, "b"]]:
+  ) -> tuple[Job, State, Bool[Array, " b"]]:
     """All jobs at their places, states, and which of them are to begin."""
     is_new = np.arange(len(places)) >= len(places) - num_fresh
     used = np.ones(len(places), bool)
@@ -382,12 +382,12 @@ def _pack(
   attack: Search,
   key: Key[Array, ""],
   pool: tuple[Job, State],
-  order: Int[Array, "b"],
-  retract: Bool[Array, "b"],
-  fresh: Bool[Array, "b"],
-  used: Bool[Array, "b"],
+  order: Int[Array, " b"],
+  retract: Bool[Array, " b"],
+  fresh: Bool[Array, " b"],
+  used: Bool[Array, " b"],
   news: Mapping[str, jax.Array],
-) -> tuple[Job, State, Bool[Array, "b"]]:
+) -> tuple[Job, State, Bool[Array, " b"]]:
   """The pool in another order, with new jobs, ready to go on.
 
   Args:
@@ -418,8 +418,8 @@ def _advance(
   most: int | Int[Array, ""],
   job: Job,
   state: State,
-  fresh: Bool[Array, "b"],
-) -> tuple[tuple[Job, State], Int[Array, "groups"]]:
+  fresh: Bool[Array, " b"],
+) -> tuple[tuple[Job, State], Int[Array, " groups"]]:
   """Takes at most so many steps of each job; fresh ones begin first.
 
   Returns:
@@ -428,7 +428,7 @@ def _advance(
   """
 
   def go_on(
-    whole: PyTree, job: Job, state: State, fresh: Bool[Array, "b"]
+    whole: PyTree, job: Job, state: State, fresh: Bool[Array, " b"]
   ) -> tuple[State, Int[Array, "1"]]:
     attack, params, most = whole
     state = search.where(fresh, attack.begin(job), state)

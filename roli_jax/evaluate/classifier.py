@@ -270,7 +270,7 @@ def _attack(
   dtype: str | None,
   whole: tuple[Any, PyTree, Key[Array, ""]],
   examples: Examples,
-  eps: Float[Array, "b"],
+  eps: Float[Array, " b"],
 ) -> Images:
   """The images that an attack of one call finds; `whole` has it first."""
   attack, params, key = whole
@@ -290,7 +290,7 @@ def _slopes(
   dtype: str | None,
   whole: tuple[PyTree, Key[Array, ""]],
   examples: Examples,
-) -> tuple[Bool[Array, "b"], Bool[Array, "b"], Float[Array, "b"]]:
+) -> tuple[Bool[Array, " b"], Bool[Array, " b"], Float[Array, " b"]]:
   """See `Classifier.slopes`."""
   params, key = whole
   image_keys = keys.per_image(key, examples.indices)
@@ -310,14 +310,14 @@ def _judge(
   draws: int,
   whole: tuple[PyTree, Key[Array, ""]],
   examples: Examples,
-) -> tuple[Bool[Array, "b"], Float[Array, "b"], Logits]:
+) -> tuple[Bool[Array, " b"], Float[Array, " b"], Logits]:
   """See `Classifier.judge`."""
   params, key = whole
   image_keys = keys.per_image(key, examples.indices)
 
   def draw(
     k: int | Int[Array, ""],
-  ) -> tuple[Float[Array, "b"], Float[Array, "b"], Logits]:
+  ) -> tuple[Float[Array, " b"], Float[Array, " b"], Logits]:
     draw_keys = keys.fold(image_keys, k)
     with jax.default_matmul_precision("highest"):
       logits = fn(params, examples.images, draw_keys)

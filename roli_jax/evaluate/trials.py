@@ -123,10 +123,10 @@ def _climb(
   images: Images,
   labels: Labels,
   image_keys: Keys,
-) -> tuple[Float[Array, "b"], Images]:
+) -> tuple[Float[Array, " b"], Images]:
   """Each image's loss as attacks climb it, and its gradient in the pixels."""
 
-  def values(x: Images) -> tuple[Float[Array, ""], Float[Array, "b"]]:
+  def values(x: Images) -> tuple[Float[Array, ""], Float[Array, " b"]]:
     with jax.default_matmul_precision("highest"):
       logits = fn(params, x, image_keys)
     value = losses.SURROGATES[loss].climb(logits, labels)

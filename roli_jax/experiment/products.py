@@ -78,8 +78,8 @@ def _examples(run: Run, stage: Stage, variables: Variables) -> dict[str, Any]:
 
   @jax.jit
   def attacked(
-    images: Images, labels: Labels, indices: Integer[jax.Array, "b"]
-  ) -> tuple[Images, Int[jax.Array, "b"], Int[jax.Array, "b"]]:
+    images: Images, labels: Labels, indices: Integer[jax.Array, " b"]
+  ) -> tuple[Images, Int[jax.Array, " b"], Int[jax.Array, " b"]]:
     image_keys = keys.per_image(key, indices)
     adv = attack(logits_fn, images, labels, image_keys)
     return adv, logits_fn(images).argmax(-1), logits_fn(adv).argmax(-1)

@@ -243,8 +243,8 @@ class PatchEmbed(nn.Module):
 
 
 def drop_path(
-  module: nn.Module, x: Float[Array, "b *any"], rate: Rate
-) -> Float[Array, "b *any"]:
+  module: nn.Module, x: Float[Array, " b *any"], rate: Rate
+) -> Float[Array, " b *any"]:
   """x, or in training for a share of the images zero (Huang et al. 2016).
 
   What stays is scaled to keep the mean. Training is where the module has keys

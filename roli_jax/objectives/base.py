@@ -50,7 +50,7 @@ class LossOutput:
     memory: the criterion's tree of arrays after the batch.
   """
 
-  values: Float[Array, "b"]
+  values: Float[Array, " b"]
   logits: Logits
   stats: PyTree
   memory: PyTree

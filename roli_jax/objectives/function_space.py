@@ -18,18 +18,18 @@ from roli_jax.objectives.base import Batch, Forward
 from roli_jax.types import Array, Float, Images, Keys, Logits, Params, PyTree
 
 
-def symmetric_kl(logits: Logits, target: Logits) -> Float[Array, "b"]:
+def symmetric_kl(logits: Logits, target: Logits) -> Float[Array, " b"]:
   """Returns the mean of KL both ways."""
   return (losses.kl(logits, target) + losses.kl(target, logits)) / 2
 
 
-def centred_l2(logits: Logits, target: Logits) -> Float[Array, "b"]:
+def centred_l2(logits: Logits, target: Logits) -> Float[Array, " b"]:
   """Returns the squared distance of logits after subtracting their means."""
   apart = logits - target
   return jnp.sum((apart - apart.mean(-1, keepdims=True)) ** 2, -1)
 
 
-DISTANCES: dict[str, Callable[[Logits, Logits], Float[Array, "b"]]] = {
+DISTANCES: dict[str, Callable[[Logits, Logits], Float[Array, " b"]]] = {
   "kl": losses.kl,
   "symmetric_kl": symmetric_kl,
   "l2": centred_l2,
@@ -126,7 +126,7 @@ class FunctionSpace:
     stats: PyTree,
     memory: PyTree,
     batch: Batch,
-  ) -> tuple[Float[Array, "b"], PyTree]:
+  ) -> tuple[Float[Array, " b"], PyTree]:
     predict = forward.model.logits
     shifted = self.shifted(batch)
     logits = predict(params, stats, shifted)
@@ -146,7 +146,7 @@ class FunctionSpace:
     image_keys = keys.per_image(key, batch.indices)
     return SIMULATORS[self.simulator](batch, image_keys, self.std)
 
-  def apart(self, logits: Logits, target: Logits) -> Float[Array, "b"]:
+  def apart(self, logits: Logits, target: Logits) -> Float[Array, " b"]:
     """Returns T^2 D, whose gradient keeps its size as T grows."""
     t = self.temperature
     return t**2 * DISTANCES[self.distance](logits / t, target / t)

@@ -79,7 +79,7 @@ class M2Mix:
     stats: PyTree,
     memory: PyTree,
     batch: Batch,
-  ) -> tuple[Float[Array, "b"], PyTree]:
+  ) -> tuple[Float[Array, " b"], PyTree]:
     images = batch.adv if self.images == "adv" else batch.clean
     features = forward.model.features(params, stats, images)
     loss = mixup.m2_mix_loss(

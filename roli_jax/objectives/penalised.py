@@ -38,7 +38,7 @@ class Penalty(Protocol):
     stats: PyTree,
     memory: PyTree,
     batch: Batch,
-  ) -> tuple[Float[Array, "b"], PyTree]:
+  ) -> tuple[Float[Array, " b"], PyTree]:
     """Returns each image's weighted penalty, and the memory after the batch."""
     ...
 

@@ -42,7 +42,7 @@ def _dropped(
 def _affine(
   x: Float[Array, "... d"],
   kernel: Float[Array | np.ndarray, "d e"],
-  bias: Float[Array | np.ndarray, "e"],
+  bias: Float[Array | np.ndarray, " e"],
 ) -> Float[Array, "... e"]:
   return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
