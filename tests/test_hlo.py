@@ -115,6 +115,42 @@ def test_traffic_is_what_lies_in_main_memory():
   assert hlo.count(MODULE, on_chip=False).traffic == by_hand + 4 * row
 
 
+OUTER = """
+%outer (p: f32[8,100], at: s32[]) -> f32[1,100] {
+  %p = f32[8,100]{1,0:T(8,128)} parameter(0)
+  %at = s32[] parameter(1)
+  %flat = f32[8,100]{1,0:T(8,128)} bitcast(%p)
+  ROOT %one = f32[1,100]{1,0:T(8,128)} fusion(%flat, %at), kind=kLoop, calls=%sliced
+}
+
+%renamed (p: f32[8,100]) -> f32[8,100] {
+  %p = f32[8,100]{1,0:T(8,128)} parameter(0)
+  ROOT %flat = f32[8,100]{1,0:T(8,128)} bitcast(%p)
+}
+
+%summed (p: f32[8,100]) -> f32[100] {
+  %p = f32[8,100]{1,0:T(8,128)} parameter(0)
+  %flat = f32[8,100]{1,0:T(8,128)} fusion(%p), kind=kLoop, calls=%renamed
+  ROOT %sum = f32[100]{0:T(128)} custom(%flat)
+}
+
+ENTRY"""  # noqa: E501
+
+
+def test_a_slice_inside_of_a_fusion_of_a_fusion_is_a_slice():
+  nested = MODULE.replace("calls=%sliced", "calls=%outer")
+  nested = nested.replace("\nENTRY", OUTER)
+  assert hlo.count(nested).traffic == hlo.count(MODULE).traffic
+  # What is only named anew inside is read whole by whoever uses it.
+  whole = nested.replace(
+    "calls=%updated\n",
+    "calls=%updated\n  %sum = f32[100]{0:T(128)} fusion(%new), kind=kLoop,"
+    " calls=%summed\n",
+  )
+  extra = hlo.count(whole).traffic - hlo.count(nested).traffic
+  assert extra == 3200 + 400
+
+
 def test_what_is_no_module_is_refused():
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo.count("HloModule m\n")

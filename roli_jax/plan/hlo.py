@@ -6,19 +6,18 @@ all of it: each instruction with its operands, its result, and the memory where
 these lie.
 """
 
-import collections
 import dataclasses
 import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import numpy as np
 
-# Bits of a number, by the letters and digits of its type.
-_BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
+from roli_jax.plan import hlo_text
+from roli_jax.plan.hlo_text import Array, Computation, Instruction
+
 _COLLECTIVES = (
   "all-reduce",
   "all-gather",
@@ -40,57 +39,6 @@ _FREE = (
   "replica-id",
   "opt-barrier",
 )
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
-_NAME = re.compile(r"%([\w.\-]+)")
-_HEAD = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$")
-_LINE = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
-
-
-class Array(NamedTuple):
-  """An array of a module.
-
-  Attributes:
-    dims: its shape.
-    bits: of one number.
-    space: the memory that it lies in; 0 is the chip's main memory.
-  """
-
-  dims: tuple[int, ...]
-  bits: int
-  space: int
-
-  @property
-  def bytes(self) -> int:
-    """Bytes, without what a layout pads."""
-    return math.prod(self.dims) * self.bits // 8
-
-
-class Instruction(NamedTuple):
-  """One line of a computation.
-
-  Attributes:
-    name: unique in its computation.
-    opcode: what it does, as `fusion`.
-    result: the arrays that it writes, of a tuple all of them.
-    operands: the names of what it reads.
-    rest: its attributes, as text.
-    is_root: whether its result is the computation's.
-  """
-
-  name: str
-  opcode: str
-  result: tuple[Array, ...]
-  operands: tuple[str, ...]
-  rest: str
-  is_root: bool
-
-  def called(self, attribute: str) -> list[str]:
-    """The computations that an attribute names, as `calls` or `body`."""
-    found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)", self.rest)
-    return _NAME.findall(found[1]) if found else []
-
-
-Computation = dict[str, Instruction]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +99,7 @@ class _Module:
   """A module's computations, and what each of them does."""
 
   def __init__(self, text: str, on_chip: bool, turns: int):
-    self._computations, self._entry = _parse(text)
+    self._computations, self._entry = hlo_text.parse(text)
     self._on_chip, self._turns = on_chip, turns
     self._flops = functools.cache(self._flops_of)
 
@@ -240,33 +188,58 @@ class _Module:
     updated in place, the update.
     """
     (name,) = x.called("calls")
-    fused = self._computations[name]
-    inputs = {
-      int(i.rest.split(")")[0] if not i.rest.isdigit() else i.rest): i
-      for i in fused.values()
-      if i.opcode == "parameter"
-    }
-    readers = collections.defaultdict(list)
-    for i in fused.values():
-      for operand in i.operands:
-        readers[operand].append(i)
-    total = 0
-    for at, operand in enumerate(x.operands):
-      whole = self._main(computation[operand].result)
-      uses = readers[inputs[at].name] if at in inputs else []
-      if not whole or x.operands.index(operand) != at:
-        continue
-      if uses and all(_slices(use, inputs[at].name) for use in uses):
-        whole = min(whole, sum(_sliced(fused, use) for use in uses))
-      total += whole
     written = self._main(x.result)
-    updates = [i for i in fused.values() if i.opcode == "dynamic-update-slice"]
-    for update in updates:
+    for update, inside in self._updates(name):
       whole = sum(a.bytes for a in update.result)
       if whole <= written:
-        part = sum(a.bytes for a in fused[update.operands[1]].result)
+        part = sum(a.bytes for a in inside[update.operands[1]].result)
         written += part - whole
-    return total + written
+    read = 0
+    for at, operand in enumerate(x.operands):
+      whole = self._main(computation[operand].result)
+      if whole and x.operands.index(operand) == at:
+        read += min(whole, self._read(name, at, whole))
+    return read + written
+
+  def _read(self, name: str, at: int, whole: int) -> int:
+    """Bytes that a fused computation reads of its parameter of that number.
+
+    Args:
+      name: the computation's.
+      at: the parameter's number.
+      whole: the bytes of all of the parameter.
+    """
+    fused = self._computations[name]
+    aliases = {
+      i.name
+      for i in fused.values()
+      if i.opcode == "parameter" and int(i.rest.split(")")[0]) == at
+    }
+    total, uses = 0, 0
+    for i in fused.values():
+      if not aliases.intersection(i.operands):
+        continue
+      uses += 1
+      if i.opcode == "bitcast" and not i.is_root:
+        aliases.add(i.name)
+      elif i.opcode == "fusion":
+        (inner,) = i.called("calls")
+        places = [k for k, o in enumerate(i.operands) if o in aliases]
+        total += sum(self._read(inner, k, whole) for k in places)
+      elif _slices(i, aliases):
+        total += _sliced(i)
+      else:
+        return whole
+    return total if uses else whole
+
+  def _updates(self, name: str) -> Iterator[tuple[Instruction, Computation]]:
+    """The updates in place of a fused computation, and where they stand."""
+    fused = self._computations[name]
+    for i in fused.values():
+      if i.opcode == "dynamic-update-slice":
+        yield i, fused
+      elif i.opcode == "fusion":
+        yield from self._updates(i.called("calls")[0])
 
   def _is_main(self, array: Array) -> bool:
     return not (self._on_chip and array.space)
@@ -276,13 +249,13 @@ class _Module:
     return sum(a.bytes for a in arrays if self._is_main(a))
 
 
-def _slices(use: Instruction, name: str) -> bool:
-  """Whether it reads or replaces a part of that operand."""
+def _slices(use: Instruction, names: Container[str]) -> bool:
+  """Whether it reads or replaces a part of its operand of these names."""
   parts = ("dynamic-slice", "slice", "gather", "dynamic-update-slice")
-  return use.opcode in parts and use.operands[0] == name
+  return use.opcode in parts and use.operands[0] in names
 
 
-def _sliced(fused: Computation, use: Instruction) -> int:
+def _sliced(use: Instruction) -> int:
   if use.opcode == "dynamic-update-slice":
     return 0  # what is written is counted with the result
   return sum(a.bytes for a in use.result)
@@ -295,68 +268,6 @@ def _operands(computation: Computation, x: Instruction) -> list[Array]:
     for name in dict.fromkeys(x.operands)
     for array in computation[name].result
   ]
-
-
-def _parse(text: str) -> tuple[dict[str, Computation], str]:
-  """The computations by name, and the entry's name."""
-  computations: dict[str, Computation] = {}
-  entry, current = "", None
-  for line in text.splitlines():
-    head = _HEAD.match(line)
-    if head:
-      current = computations.setdefault(head[1], {})
-      entry = head[1] if line.startswith("ENTRY") else entry
-    elif current is not None and (found := _LINE.match(line)):
-      x = _instruction(found[2], found[3], bool(found[1]))
-      current[x.name] = x
-  if not entry:
-    raise ValueError("the text is no module of XLA's: it has no ENTRY")
-  return computations, entry
-
-
-def _instruction(name: str, said: str, is_root: bool) -> Instruction:
-  end = _closing(said, 0) if said[0] == "(" else said.index(" ")
-  opcode, start = said[end:].split("(", 1)[0].strip(), said.index("(", end)
-  close = _closing(said, start)
-  inside, rest = said[start + 1 : close - 1], said[close:]
-  if opcode in ("constant", "parameter"):
-    return Instruction(name, opcode, _arrays(said[:end]), (), inside, is_root)
-  operands = tuple(_NAME.findall(inside))
-  return Instruction(name, opcode, _arrays(said[:end]), operands, rest, is_root)
-
-
-def _closing(text: str, start: int) -> int:
-  """The place behind the parenthesis that closes the one at `start`."""
-  depth = 0
-  for at in range(start, len(text)):
-    depth += (text[at] == "(") - (text[at] == ")")
-    if not depth:
-      return at + 1
-  raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
-
-
-@functools.lru_cache(65536)
-def _arrays(text: str) -> tuple[Array, ...]:
-  return tuple(
-    Array(_dims(dims), _bits(dtype), _space(layout))
-    for dtype, dims, layout in _ARRAY.findall(text)
-  )
-
-
-def _dims(text: str) -> tuple[int, ...]:
-  return tuple(int(n.lstrip("<=")) for n in text.split(",") if n)
-
-
-def _bits(dtype: str) -> int:
-  if dtype in _BITS:
-    return _BITS[dtype]
-  digits = re.match(r"[a-z]+(\d+)", dtype)
-  return int(digits[1]) if digits else 0
-
-
-def _space(layout: str) -> int:
-  found = re.search(r"S\((\d+)\)", layout)
-  return int(found[1]) if found else 0
 
 
 def _products(computation: Computation, x: Instruction) -> int:
