@@ -172,7 +172,9 @@ def backbone(name: str, weights: str, origin: str = "") -> dict:
     # bfloat16: of training and attacks; parameters, pixels and the judge of
     # attacks keep float32.
     "dtype": "float32",
-    "attention": "",  # of a ViT: fused, by cuDNN; "": the model's own
+    # Of a ViT: fused, by cuDNN. Of a ViT or Swin: looped, by head. "": looped
+    # on a TPU, elsewhere the model's own.
+    "attention": "",
     "scan": False,  # whether equal blocks are one loop: compiles faster
     "remat": False,  # whether activations are computed twice: less memory
     # Whether full fine-tuning moves batch normalisation's running statistics.

@@ -26,7 +26,8 @@ def definition(q, k, v, bias):
 
 @pytest.mark.parametrize("windows", [(), (3,)])
 @pytest.mark.parametrize("bias", [(1, 1), (2, 5)])
-def test_attention_and_its_derivatives_are_the_definitions(windows, bias):
+@pytest.mark.parametrize("kind", ["plain", "looped"])
+def test_attention_and_its_derivatives_are_the_definitions(kind, windows, bias):
   shape = (4, *windows, 5, 2, 6)
   bias = (1,) * (1 + len(windows)) + (bias[0], bias[1], bias[1])
   arrays = [normal(i, *shape) for i in range(3)] + [normal(3, *bias)]
@@ -40,7 +41,7 @@ def test_attention_and_its_derivatives_are_the_definitions(windows, bias):
 
   with jax.enable_x64(True):
     wide = [np.asarray(x, np.float64) for x in arrays]
-    ours, theirs = layers.attention, definition
+    ours, theirs = layers.ATTENTIONS[kind], definition
     np.testing.assert_allclose(ours(*wide), theirs(*wide), atol=1e-12)
     grads = [
       jax.grad(functools.partial(loss, of), (0, 1, 2, 3))(*wide)
@@ -53,7 +54,7 @@ def test_attention_and_its_derivatives_are_the_definitions(windows, bias):
     )
 
 
-@pytest.mark.parametrize("kind", ["plain", "xla"])
+@pytest.mark.parametrize("kind", ["plain", "xla", "looped"])
 def test_all_attentions_agree_in_half_precision(kind):
   exact = [normal(i, 2, 7, 2, 8) for i in range(3)]
   half = [x.astype(jnp.bfloat16) for x in exact]
@@ -84,6 +85,27 @@ def test_fused_attention_takes_odd_tokens_in_its_gradient(tokens, monkeypatch):
 
   grads = jax.eval_shape(jax.grad(loss, (0, 1, 2)), *shapes)
   assert [x.shape for x in grads] == [shapes[0].shape] * 3
+
+
+@pytest.mark.parametrize("name", ["glyph_vit_token", "glyph_swin"])
+def test_a_backbone_that_attends_by_head_is_the_same(name):
+  plain = models.create(name, 2)
+  looped = models.with_options(plain, attention="looped")
+  variables = plain.init(keys.root(0))
+  x = jnp.abs(normal(0, 3, 8, 8, 1))
+
+  def gradient(model):
+    return jax.grad(lambda x: jnp.sin(model.logits(*variables, x)).sum())(x)
+
+  expected = gradient(plain)
+  np.testing.assert_allclose(
+    gradient(looped), expected, atol=1e-5 * np.abs(expected).max()
+  )
+
+
+def test_a_swin_takes_the_attentions_that_have_a_bias():
+  with pytest.raises(ValueError, match="attention of glyph_swin"):
+    models.create("glyph_swin", 2, attention="fused")
 
 
 def test_fused_attention_says_that_it_wants_half_precision():

@@ -56,12 +56,26 @@ def check_run(run: Run, stages: Iterable[Stage]) -> None:
 
 def build_predict(run: Run, stage: Stage) -> Callable[..., Any]:
   """Returns `(variables, images) -> logits` of the stage's model."""
-  return step.make_predict(build.build_model(run, stage))
+  return step.make_predict(_on_devices(run, build.build_model(run, stage)))
 
 
 def build_both(run: Run, stage: Stage) -> Callable[..., Any]:
   """Returns `(variables, images) -> (features, logits)` of that model."""
-  return step.make_both(build.build_model(run, stage))
+  return step.make_both(_on_devices(run, build.build_model(run, stage)))
+
+
+def _on_devices(run: Run, model: models.Model) -> models.Model:
+  """Returns the model as the run's devices compute it: attention, on TPUs.
+
+  By the devices of the mesh, which a plan only describes. Where they split the
+  heads among them, each has few.
+  """
+  by_head = (
+    run.mesh.devices.flat[0].platform == "tpu" and run.mesh.shape["model"] == 1
+  )
+  if by_head and getattr(model.backbone, "attention", "") == "plain":
+    return models.with_options(model, attention="looped")
+  return model
 
 
 def build_program(run: Run, stage: Stage) -> Program:
@@ -109,7 +123,7 @@ def _compile(run: Run, stage: Stage) -> Program:
   params, stats = jax.eval_shape(model.init, keys.root(0))
   tx = build.build_optimizer(run, stage, method.labels(params))
   train_step = step.make_train_step(
-    models.with_options(model, dtype=run.compute_dtype),
+    models.with_options(_on_devices(run, model), dtype=run.compute_dtype),
     method,
     criterion,
     attack,

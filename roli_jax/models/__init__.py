@@ -76,8 +76,9 @@ def with_options(
       `float64`; see `Model`.
     interpolation: `bilinear` or `bicubic`, for the resizing inside the model.
     updates_stats: see `Model`.
-    attention: a ViT's: `plain`, differentiable any number of times; `xla`,
-      JAX's; `fused`, on an NVIDIA GPU and in half precision, once.
+    attention: a ViT's or Swin's: `plain`; `looped`, one head after another, for
+      TPUs. Of a ViT also `xla`, JAX's; `fused`, on an NVIDIA GPU and in half
+      precision, which is differentiable once.
     pool: a ViT's feature: `token`, the class token; `mean`, the mean of the
       other tokens.
     drop_path: the last block's rate of stochastic depth in training, in
@@ -91,7 +92,11 @@ def with_options(
   for word, known, what in (
     (dtype, _DTYPES, "dtype"),
     (interpolation, INTERPOLATIONS, "interpolation"),
-    (attention, ATTENTIONS, "attention"),
+    (
+      attention,
+      getattr(model.backbone, "attentions", ATTENTIONS),
+      f"attention of {model.name}",
+    ),
     (pool, POOLS, "pool"),
   ):
     if word is not None:

@@ -78,6 +78,31 @@ def _attend_backward(
 attention.defvjp(_attend, _attend_backward)
 
 
+def looped_attention(
+  q: Float[Array | np.ndarray, "*b m h c"],
+  k: Float[Array | np.ndarray, "*b n h c"],
+  v: Float[Array | np.ndarray, "*b n h c"],
+  bias: float | Float[Array | np.ndarray, "..."] = 0.0,
+) -> Float[Array, "*b m h c"]:
+  """`attention`, one head after another; the gradient computes each again.
+
+  One head's scores stay in a TPU's on-chip memory, where those of all heads go
+  to its main memory and back several times (docs/chips.md).
+  """
+  by_head = [jnp.moveaxis(x, -2, 0)[..., None, :] for x in (q, k, v)]
+  if jnp.ndim(bias):
+    bias = jnp.asarray(bias)
+    shape = (*bias.shape[:-3], q.shape[-2], *bias.shape[-2:])
+    each = jnp.moveaxis(jnp.broadcast_to(bias, shape), -3, 0)
+    by_head.append(each[..., None, :, :])
+
+  def head(one: list[Array]) -> Array:
+    return attention(*one)
+
+  mixed = jax.lax.map(jax.checkpoint(head), by_head)
+  return jnp.moveaxis(mixed[..., 0, :], 0, -2)
+
+
 def fused_attention(
   q: Float[Array, "b m h c"],
   k: Float[Array, "b n h c"],
@@ -127,6 +152,7 @@ ATTENTIONS: dict[str, Callable[..., jax.Array]] = {
   # shipped weights are made with it, to the last bit.
   "xla": jax.nn.dot_product_attention,
   "fused": fused_attention,
+  "looped": looped_attention,  # for TPUs
 }
 
 

@@ -1,7 +1,7 @@
 """Swin transformer (Liu et al. 2021): attention in windows that shift."""
 
 import functools
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -75,11 +75,13 @@ class WindowAttention(nn.Module):
     num_heads: divides the width.
     window: the side of a window, in tokens.
     hooks: where a method may enter.
+    attention: which of `Swin.attentions`.
   """
 
   num_heads: int
   window: int
   hooks: Hooks
+  attention: str
 
   @nn.compact
   def __call__(
@@ -108,7 +110,7 @@ class WindowAttention(nn.Module):
       bias = bias + mask[:, None].astype(bias.dtype)
     before = x.shape[2] - self.window**2
     bias = jnp.pad(bias, ((0, 0), (0, 0), (before, 0), (before, 0)))
-    mixed = layers.attention(q, k, v, bias[None])
+    mixed = layers.ATTENTIONS[self.attention](q, k, v, bias[None])
     return nn.Dense(x.shape[-1], name="out")(mixed.reshape(x.shape))
 
 
@@ -120,12 +122,14 @@ class Block(nn.Module):
     window: the side of a window, in tokens.
     side: the side of the map, in tokens.
     hooks: where a method may enter.
+    attention: which of `Swin.attentions`.
   """
 
   num_heads: int
   window: int
   side: int
   hooks: Hooks
+  attention: str
 
   @nn.compact
   def __call__(
@@ -177,7 +181,7 @@ class Block(nn.Module):
     if self.hooks.mixed:
       in_front = jnp.tile(prompts, (num_windows, 1, 1)).reshape(in_front.shape)
     attention = WindowAttention(
-      self.num_heads, self.window, self.hooks, name="attn"
+      self.num_heads, self.window, self.hooks, self.attention, name="attn"
     )
     y = attention(jnp.concatenate([in_front, x], 2), mask)
     num_prompts = prompts.shape[1]
@@ -227,6 +231,7 @@ class Stage(nn.Module):
     window: the side of a window, in tokens.
     fan: see `Hooks.tokens`.
     hooks: where a method may enter.
+    attention: which of `attentions`.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
   """
@@ -238,6 +243,7 @@ class Stage(nn.Module):
   window: int
   fan: int
   hooks: Hooks
+  attention: str
   scan: bool
   remat: bool
 
@@ -259,7 +265,12 @@ class Stage(nn.Module):
     shift = self.window // 2 if self.side > self.window else 0
     shifts = [i % 2 * shift for i in range(depth)]
     make = functools.partial(
-      Block, self.num_heads, self.window, self.side, self.hooks
+      Block,
+      self.num_heads,
+      self.window,
+      self.side,
+      self.hooks,
+      self.attention,
     )
     blocks, each = range(depth), (shifts, prompts, self.rates)
     return layers.repeat(
@@ -280,6 +291,7 @@ class Swin(nn.Module):
     patch: side of a patch in pixels.
     drop_path: the last block's rate of `layers.drop_path`, in training.
     hooks: where a method may enter.
+    attention: which of `attentions`.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
   """
@@ -290,8 +302,11 @@ class Swin(nn.Module):
   patch: int = 4
   drop_path: float = 0.0
   hooks: Hooks = Hooks()
+  attention: str = "plain"
   scan: bool = False
   remat: bool = False
+  # Those of `layers.ATTENTIONS` that take a bias.
+  attentions: ClassVar[tuple[str, ...]] = ("plain", "looped")
 
   @nn.compact
   def __call__(
@@ -309,7 +324,14 @@ class Swin(nn.Module):
     fan = self.patch**2 * x.shape[-1] + self.width
     x = layers.PatchEmbed(self.patch, self.width, name="embed")(x)
     x = _norm(name="embed_norm")(x)
-    shared = (window, fan, self.hooks, self.scan, self.remat)
+    shared = (
+      window,
+      fan,
+      self.hooks,
+      self.attention,
+      self.scan,
+      self.remat,
+    )
     rates = layers.drop_rates(self.drop_path, self.depths)
     stages = enumerate(zip(self.num_heads, rates, strict=True))
     for i, (num_heads, block_rates) in stages:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ class Vit(nn.Module):
     eps: what the normalisations add to variances, > 0.
     act: the GELU.
     hooks: where a method may enter.
-    attention: which of `layers.ATTENTIONS`.
+    attention: which of `attentions`.
     drop_path: the last block's rate of `layers.drop_path`, in training.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
@@ -108,6 +109,7 @@ class Vit(nn.Module):
   drop_path: float = 0.0
   scan: bool = False
   remat: bool = False
+  attentions: ClassVar[tuple[str, ...]] = tuple(layers.ATTENTIONS)
 
   @nn.compact
   def __call__(

@@ -138,6 +138,20 @@ def test_a_step_compiles(name, case):
     assert sent["in_loop"] == 0
 
 
+def test_only_tpus_attend_by_head():
+  """A loop for each block's attention, and one for its gradient."""
+
+  def loops(name, *words):
+    made = parsed("--config.backbone.name=glyph_vit_token", *words)
+    text = programs.lower(made, 0, target(name)).as_text()
+    return text.count("stablehlo.while")
+
+  plain = "--config.backbone.attention=plain"
+  tpu, gpu = TARGETS
+  assert loops(tpu) > loops(gpu)
+  assert loops(gpu) == loops(gpu, plain)
+
+
 SEARCHES = ("pgd", "apgd_ce", "apgd_dlr", "apgd_t", "fab", "fab_t", "square")
 
 
