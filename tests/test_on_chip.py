@@ -134,6 +134,18 @@ def test_a_compiler_that_was_killed_is_asked_again(tmp_path, monkeypatch):
   assert not (tmp_path / "store" / "d.json").exists()
 
 
+def test_a_result_is_kept_by_all_that_it_hangs_on(monkeypatch):
+  v5e, h100 = (
+    chips.Target(f"{kind}:{n}", kind, (n,))
+    for kind, n in (("v5e", 4), ("h100", 4))
+  )
+  orders = [("a", v5e, 1), ("b", v5e, 1), ("a", h100, 1), ("a", v5e, 7)]
+  digests = [compiler.digest_of(*order) for order in orders]
+  monkeypatch.setenv("XLA_FLAGS", "--xla_a_flag=1")
+  digests.append(compiler.digest_of(*orders[0]))
+  assert len(set(digests)) == 5
+
+
 def test_devices_that_do_not_divide_the_batch_are_refused(
   tmp_path, monkeypatch
 ):

@@ -6,6 +6,7 @@ ORDER.json RESULT.json`, with the target's variables in the environment.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import pathlib
@@ -76,18 +77,7 @@ def main(asked: str, answer: str) -> None:
   except ValueError as error:
     file.write_text(json.dumps({"refused": str(error)}))
     return
-  text = lowered.as_text()
-  # What is counted hangs on the turns, which the program has as data.
-  turns = order.get("turns", 1)
-  versions = [
-    target.name,
-    str(turns),
-    os.environ.get("XLA_FLAGS", ""),
-    *_versions(),
-  ]
-  digest = hashlib.sha256("\n".join([text, *versions]).encode()).hexdigest()[
-    :32
-  ]
+  digest = digest_of(lowered.as_text(), target, order.get("turns", 1))
   known = file.parent / f"{digest}.json"
   result = json.loads(known.read_text()) if known.exists() else None
   # Written before the compiler begins, which may not come back.
@@ -96,11 +86,26 @@ def main(asked: str, answer: str) -> None:
     return
   started = time.perf_counter()
   try:
-    result = describe(_compile(lowered), target, turns)
+    result = describe(_compile(lowered), target, order.get("turns", 1))
   except jax.errors.JaxRuntimeError as error:
     result = failure(str(error))
   result["seconds_compiling"] = time.perf_counter() - started
   file.write_text(json.dumps({"digest": digest, "result": result}))
+
+
+def digest_of(text: str, target: chips.Target, turns: int) -> str:
+  """Returns what a result is kept by.
+
+  Args:
+    text: the program, before it is compiled.
+    target: what it is compiled for.
+    turns: how often a loop runs whose length is data: the text has no number
+      for it, and what is counted hangs on it.
+  """
+  counting = inspect.getsource(hlo)
+  flags = os.environ.get("XLA_FLAGS", "")
+  parts = [text, target.name, str(turns), flags, counting, *_versions()]
+  return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
