@@ -153,6 +153,10 @@ class Source:
     rows, _ = stratified(self.labels, size, len(self) - size, seed)
     return self.take(rows)
 
+  def few(self, count: int) -> Integer[np.ndarray, " n"]:
+    """The positions of some images for evaluation: the first, or all if 0."""
+    return np.arange(len(self))[: count or None]
+
   def take(self, rows: np.ndarray) -> "Source":
     """Returns the source of the images at these positions."""
     return dataclasses.replace(

@@ -12,7 +12,7 @@ import optax
 
 from roli_jax import attacks, convert, models, objectives, optim, peft, specs
 from roli_jax.experiment import compat
-from roli_jax.experiment.run import Run, load_zeroshot
+from roli_jax.experiment.run import Run, backbone_sizes, load_zeroshot
 from roli_jax.experiment.stages import ZEROSHOT, Stage
 from roli_jax.optim import schedules
 from roli_jax.types import PyTree
@@ -95,7 +95,9 @@ def build_model(run: Run, stage: Stage) -> models.Model:
   """
   backbone = run.config["backbone"]
   if stage.name == "pretrain":
-    model = models.create(backbone["name"], run.num_classes)
+    side = backbone.get("image_size") or None
+    told = backbone_sizes(backbone)
+    model = models.create(backbone["name"], run.num_classes, side, **told)
   elif stage.head_init == ZEROSHOT:
     model = load_zeroshot(run, stage.weights).model
   else:

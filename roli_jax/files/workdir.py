@@ -18,7 +18,11 @@ _BESIDE = ("versions", "commit", "workdir")
 # others.
 _FREE = ("data.num_workers", "cpu_devices", "mesh", "target")
 # Fields that earlier runs lack, and what they ran with.
-_LATER = {"data": {"layout": ""}, "backbone": {"pool": "", "key": ""}}
+_SIZES = ("patch", "width", "depth", "heads", "channels")
+_LATER: dict[str, dict[str, Any]] = {
+  "data": {"layout": ""},
+  "backbone": {"pool": "", "key": "", **dict.fromkeys(_SIZES)},
+}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -109,6 +113,8 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   config = json.loads(file.read_text())
   for section in config.keys() & _LATER.keys():
     config[section] = {**_LATER[section], **config[section]}
+  if "num_images" in config:
+    config.setdefault("num_val_images", 0)
   return {k: _tuples(v) for k, v in config.items() if k not in _BESIDE}
 
 

@@ -98,7 +98,8 @@ def _of_stage(run: Run, stage: Stage) -> Iterator[Planned]:
 
 
 def _batches(run: Run, split: str) -> int:
-  return math.ceil(len(run.data[split]) / run.config["eval_batch_size"])
+  tested = shapes.num_tested(run, split)
+  return math.ceil(tested / run.config["eval_batch_size"])
 
 
 def _lower_step(run: Run, stage: Stage) -> jax.stages.Lowered:
