@@ -201,8 +201,10 @@ def stage(num_steps: int, **changes) -> ConfigDict:
       "val_every": 20,
       "log_every": 5,
       # beta: of trades (6), mart (5) and autolora (6). lam: of twins (0.3).
+      # smoothing: of the labels of at, half_at and clean, in [0, 1).
       "loss": {
         "name": "at",
+        "smoothing": 0.0,
         "beta": config_dict.placeholder(float),
         "lam": config_dict.placeholder(float),
       },
@@ -234,6 +236,9 @@ def stage(num_steps: int, **changes) -> ConfigDict:
         "random_start": config_dict.placeholder(bool),
         "loss": "",
       },
+      # The decay of the trained weights' average, as 0.999, which is validated,
+      # saved and tested in their place; 0: none.
+      "ema": 0.0,
       # Adversarial weight perturbation: 0.01 with at, 0.005 with trades; 0:
       # none. begin: the share of the stage without.
       "awp": {"gamma": 0.0, "begin": 0.0},
@@ -315,7 +320,9 @@ def evaluation() -> dict:
     "target": "",
     "checkpoint": "",  # restored; "": the best one of the last stage
     "radii": (),  # attacked at; (): threat.eps alone, of a curve also `curve`
-    "num_images": 0,  # of the test split, the first; 0: all
+    # Of the test split, in every test that has no number of its own; 0: all.
+    "num_images": 0,
+    "num_val_images": 0,  # of the validation split; 0: all
     "save_adv": False,  # whether adversarial images are kept, as npz
     "checks": True,  # whether an AutoAttack comes with a diagnosis
   }

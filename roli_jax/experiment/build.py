@@ -12,7 +12,7 @@ import optax
 
 from roli_jax import attacks, convert, models, objectives, optim, peft, specs
 from roli_jax.experiment import compat
-from roli_jax.experiment.run import Run, load_zeroshot
+from roli_jax.experiment.run import Run, load_whole, load_zeroshot
 from roli_jax.experiment.stages import ZEROSHOT, Stage
 from roli_jax.optim import schedules
 from roli_jax.types import PyTree
@@ -94,7 +94,9 @@ def build_model(run: Run, stage: Stage) -> models.Model:
   share compiled programs; the zero-shot head is another model.
   """
   backbone = run.config["backbone"]
-  if stage.name == "pretrain":
+  if stage.name == "pretrain" and backbone["weights"]:
+    model = load_whole(run, backbone["weights"]).model
+  elif stage.name == "pretrain":
     model = models.create(backbone["name"], run.num_classes)
   elif stage.head_init == ZEROSHOT:
     model = load_zeroshot(run, stage.weights).model

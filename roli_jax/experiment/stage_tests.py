@@ -27,10 +27,12 @@ CORRUPTIONS = {
 def tests(run: Run, stage: Stage) -> Iterator[Test | Corruption]:
   """Yields the tests of a trained stage, none if the config wants none."""
   if run.config["test"]:
-    yield Test(build_attack(run, "eval_attack"))
+    few = run.config["num_images"]
+    yield Test(build_attack(run, "eval_attack"), few)
     for eps in run.config["curve"] if stage.curve else ():
-      yield Test(build_attack(run, "eval_attack", eps))
+      yield Test(build_attack(run, "eval_attack", eps), few)
     for name, norm, eps, count in stage.tests:
+      count = count or few
       if name.startswith("corruptions"):
         yield from _corruptions(name, eps, count)
       else:
@@ -53,7 +55,7 @@ def _corruptions(
   Args:
     name: `corruptions`, or with a key of `CORRUPTIONS`, `corruptions:extra`.
     severities: such as `1 3 5`, from 1 to 5; "": all five.
-    count: how many of the split's first images; 0 for all.
+    count: how many images of the split; 0: all.
   """
   chosen = name.partition(":")[2] or "standard"
   for corruption in specs.lookup(CORRUPTIONS, chosen, "set of corruptions"):
@@ -108,7 +110,7 @@ def is_done(run: Run, stage: Stage, results: record.Record) -> bool:
 
 
 def _validation(run: Run) -> Test:
-  return Test(build_attack(run, "val_attack"))
+  return Test(build_attack(run, "val_attack"), run.config["num_val_images"])
 
 
 def validate(
@@ -146,9 +148,11 @@ def add_validation(
     meta: the meta data of the stage's last checkpoint.
   """
   best = max(meta["history"], key=lambda entry: entry[stage.selected_by])
-  about = rows(run, stage, "val", _validation(run))
+  test = _validation(run)
+  about = rows(run, stage, "val", test)
   values = [best["clean"], best["robust"]]
-  _add(results, about, values, len(run.data["val"]), meta["seconds"])
+  n = len(run.data["val"].some(test.num_images))
+  _add(results, about, values, n, meta["seconds"])
 
 
 def test_stage(

@@ -72,6 +72,12 @@ def planned(
   )
 
 
+def num_images(run: Run, split: str, few: int) -> int:
+  """How many images of a split are tested: `few`, or all if 0 or too many."""
+  size = len(run.data[split])
+  return min(few or size, size)
+
+
 def model_and_method(
   run: Run, stage: Stage
 ) -> tuple[models.Model, peft.Method]:
