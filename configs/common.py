@@ -210,8 +210,10 @@ def stage(num_steps: int, **changes) -> ConfigDict:
       "val_every": 20,
       "log_every": 5,
       # beta: of trades (6), mart (5) and autolora (6). lam: of twins (0.3).
+      # smoothing: of the labels of at, half_at and clean, in [0, 1).
       "loss": {
         "name": "at",
+        "smoothing": 0.0,
         "beta": config_dict.placeholder(float),
         "lam": config_dict.placeholder(float),
       },
@@ -243,6 +245,9 @@ def stage(num_steps: int, **changes) -> ConfigDict:
         "random_start": config_dict.placeholder(bool),
         "loss": "",
       },
+      # The decay of the trained weights' average, as 0.999, which is validated,
+      # saved and tested in their place; 0: none.
+      "ema": 0.0,
       # Adversarial weight perturbation: 0.01 with at, 0.005 with trades; 0:
       # none. begin: the share of the stage without.
       "awp": {"gamma": 0.0, "begin": 0.0},

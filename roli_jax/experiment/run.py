@@ -157,6 +157,21 @@ def backbone_sizes(backbone: Mapping[str, Any]) -> dict[str, Any]:
   return {k: v for k in names if (v := backbone.get(k)) is not None}
 
 
+def load_whole(run: Run, weights: str) -> convert.Bundle:
+  """Loads weights with the head that they came with.
+
+  Raises:
+    ValueError: that head is of other classes than the data.
+  """
+  bundle = run.load(weights, keeps_head=True)
+  if bundle.model.num_classes != run.num_classes:
+    raise ValueError(
+      f"the head of {weights} has {bundle.model.num_classes} classes,"
+      f" {run.config['data']['name']} has {run.num_classes}"
+    )
+  return bundle
+
+
 def load_zeroshot(run: Run, weights: str) -> convert.Bundle:
   """Loads weights with the head of prompts that they came with.
 
@@ -169,12 +184,7 @@ def load_zeroshot(run: Run, weights: str) -> convert.Bundle:
       f"head_init=zeroshot: {weights} has no zero-shot head; make one with"
       " zeroshot.classifier, and write it with convert.save"
     )
-  if bundle.model.num_classes != run.num_classes:
-    raise ValueError(
-      f"the zero-shot head of {weights} has {bundle.model.num_classes}"
-      f" classes, {run.config['data']['name']} has {run.num_classes}"
-    )
-  return bundle
+  return load_whole(run, weights)
 
 
 def expand_stages(run: Run) -> list[Stage]:

@@ -56,7 +56,7 @@ def _corruptions(
   Args:
     name: `corruptions`, or with a key of `CORRUPTIONS`, `corruptions:extra`.
     severities: such as `1 3 5`, from 1 to 5; "": all five.
-    count: how many of the split's first images; 0 for all.
+    count: how many images of the split; 0: all.
   """
   chosen = name.partition(":")[2] or "standard"
   for corruption in specs.lookup(CORRUPTIONS, chosen, "set of corruptions"):

@@ -75,10 +75,10 @@ def planned(
   )
 
 
-def num_tested(run: Run, split: str) -> int:
-  """How many images of `val` or `test` a validation or the main test is of."""
+def num_tested(run: Run, split: str, count: int) -> int:
+  """How many images of a split are tested: `count`, or all if 0 or too many."""
   have = len(run.data[split])
-  return min(run.limit(split) or have, have)
+  return min(count or have, have)
 
 
 def model_and_method(
