@@ -153,7 +153,7 @@ def backbone(name: str, weights: str, origin: str = "") -> dict:
   """A pretrained backbone and how it is computed.
 
   Args:
-    name: the model's name, in `models.MODELS`.
+    name: the model's name, in `models.MODELS` or `models.FAMILIES`.
     weights: the name of shipped weights, or a path: a file or directory that
       --mode=convert made, or a file that it could read.
     origin: how to get the weights, for the message to users who lack them.
@@ -164,6 +164,13 @@ def backbone(name: str, weights: str, origin: str = "") -> dict:
     "origin": origin,
     # The side that images are resized to inside the model; 0: the weights'.
     "image_size": 0,
+    # Of a vit, swin, convnext, wrn or dm_wrn, as `models.create` takes them;
+    # None: the weights'. Other names have sizes of their own.
+    "patch": config_dict.placeholder(int),
+    "width": config_dict.placeholder(object),
+    "depth": config_dict.placeholder(object),
+    "heads": config_dict.placeholder(object),
+    "channels": config_dict.placeholder(int),
     # What the feature of another framework's ViT is, `token` or `mean`, where
     # the names in its file leave it open; "": as `convert.load` chooses.
     "pool": "",
@@ -203,8 +210,10 @@ def stage(num_steps: int, **changes) -> ConfigDict:
       "val_every": 20,
       "log_every": 5,
       # beta: of trades (6), mart (5) and autolora (6). lam: of twins (0.3).
+      # smoothing: of the labels of at, half_at and clean, in [0, 1).
       "loss": {
         "name": "at",
+        "smoothing": 0.0,
         "beta": config_dict.placeholder(float),
         "lam": config_dict.placeholder(float),
       },
@@ -236,6 +245,9 @@ def stage(num_steps: int, **changes) -> ConfigDict:
         "random_start": config_dict.placeholder(bool),
         "loss": "",
       },
+      # The decay of the trained weights' average, as 0.999, which is validated,
+      # saved and tested in their place; 0: none.
+      "ema": 0.0,
       # Adversarial weight perturbation: 0.01 with at, 0.005 with trades; 0:
       # none. begin: the share of the stage without.
       "awp": {"gamma": 0.0, "begin": 0.0},
@@ -311,13 +323,14 @@ def cells(*given: dict) -> dict:
 
 
 def evaluation() -> dict:
-  """What --mode=evaluate tests, and what --mode=plan compiles for."""
+  """What is tested, and what --mode=plan compiles for."""
   return {
     # Devices that plan compiles for without having them, as v5e:2x4, h100:8.
     "target": "",
     "checkpoint": "",  # restored; "": the best one of the last stage
     "radii": (),  # attacked at; (): threat.eps alone, of a curve also `curve`
-    "num_images": 0,  # of the test split, the first; 0: all
+    "num_images": 0,  # of the test split; 0: all
+    "num_val_images": 0,  # of the validation split; 0: all
     "save_adv": False,  # whether adversarial images are kept, as npz
     "checks": True,  # whether an AutoAttack comes with a diagnosis
   }

@@ -13,39 +13,25 @@ chance for long.
 
 from ml_collections import ConfigDict
 
-from roli_jax.configs import common
+from roli_jax.configs import common, pretrain
 
 
 def get_config(text: str = "") -> ConfigDict:
   arg = common.parse_arg(text, backbone="glyph_vit")
-  return ConfigDict(
-    {
-      "seed": 0,
-      "cpu_devices": common.CPU_DEVICES,
-      "mesh": common.mesh(),
-      "data": common.data("letters", 74_000),
-      "backbone": common.backbone(arg.backbone, ""),
-      "head_init": "small",
-      "threat": {"norm": "linf", "eps": "0.1"},
-      "attack": common.pgd(4),
-      "val_attack": common.pgd(10),
-      "eval_attack": common.pgd(20),
-      "eval_batch_size": 128,
-      "pretrain": common.stage(
-        5000,
-        lr=3e-3,
-        batch_size=128,
-        val_every=500,
-        log_every=50,
-        radius={"begin": 0.0, "end": 0.3},
-      ),
-      "test": True,
-      "curve": (),
-      **common.evaluation(),
-      "rates": (),
-      "cells": (
-        {"weights": "robust", "loss": "at"},
-        {"weights": "standard", "loss": "clean"},
-      ),
-    }
+  config = pretrain.get_config(f"dataset=letters,backbone={arg.backbone}")
+  config.data.train_size = 74_000
+  config.attack = common.pgd(4)
+  config.num_val_images = 0
+  config.pretrain = common.stage(
+    5000,
+    lr=3e-3,
+    batch_size=128,
+    val_every=500,
+    log_every=50,
+    radius={"begin": 0.0, "end": 0.3},
   )
+  config.cells = (
+    {"weights": "robust", "loss": "at"},
+    {"weights": "standard", "loss": "clean"},
+  )
+  return config

@@ -38,9 +38,18 @@ def is_ranking(
   return ~strange.any(-1) & (logits > -xp.inf).any(-1)
 
 
-def cross_entropy(logits: Logits, labels: Labels) -> Float[Array, " b"]:
-  """-log softmax of the label's logit."""
-  return jax.nn.logsumexp(logits, axis=-1) - own(logits, labels)
+def cross_entropy(
+  logits: Logits, labels: Labels, smoothing: float | int = 0.0
+) -> Float[Array, " b"]:
+  """-log softmax of the label's logit.
+
+  With `smoothing` s in [0, 1) of smoothed labels, which give s / k to each of k
+  classes and 1 - s more to their own (Szegedy et al. 2016, section 7).
+  """
+  total, target = jax.nn.logsumexp(logits, axis=-1), own(logits, labels)
+  if smoothing:
+    target = (1 - smoothing) * target + smoothing * logits.mean(-1)
+  return total - target
 
 
 def margin(logits: Logits, labels: Labels) -> Float[Array, " b"]:
@@ -201,17 +210,27 @@ class Objective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Clean:
-  """Cross-entropy on clean images: ordinary training."""
+  """Cross-entropy on clean images: ordinary training.
 
+  Attributes:
+    smoothing: of labels, in [0, 1), see `cross_entropy`; 0: none. Attacks see
+      the labels as they are.
+  """
+
+  smoothing: float | int = 0.0
   surrogate: ClassVar[str] = "ce"
   adversarial: ClassVar[float] = 0.0
   needs_clean: ClassVar[bool] = False
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.smoothing < 1:
+      raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing}")
 
   def __call__(
     self, *, clean: Logits | None, adv: Logits, labels: Labels
   ) -> Float[Array, " b"]:
     del clean
-    return cross_entropy(adv, labels)
+    return cross_entropy(adv, labels, self.smoothing)
 
 
 @dataclasses.dataclass(frozen=True)

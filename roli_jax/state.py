@@ -1,5 +1,6 @@
 """What a stage carries from step to step, and from one stage to the next."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from roli_jax import trees
-from roli_jax.types import Params, PyTree
+from roli_jax.types import Params, PyTree, Variables
 
 
 @trees.tree_class
@@ -24,6 +25,8 @@ class TrainState:
     opt_state: the optimizer's state; its averages have the shapes of the
       trained leaves.
     memory: what the criterion keeps from step to step; `{}` for most.
+    average: the trained leaves' exponential moving average (EMA), with None for
+      the frozen ones; `{}` without one.
   """
 
   step: Any
@@ -31,6 +34,7 @@ class TrainState:
   stats: PyTree
   opt_state: Any
   memory: PyTree
+  average: PyTree = dataclasses.field(default_factory=dict)
 
 
 def create(
@@ -39,6 +43,7 @@ def create(
   trains: PyTree,
   tx: optax.GradientTransformation,
   start: Callable[[Params, PyTree], PyTree] = lambda params, stats: {},
+  averages: bool = False,
 ) -> TrainState:
   """Returns the state before a stage's first step.
 
@@ -51,6 +56,7 @@ def create(
     trains: whether each leaf of params is trained.
     tx: the optimizer of the trained leaves.
     start: makes the criterion's memory, `Criterion.init_memory`.
+    averages: whether an average of the trained leaves is kept; by default not.
   """
   memory = jax.tree.map(jnp.copy, start(params, stats))
   params, stats = jax.tree.map(jnp.copy, (params, stats))
@@ -61,4 +67,34 @@ def create(
     stats=stats,
     opt_state=tx.init(trained),
     memory=memory,
+    average=jax.tree.map(jnp.copy, trained) if averages else {},
   )
+
+
+def averaged(
+  state: TrainState, trained: PyTree, decay: float | int
+) -> TrainState:
+  """Returns the state with the average that follows its step.
+
+  After n steps it keeps min(decay, n / (9 + n)) of itself, so that early
+  averages forget where they began, as TensorFlow's do.
+
+  Args:
+    state: after the step, with the average from before it.
+    trained: the trained leaves after the step.
+    decay: in [0, 1).
+  """
+  kept = jnp.minimum(decay, state.step / (9 + state.step))
+  average = optax.incremental_update(trained, state.average, 1 - kept)
+  return dataclasses.replace(state, average=average)
+
+
+def variables(state: TrainState) -> Variables:
+  """Returns what is validated, saved and tested: the average, if one is kept.
+
+  Running statistics have no average of their own: they are one already.
+  """
+  params = state.params
+  if state.average:
+    params = trees.merge(state.average, params)
+  return params, state.stats

@@ -17,7 +17,7 @@ from roli_jax import attacks, keys, losses, models, objectives, trees
 from roli_jax.models import Model
 from roli_jax.optim.schedules import Schedule
 from roli_jax.peft import Method
-from roli_jax.state import TrainState
+from roli_jax.state import TrainState, averaged
 from roli_jax.statistics import Counts
 from roli_jax.types import (
   Array,
@@ -157,6 +157,7 @@ def make_train_step(
   awp: WeightAttack = WeightAttack(),
   num_steps: int = 1,
   num_parts: int = 1,
+  ema: float | int = 0.0,
 ) -> Callable[..., tuple[TrainState, Counts]]:
   """Returns a step of adversarial training: attack, gradient, update.
 
@@ -179,6 +180,8 @@ def make_train_step(
       differentiated in, one after another (gradient accumulation), >= 1: memory
       is a part's. The gradient is the whole batch's, to rounding; running
       statistics and the criterion's memory move with each part.
+    ema: the decay of the trained leaves' average, in [0, 1); 0: the state has
+      none.
 
   Returns:
     `(state, batch, key) -> (state, counts)`. A batch has `image` [b, h, w, c],
@@ -218,7 +221,10 @@ def make_train_step(
     if awp.gamma:
       begun = jnp.where(state.step >= awp.begin * num_steps, 1.0, 0.0)
       grads = gradient_at(awp.moved(trained, grads, begun)).grads
-    return _update(state, trained, frozen, grads, gradient, tx)
+    now = _update(state, trained, frozen, grads, gradient, tx)
+    if ema:
+      now = averaged(now, method.split(now.params)[0], ema)
+    return now, gradient.counts
 
   return train_step
 
@@ -355,14 +361,15 @@ def _update(
   grads: PyTree,
   gradient: Gradient,
   tx: optax.GradientTransformation,
-) -> tuple[TrainState, Counts]:
-  """Returns the state after the optimizer's step, and the batch's counts."""
+) -> TrainState:
+  """Returns the state after the optimizer's step."""
   updates, opt_state = tx.update(grads, state.opt_state, trained)
   trained = optax.apply_updates(trained, updates)
-  return TrainState(
+  return dataclasses.replace(
+    state,
     step=state.step + 1,
     params=trees.merge(trained, frozen),
     stats=gradient.stats,
     opt_state=opt_state,
     memory=gradient.memory,
-  ), gradient.counts
+  )

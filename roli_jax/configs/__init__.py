@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
   from configs import common as common
+  from configs import pretrain as pretrain
   from configs import roli as roli
 
 __path__ = [str(pathlib.Path(__file__).parents[2] / "configs")]

@@ -69,6 +69,11 @@ def load(
   *,
   pool: str | None = None,
   key: str | None = None,
+  patch: int | None = None,
+  width: int | Sequence[int] | None = None,
+  depth: int | Sequence[int] | None = None,
+  heads: int | Sequence[int] | None = None,
+  channels: int | None = None,
 ) -> Bundle:
   """Returns the bundle of a file, ours or another framework's.
 
@@ -81,7 +86,8 @@ def load(
       which are recognised by their content; a directory that holds our bundle,
       or a checkpoint of one of our runs; or a state dict: names to arrays,
       perhaps in dicts and lists.
-    model: a name in `models.MODELS`; None: recognised by shapes.
+    model: a name in `models.MODELS` or `models.FAMILIES`; None: recognised by
+      shapes.
     format: a name in `convert.FORMATS`; None: recognised by names. Not used
       for files of ours.
     mean: per channel, in units of [0, 1]; None: the file's own, or else the
@@ -96,12 +102,27 @@ def load(
     key: the network of a checkpoint, by its dotted path or a part of it, such
       as `ema`. None: an averaged one, else the model, else the first whose
       names are known.
+    patch: of a family, as of `models.create`. None, here and below: what the
+      tensors show.
+    width: likewise.
+    depth: likewise.
+    heads: likewise; those of a `vit` show nowhere, and must be told for a file
+      that isn't ours.
+    channels: likewise.
 
   Raises:
     ValueError: the file can't be read, or is refused; its tensors are not the
       model's (both sides are listed), not floats or not finite; it holds no
       network of that key.
   """
+  sizes = {
+    "patch": patch,
+    "width": width,
+    "depth": depth,
+    "heads": heads,
+    "channels": channels,
+  }
+  told = {name: size for name, size in sizes.items() if size is not None}
   found: Any = source
   what = "the state dict"
   if isinstance(source, str | pathlib.Path):
@@ -109,14 +130,16 @@ def load(
     found, what = opened(path), str(path)
   if not isinstance(found, Bundle):
     bundle = state_dict.to_bundle(
-      found, model, format, mean, std, num_classes, image_size, pool, key, what
-    )
+      found, model, format, mean, std, num_classes, image_size, pool, key, what,
+      **told,
+    )  # fmt: skip
     assert bundle.coverage is not None
     for note in bundle.coverage.notes():
       logging.warning("%s: %s", what, note)
     return bundle
   if model not in (None, found.model.name):
     raise ValueError(f"{what} is a {found.model.name}, not a {model}")
+  models.check_sizes(found.model, told, what)
   return adjusted(found, mean, std, num_classes, image_size, pool, key)
 
 

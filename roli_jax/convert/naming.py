@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from roli_jax import models, trees
-from roli_jax.convert import resample
+from roli_jax.convert import resample, sizes
 from roli_jax.convert.name_maps import LAYOUTS, TEXT, Layout
 from roli_jax.convert.networks import Network
 from roli_jax.types import Params, PyTree
@@ -43,8 +43,7 @@ def marked(
   """
   known = [x for x in LAYOUTS if format is None or format in x.formats]
   if model is not None:
-    backbone = models.create(model, 2).backbone
-    known = [x for x in known if x.holds(backbone)]
+    known = [x for x in known if x.holds(_example(model))]
     if not known:
       raise ValueError(f"{format} has no names for a {model}")
   for network in found:
@@ -62,19 +61,57 @@ def marked(
   )
 
 
+def _example(name: str) -> Any:
+  """Returns a backbone of that name; of a family it has no sizes to go by."""
+  if name not in models.FAMILIES:
+    return models.create(name, 2).backbone
+  family = models.FAMILIES[name]
+  return family.module(**dict.fromkeys(family.attributes.values(), 1))
+
+
 def identify(
-  layout: Layout, network: Network, pool: str | None, what: str
+  layout: Layout,
+  network: Network,
+  pool: str | None,
+  told: Mapping[str, Any],
+  what: str,
 ) -> str:
   """Returns the name of the model whose tensors these are, but for its head.
+
+  That is a named model, or else a family; if sizes are told, a family.
 
   Raises:
     ValueError: there is none; the message says which is nearest.
   """
+  family = next((k for k in models.FAMILIES if layout.holds(_example(k))), None)
+  if told:
+    if family:
+      return family
+    raise ValueError(
+      f"{what} has names of the layout {layout.name}, whose models have their"
+      f" sizes: it takes no {', '.join(told)}"
+    )
   name, faults = _nearest(network, layout, pool)
   if not faults:
     return name
+  if family and _is_of(family, layout, network, pool):
+    return family
   hint = _unsupported(name, faults)
   raise ValueError(f"{what} has names of the layout {layout.name}; {hint}")
+
+
+def _is_of(
+  family: str, layout: Layout, network: Network, pool: str | None
+) -> bool:
+  """Whether a family has a model of just these tensors, but for its head."""
+  found = sizes.read(layout, network, family)
+  if family == "vit":  # whose tensors are the same for any number
+    found["heads"] = 1
+  try:
+    model = headed(layout, family, 2, network, pool, found)
+  except ValueError:  # sizes that lack, or that can't be
+    return False
+  return not _faults(network, layout, model)
 
 
 def instead(
@@ -127,22 +164,28 @@ def _unsupported(name: str, faults: Faults, are_listed: bool = True) -> str:
 
 
 def sized(
-  layout: Layout, network: Network, name: str, pool: str | None
+  layout: Layout,
+  network: Network,
+  name: str,
+  pool: str | None,
+  told: Mapping[str, Any],
 ) -> tuple[models.Model, Shapes]:
   """Returns the model of a network, and the shapes of its leaves.
 
   The width of its head, the size of its images and its pooling are the
-  network's.
+  network's, and of a family the sizes that are not told.
 
   Raises:
-    ValueError: a classifier that is no matrix; see `headed`.
+    ValueError: a classifier that is no matrix; see `headed`, `sizes.complete`.
   """
+  if name in models.FAMILIES:
+    told = sizes.complete(layout, network, name, told)
   head = layout.key("head/kernel")
   kernel = network.tensors.get(head, np.zeros((2, 2)))
   if kernel.ndim != 2:
     raise ValueError(f"expected {head} of two axes, got {kernel.shape}")
   width = max(kernel.shape[1 if head in layout.plain else 0], 2)
-  model = headed(layout, name, width, network, pool)
+  model = headed(layout, name, width, network, pool, told)
   expected = shapes(model)
   have = {
     path: network.tensors[key].shape
@@ -162,7 +205,8 @@ def headed(
   name: str,
   width: int,
   network: Network,
-  pool: str | None = None,
+  pool: str | None,
+  told: Mapping[str, Any],
 ) -> models.Model:
   """Returns the model under the kind of head that files of the layout hold.
 
@@ -173,11 +217,12 @@ def headed(
     network: its names show whether a ViT has a class token, and whether its
       last normalisation comes after pooling.
     pool: a name in `models.POOLS`; None: `token` where both are possible.
+    told: what `models.create` is told of a family's sizes.
 
   Raises:
-    ValueError: the model can't be pooled so.
+    ValueError: the model can't be pooled so, or be of those sizes.
   """
-  model = _created(layout, name, width)
+  model = _created(layout, name, width, told)
   if layout.pools:
     cls, late = (
       layout.key(f"backbone/{path}") in network.tensors
@@ -194,10 +239,18 @@ def headed(
   return models.with_options(model, pool=pool)
 
 
-def _created(layout: Layout, name: str, width: int = 2) -> models.Model:
+def _created(
+  layout: Layout, name: str, width: int, told: Mapping[str, Any]
+) -> models.Model:
   projects = layout.kind == "clip"
   make = models.heads.projection if projects else models.heads.linear
-  return dataclasses.replace(models.create(name, width), head=make(width))
+  # Where it must be told, tensors tell the size of images later.
+  must = name in models.FAMILIES and models.FAMILIES[name].image_size is None
+  model = models.create(name, width, 1 if must else None, **told)
+  if must:
+    side = resample.smallest(model.backbone)
+    model = dataclasses.replace(model, image_size=side)
+  return dataclasses.replace(model, head=make(width))
 
 
 @functools.cache
@@ -239,8 +292,8 @@ def _nearest(
   """Returns the model with the fewest faults of a network, and those."""
   found: dict[str, Faults] = {}
   for name in models.MODELS:
-    if layout.holds(_created(layout, name).backbone):
-      model = headed(layout, name, 2, network, pool)
+    if layout.holds(_example(name)):
+      model = headed(layout, name, 2, network, pool, {})
       found[name] = _faults(network, layout, model)
       if not found[name]:
         break
@@ -280,7 +333,7 @@ def _similar(network: Network) -> Layout | None:
   common: dict[Layout, int] = {}
   for layout in LAYOUTS:
     for name in [name for name in models.MODELS if name.startswith("glyph")]:
-      model = _created(layout, name)
+      model = _created(layout, name, 2, {})
       if layout.holds(model.backbone):
         keys = layout.keys(shapes(model))
         common[layout] = len(have & _numberless(keys))

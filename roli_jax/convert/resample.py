@@ -32,11 +32,16 @@ def native_size(backbone: Any, shapes: dict[str, tuple[int, ...]]) -> int:
   """
   for path, shape in shapes.items():
     if path.endswith("positions"):
-      return math.isqrt(shape[-2]) * backbone.patch
+      return math.isqrt(shape[-2]) * smallest(backbone)
     if path.endswith("relative_bias"):
-      window = (math.isqrt(shape[0]) + 1) // 2
-      return window * backbone.patch * 2 ** (len(backbone.depths) - 1)
+      return (math.isqrt(shape[0]) + 1) // 2 * smallest(backbone)
   return 0
+
+
+def smallest(backbone: Any) -> int:
+  """Returns the side of the smallest images that a ViT or Swin takes."""
+  merges = len(getattr(backbone, "depths", "1")) - 1
+  return backbone.patch * 2**merges
 
 
 def to_size(

@@ -15,6 +15,10 @@ from roli_jax.convert.name_maps import FORMATS, LAYOUTS, Layout
 from roli_jax.convert.networks import COUNTER, Network
 
 # The assumption where neither names nor shapes tell.
+_SIDE = (
+  "image_size={}: no tensor of a {} tells the side of the images that it was"
+  " trained on"
+)
 _POOL = (
   "pool=token: names don't tell whether a ViT's feature is the class token or,"
   " as under timm's global_pool='avg', fc_norm=False, the mean of the others"
@@ -33,6 +37,7 @@ def to_bundle(
   pool: str | None = None,
   key: str | None = None,
   what: str = "the state dict",
+  **told: Any,
 ) -> Bundle:
   """Returns the bundle of a state dict; see `convert.load`.
 
@@ -50,8 +55,8 @@ def to_bundle(
     what = f"{what} (key= takes another: {others})"
   needed = layout.needed(network.tensors)
   bundles.check_arrays(needed, what)
-  name = model or naming.identify(layout, network, pool, what)
-  whole, expected = naming.sized(layout, network, name, pool)
+  name = model or naming.identify(layout, network, pool, told, what)
+  whole, expected = naming.sized(layout, network, name, pool, told)
   keys = _keys(layout, network, whole, num_classes, what)
   leaves = tree(layout, keys, expected, network.tensors)
   named = format or layout.formats[0]
@@ -65,7 +70,13 @@ def to_bundle(
   both = _normalisation(whole, network, FORMATS[named], mean, std)
   bundle, resampled = bundles.fitted(bundle, *both, num_classes, image_size)
   dropped = _of_head(keys) if num_classes is not None else set()
-  assumed = layout.pools and whole.backbone.pool == "token" and pool is None
+  assumed = []
+  if layout.pools and whole.backbone.pool == "token" and pool is None:
+    assumed.append(_POOL)
+  if image_size is None and getattr(
+    models.FAMILIES.get(name), "image_size", None
+  ):
+    assumed.append(_SIDE.format(whole.image_size, name))
   coverage = Coverage(
     layout=layout.name,
     wrapped=network.name,
@@ -75,7 +86,7 @@ def to_bundle(
     ignored=tuple(sorted({*network.tensors.keys() - needed, *network.extras})),
     normalised_by=_normalised_by(mean, network, named),
     others=others,
-    assumed=(_POOL,) if assumed else (),
+    assumed=tuple(assumed),
   )
   return dataclasses.replace(bundle, coverage=coverage)
 
@@ -96,7 +107,7 @@ def _check_words(
   """Raises a ValueError unless the names are of a model, format and pool."""
   pools = dict.fromkeys(models.POOLS)
   tables: tuple[tuple[Mapping[str, Any], str | None, str], ...] = (
-    (models.MODELS, model, "model"),
+    ({**models.MODELS, **models.FAMILIES}, model, "model"),
     (FORMATS, format, "format"),
     (pools, pool, "pool"),
   )

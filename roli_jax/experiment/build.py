@@ -12,7 +12,12 @@ import optax
 
 from roli_jax import attacks, convert, models, objectives, optim, peft, specs
 from roli_jax.experiment import compat
-from roli_jax.experiment.run import Run, load_zeroshot
+from roli_jax.experiment.run import (
+  Run,
+  backbone_sizes,
+  load_whole,
+  load_zeroshot,
+)
 from roli_jax.experiment.stages import ZEROSHOT, Stage
 from roli_jax.optim import schedules
 from roli_jax.types import PyTree
@@ -94,8 +99,12 @@ def build_model(run: Run, stage: Stage) -> models.Model:
   share compiled programs; the zero-shot head is another model.
   """
   backbone = run.config["backbone"]
-  if stage.name == "pretrain":
-    model = models.create(backbone["name"], run.num_classes)
+  if stage.name == "pretrain" and backbone["weights"]:
+    model = load_whole(run, backbone["weights"]).model
+  elif stage.name == "pretrain":
+    side = backbone.get("image_size") or None
+    told = backbone_sizes(backbone)
+    model = models.create(backbone["name"], run.num_classes, side, **told)
   elif stage.head_init == ZEROSHOT:
     model = load_zeroshot(run, stage.weights).model
   else:

@@ -263,8 +263,10 @@ def _overridable(config: Mapping[str, Any]) -> ConfigDict:
     if value is not None:
       return value
     kind: type = float
-    if name.startswith("num_") or name == "eot":
+    if name.startswith("num_") or name in ("eot", "patch", "channels"):
       kind = int
+    elif name in ("width", "depth", "heads"):  # a tuple has one for each stage
+      kind = object
     elif name.endswith("_transforms"):
       kind = tuple
     return config_dict.placeholder(kind)

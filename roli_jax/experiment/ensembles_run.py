@@ -97,7 +97,8 @@ def run(
     family = make(run, stage, first, second)
     best = _best(run, chosen, results, family)
     if family.is_frontier and run.config["test"]:
-      test = measure.Test(build_attack(run, "eval_attack"))
+      attack = build_attack(run, "eval_attack")
+      test = measure.Test(attack, run.limit("test"))
       _test_members(run, chosen, results, family, test, "test")
     stage_tests.add_tests(run, chosen, results, family.predict, best, tests)
 
@@ -106,7 +107,7 @@ def _best(
   run: Run, chosen: Stage, results: record.Record, family: Family
 ) -> Any:
   """Returns the member of the highest robust accuracy on validation."""
-  test = measure.Test(build_attack(run, "val_attack"))
+  test = stage_tests.validation(run)
   robust = {}
   for label, member in _test_members(
     run, chosen, results, family, test, "val"

@@ -15,6 +15,7 @@ from roli_jax.experiment import build
 from roli_jax.experiment.run import Run, training_images
 from roli_jax.experiment.stages import Stage
 from roli_jax.statistics import Counts
+from roli_jax.types import Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Program:
     attack: finds the images to train on.
     tx: the optimizer; its state holds the learning rate.
     step: `(state, batch, key) -> (state, counts)`, jitted; donates its state.
+    create: `(params, stats) -> state`, before the first step.
     abstract_state: shapes, dtypes and shardings of the state.
   """
 
@@ -35,6 +37,7 @@ class Program:
   attack: attacks.Attack
   tx: optax.GradientTransformationExtraArgs
   step: Callable[..., tuple[states.TrainState, Counts]]
+  create: Callable[[Params, PyTree], states.TrainState]
   abstract_state: states.TrainState
 
 
@@ -133,12 +136,14 @@ def _compile(run: Run, stage: Stage) -> Program:
     step.WeightAttack(**section.get("awp", {})),
     stage.num_steps,
     section.get("accumulate", 1),
+    section.get("ema", 0.0),
   )
   create = functools.partial(
     states.create,
     trains=method.trains(params),
     tx=tx,
     start=criterion.init_memory,
+    averages=bool(section.get("ema")),
   )
   shapes = jax.eval_shape(create, params, stats)
   abstract_state = sharding.ruled(shapes, run.mesh, run.rules)
@@ -150,7 +155,7 @@ def _compile(run: Run, stage: Stage) -> Program:
     out_shardings=(places, everywhere),
     donate_argnums=0,
   )
-  return Program(method, criterion, attack, tx, jitted, abstract_state)
+  return Program(method, criterion, attack, tx, jitted, create, abstract_state)
 
 
 def _check_section(
@@ -159,12 +164,14 @@ def _check_section(
   criterion: objectives.Criterion,
   mesh: Mesh,
 ) -> None:
-  """Raises a ValueError for intervals and batch sizes that can't be trained."""
+  """Raises a ValueError for numbers of the section that can't be."""
   if section["val_every"] < 0 or section["log_every"] < 1:
     raise ValueError(
       f"{name}.val_every must be >= 0 and {name}.log_every >= 1, got"
       f" {section['val_every']} and {section['log_every']}"
     )
+  if not 0 <= section.get("ema", 0) < 1:
+    raise ValueError(f"{name}.ema must be in [0, 1), got {section['ema']}")
   size, turns = section["batch_size"], section.get("accumulate", 1)
   if turns < 1 or size % turns:
     raise ValueError(

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from roli_jax import convert, data, sharding, specs
+from roli_jax import convert, data, models, sharding, specs
 from roli_jax.experiment import compat
 from roli_jax.experiment.stages import Stage, expand
 from roli_jax.threat import ThreatModel
@@ -58,6 +58,25 @@ class Run:
   def shape(self) -> tuple[int, int, int]:
     """(h, w, c) of an image as it is attacked."""
     return self.data["train"].shape
+
+  def limit(self, split: str, count: int = 0) -> int:
+    """How many images of a split a test is of, at most; 0: all of them.
+
+    Args:
+      split: `val` or `test`; the config has a number for each.
+      count: the test's own number; 0 for none.
+
+    Raises:
+      ValueError: the config's number is negative.
+    """
+    field = {"val": "num_val_images", "test": "num_images"}[split]
+    # The configs of runs from before it could be said have none.
+    most = self.config.get(field, 0)
+    if most < 0:
+      raise ValueError(
+        f"{field} is a number of images, or 0 for all; got {most}"
+      )
+    return min(filter(None, (count, most)), default=0)
 
   @property
   def compute_dtype(self) -> str | None:
@@ -128,7 +147,29 @@ def _load(
     image_size=backbone.get("image_size") or None,
     pool=backbone.get("pool") or None,
     key=backbone.get("key") or None,
+    **backbone_sizes(backbone),
   )
+
+
+def backbone_sizes(backbone: Mapping[str, Any]) -> dict[str, Any]:
+  """The sizes that a config's backbone is told, as `models.create` has them."""
+  names = (*models.SIZES, "channels")
+  return {k: v for k in names if (v := backbone.get(k)) is not None}
+
+
+def load_whole(run: Run, weights: str) -> convert.Bundle:
+  """Loads weights with the head that they came with.
+
+  Raises:
+    ValueError: that head is of other classes than the data.
+  """
+  bundle = run.load(weights, keeps_head=True)
+  if bundle.model.num_classes != run.num_classes:
+    raise ValueError(
+      f"the head of {weights} has {bundle.model.num_classes} classes,"
+      f" {run.config['data']['name']} has {run.num_classes}"
+    )
+  return bundle
 
 
 def load_zeroshot(run: Run, weights: str) -> convert.Bundle:
@@ -143,12 +184,7 @@ def load_zeroshot(run: Run, weights: str) -> convert.Bundle:
       f"head_init=zeroshot: {weights} has no zero-shot head; make one with"
       " zeroshot.classifier, and write it with convert.save"
     )
-  if bundle.model.num_classes != run.num_classes:
-    raise ValueError(
-      f"the zero-shot head of {weights} has {bundle.model.num_classes}"
-      f" classes, {run.config['data']['name']} has {run.num_classes}"
-    )
-  return bundle
+  return load_whole(run, weights)
 
 
 def expand_stages(run: Run) -> list[Stage]:

@@ -8,13 +8,18 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from roli_jax import convert, keys, models, optim, sharding, state
+from roli_jax import convert, keys, models, optim, sharding, state, trees
 from roli_jax.experiment import build
-from roli_jax.experiment.program import build_program
-from roli_jax.experiment.run import Run, fingerprint, load_zeroshot
+from roli_jax.experiment.program import Program, build_program
+from roli_jax.experiment.run import (
+  Run,
+  fingerprint,
+  load_whole,
+  load_zeroshot,
+)
 from roli_jax.experiment.stages import ZEROSHOT, Stage
 from roli_jax.files import checkpoint
-from roli_jax.types import Array, Key, Params, Variables
+from roli_jax.types import Array, Key, Params, PyTree, Variables
 
 Meta = dict[str, Any]  # of a checkpoint: plain JSON
 # Returns the variables of a stage's best checkpoint.
@@ -24,7 +29,8 @@ Best = Callable[[Stage], Variables]
 def initial_variables(run: Run, stage: Stage) -> Variables:
   """Returns the pretrained backbone under a random head, or all of it random.
 
-  With `head_init=zeroshot` the head is the weights' own.
+  With `head_init=zeroshot`, and where a pretraining goes on from weights, the
+  head is the weights' own.
   """
   model = build.build_model(run, stage)
   key = keys.root(stage.seed)
@@ -36,6 +42,9 @@ def initial_variables(run: Run, stage: Stage) -> Variables:
     model, model.num_classes, head_init=stage.head_init
   )
   if stage.name == "pretrain":
+    if weights := run.config["backbone"]["weights"]:
+      bundle = load_whole(run, weights)
+      return bundle.params, bundle.stats
     return jax.jit(model.init)(key)
   bundle = run.load(stage.weights)
   params = dataclasses.replace(
@@ -118,29 +127,38 @@ def restore_or_start(
       checkpoints,
       last,
       model=(abstract.params, abstract.stats),
-      rest=(abstract.step, abstract.opt_state, key, abstract.memory),
+      rest=_rest(program, abstract, key),
     )
     params, stats = items["model"]
-    done, opt_state, key, memory = items["rest"]
+    done, opt_state, key, memory, *raw = items["rest"]
+    average: PyTree = program.method.split(params)[0] if raw else {}
     restored = state.TrainState(
       step=done,
-      params=params,
+      params=trees.merge(raw[0], params) if raw else params,
       stats=stats,
       opt_state=opt_state,
       memory=memory,
+      average=average,
     )
     return restored, key, checkpoint.restore_meta(checkpoints, last)
-  params, stats = start_variables(run, stage, best)
-  trains = program.method.trains(params)
-  fresh = state.create(
-    params, stats, trains, program.tx, program.criterion.init_memory
-  )
+  fresh = program.create(*start_variables(run, stage, best))
   # The rate is data in the state, so that stages of all rates share a program.
   opt_state = optim.at_rate(fresh.opt_state, stage.lr)
   fresh = dataclasses.replace(fresh, opt_state=opt_state)
   fresh = sharding.place(fresh, abstract)
   key = sharding.replicate(key, run.mesh)
   return fresh, key, {"step": None, "history": [], "seconds": 0.0}
+
+
+def _rest(
+  program: Program, now: state.TrainState, key: Key[Array, ""]
+) -> tuple[Any, ...]:
+  """Returns what a checkpoint holds beside the variables that are tested.
+
+  Where those are averages, the trained leaves themselves are the last item.
+  """
+  raw = (program.method.split(now.params)[0],) if now.average else ()
+  return now.step, now.opt_state, key, now.memory, *raw
 
 
 def save(
@@ -166,8 +184,8 @@ def save(
   checkpoint.save(
     checkpoints,
     meta["step"],
-    model=(now.params, now.stats),
-    rest=(now.step, now.opt_state, key, now.memory),
+    model=state.variables(now),
+    rest=_rest(build_program(run, stage), now, key),
     meta={**meta, "images_seen": meta["step"] * batch_size},
     score=meta["history"][-1][stage.selected_by],
   )

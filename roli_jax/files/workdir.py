@@ -18,7 +18,16 @@ _BESIDE = ("versions", "commit", "workdir")
 # others.
 _FREE = ("data.num_workers", "cpu_devices", "mesh", "target")
 # Fields that earlier runs lack, and what they ran with.
-_LATER = {"data": {"layout": ""}, "backbone": {"pool": "", "key": ""}}
+_SIZES = ("patch", "width", "depth", "heads", "channels")
+_STAGE = {"ema": 0.0, "loss": {"smoothing": 0.0}}
+_LATER: dict[str, Any] = {
+  "data": {"layout": ""},
+  "backbone": {"pool": "", "key": "", **dict.fromkeys(_SIZES)},
+  "num_val_images": 0,
+  "pretrain": _STAGE,
+  "probe": _STAGE,
+  "adapt": _STAGE,
+}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -106,10 +115,21 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   file = path / "config.json"
   if not file.is_file():
     raise ValueError(f"{path} holds no run: there is no config.json in it")
-  config = json.loads(file.read_text())
-  for section in config.keys() & _LATER.keys():
-    config[section] = {**_LATER[section], **config[section]}
+  config = _filled(json.loads(file.read_text()), _LATER)
   return {k: _tuples(v) for k, v in config.items() if k not in _BESIDE}
+
+
+def _filled(
+  config: Mapping[str, Any], later: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Adds the fields that a config lacks, to sections that it has."""
+  filled = dict(config)
+  for key, value in later.items():
+    if not isinstance(value, dict):
+      filled.setdefault(key, value)
+    elif key in config:
+      filled[key] = _filled(config[key], value)
+  return filled
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:

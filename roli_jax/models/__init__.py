@@ -1,12 +1,14 @@
 """Backbones under one interface: images in [0, 1] to pooled features."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from roli_jax import specs
 from roli_jax.models import heads
 from roli_jax.models.convnext import ConvNext
+from roli_jax.models.families import FAMILIES, Family, Sizes
+from roli_jax.models.heads import linear as linear_head
 from roli_jax.models.hooks import Hooks
 from roli_jax.models.layers import ATTENTIONS
 from roli_jax.models.model import INTERPOLATIONS, Model
@@ -16,6 +18,8 @@ from roli_jax.models.text import Text
 from roli_jax.models.vit import POOLS, Vit
 from roli_jax.models.zoo import MODELS, Entry
 
+# What `create` may be told of a family's sizes.
+SIZES = ("patch", "width", "depth", "heads")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -26,34 +30,73 @@ def create(
   *,
   hooks: Hooks = Hooks(),
   head_init: str = "kaiming_fan_out",
+  patch: int | None = None,
+  width: int | Sequence[int] | None = None,
+  depth: int | Sequence[int] | None = None,
+  heads: int | Sequence[int] | None = None,
+  channels: int | None = None,
   **options: Any,
 ) -> Model:
   """The model of that name with a linear head.
 
+  A name of `MODELS` has sizes of its own. One of `FAMILIES` (`vit`, `swin`,
+  `convnext`, `wrn`, `dm_wrn`) takes its sizes here, and lists those that lack.
+
   Args:
-    name: one of `MODELS`.
+    name: one of `MODELS` or `FAMILIES`.
     num_classes: the head's width, >= 2.
     image_size: the side in pixels that images are resized to inside the model;
-      None: the one that its family was trained with.
+      None: the one that its family was trained with. A `vit` and a `swin` must
+      be told.
     hooks: where a method enters the backbone.
     head_init: the head's random start, see `heads.linear`.
+    patch: side of a patch in pixels, of a `vit`, `swin` or `convnext`; divides
+      `image_size`.
+    width: of a `vit` that of a token, of a `swin` that of its first stage, of a
+      `convnext` that of each stage; of a `wrn` the factor of its widths.
+    depth: the number of blocks of a `vit`, or of each stage; of a `wrn` that of
+      its layers, 6 n + 4.
+    heads: the number of heads of a `vit`, or of each stage of a `swin`; divides
+      the width.
+    channels: of an image; default 3. Mean and standard deviation of other than
+      3 are 0.5 for each.
     **options: see `with_options`.
 
   Raises:
-    ValueError: an unknown name, or a value out of its range.
+    ValueError: an unknown name, a size that lacks or that the name doesn't
+      take, or a value out of its range.
   """
-  entry = specs.lookup(MODELS, name, "model")
+  told = {"patch": patch, "width": width, "depth": depth, "heads": heads}
+  entry = _entry(name, _given(told), channels)
   mean, std = entry.normalisation
+  side = image_size or entry.image_size
+  if side is None:
+    raise ValueError(f"{name} takes image_size too, the side of its images")
   model = Model(
     name=name,
     backbone=entry.backbone(hooks=hooks),
-    head=heads.linear(num_classes, head_init),
+    head=linear_head(num_classes, head_init),
     num_classes=num_classes,
-    image_size=image_size or entry.image_size,
+    image_size=side,
     mean=mean,
     std=std,
   )
   return with_options(model, **options)
+
+
+def _entry(name: str, sizes: Sizes, channels: int | None) -> Entry:
+  """The entry of a named model, or that of these sizes in a family."""
+  known: dict[str, Entry | Family] = {**MODELS, **FAMILIES}
+  found = specs.lookup(known, name, "model")
+  if isinstance(found, Family):
+    normalisation = found.normalisation(3 if channels is None else channels)
+    return Entry(found.backbone(sizes), normalisation, found.image_size)
+  if unwanted := [*sizes, *["channels"] * (channels is not None)]:
+    raise ValueError(
+      f"{name} has its sizes, and takes no {', '.join(unwanted)}; those that do"
+      f" are {', '.join(FAMILIES)}"
+    )
+  return found
 
 
 def with_options(
@@ -130,6 +173,31 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
   return {name: value for name, value in options.items() if value is not None}
 
 
+def sizes(model: Model) -> dict[str, Any]:
+  """What `create` was told of its sizes; of a named model {}."""
+  if model.name not in FAMILIES:
+    return {}
+  return FAMILIES[model.name].sizes(model.backbone)
+
+
+def check_sizes(model: Model, told: Sizes, what: str) -> None:
+  """Raises a ValueError unless the model, of these weights, has these sizes.
+
+  Args:
+    model: any model.
+    told: some sizes of a family, or `channels`, by name; {} for a named model.
+    what: the name of the weights, for the message.
+  """
+  have = {**sizes(model), "channels": model.channels}
+  for name, value in told.items():
+    wanted = tuple(value) if isinstance(value, list | tuple) else value
+    if have.get(name, "its own") != wanted:
+      raise ValueError(
+        f"{what} is a {model.name} of {name}={have.get(name, 'its own')}, not"
+        f" {wanted}"
+      )
+
+
 _FIELDS = ("name", "num_classes", "image_size", "mean", "std")
 _VIT_FIELDS = ("pool", "cls", "fc_norm")
 
@@ -140,9 +208,9 @@ def to_spec(model: Model) -> dict[str, Any]:
   Options of its computation, such as `dtype` and `scan`, are left out.
   """
   about = {field: getattr(model, field) for field in _FIELDS}
-  about["interpolation"] = model.interpolation
+  about |= {"interpolation": model.interpolation, **sizes(model)}
   if isinstance(model.backbone, Vit):
-    named = MODELS[model.name].backbone()
+    named = _entry(model.name, sizes(model), None).backbone()
     about |= {
       field: value
       for field in _VIT_FIELDS
@@ -157,12 +225,13 @@ def from_spec(about: Mapping[str, Any]) -> Model:
   """The model that `to_spec` described, with the default computation.
 
   Args:
-    about: `name`, `num_classes`, `image_size`, `mean` and `std`; and, each with
-      a default, `interpolation`, `head_embed` or `head_bias`, and a ViT's
-      `pool`, `cls` and `fc_norm`.
+    about: `name`, `num_classes`, `image_size`, `mean` and `std`; of a family
+      its sizes; and, each with a default, `interpolation`, `head_embed` or
+      `head_bias`, and a ViT's `pool`, `cls` and `fc_norm`.
   """
   num_classes = about["num_classes"]
-  model = create(about["name"], num_classes, about["image_size"])
+  told = {k: about[k] for k in SIZES if k in about}
+  model = create(about["name"], num_classes, about["image_size"], **told)
   if "head_embed" in about:
     head: Any = heads.cosine(num_classes, about["head_embed"])
     model = dataclasses.replace(model, head=head)
@@ -180,8 +249,10 @@ def from_spec(about: Mapping[str, Any]) -> Model:
 
 
 __all__ = [
+  "FAMILIES",
   "MODELS",
   "POOLS",
+  "SIZES",
   "ConvNext",
   "Entry",
   "Hooks",
@@ -191,9 +262,11 @@ __all__ = [
   "Text",
   "Vit",
   "WideResNet",
+  "check_sizes",
   "create",
   "from_spec",
   "heads",
+  "sizes",
   "to_spec",
   "with_options",
 ]

@@ -5,18 +5,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from flax import linen as nn
 
 from roli_jax.models import layers
-from roli_jax.models.convnext import ConvNext
-from roli_jax.models.resnet import ResNet, WideResNet
-from roli_jax.models.swin import Swin
-from roli_jax.models.vit import Vit
+from roli_jax.models.families import (
+  CIFAR,
+  FAMILIES,
+  HALF,
+  IMAGENET,
+  Normalisation,
+  Sizes,
+)
+from roli_jax.models.resnet import ResNet
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-CIFAR = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 CLIP = (
   (0.48145466, 0.4578275, 0.40821073),
   (0.26862954, 0.26130258, 0.27577711),
@@ -38,38 +39,26 @@ class Entry:
   """
 
   backbone: Callable[..., nn.Module]
-  normalisation: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
+  normalisation: Normalisation = IMAGENET
   image_size: int = 224
 
 
-def _vit(
-  width: int, depth: int, num_heads: int, patch: int, **more: Any
-) -> functools.partial[Vit]:
-  """A ViT whose MLPs are four times as wide as its tokens."""
-  return functools.partial(
-    Vit, patch, width, depth, num_heads, 4 * width, **more
-  )
-
-
-# Width, depth, number of heads.
-_VITS: dict[str, tuple[int, int, int]] = {
-  "ti": (192, 12, 3),
-  "s": (384, 12, 6),
-  "b": (768, 12, 12),
-  "l": (1024, 24, 16),
+_VITS: dict[str, Sizes] = {
+  "ti": {"width": 192, "depth": 12, "heads": 3},
+  "s": {"width": 384, "depth": 12, "heads": 6},
+  "b": {"width": 768, "depth": 12, "heads": 12},
+  "l": {"width": 1024, "depth": 24, "heads": 16},
 }
-# Width of the first stage; depths and numbers of heads of all.
-_SWINS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
-  "t": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
-  "s": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
-  "b": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+_SWINS: dict[str, Sizes] = {
+  "t": {"width": 96, "depth": (2, 2, 6, 2), "heads": (3, 6, 12, 24)},
+  "s": {"width": 96, "depth": (2, 2, 18, 2), "heads": (3, 6, 12, 24)},
+  "b": {"width": 128, "depth": (2, 2, 18, 2), "heads": (4, 8, 16, 32)},
 }
-# Widths and depths of the stages.
-_CONVNEXTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-  "t": ((96, 192, 384, 768), (3, 3, 9, 3)),
-  "s": ((96, 192, 384, 768), (3, 3, 27, 3)),
-  "b": ((128, 256, 512, 1024), (3, 3, 27, 3)),
-  "l": ((192, 384, 768, 1536), (3, 3, 27, 3)),
+_CONVNEXTS: dict[str, Sizes] = {
+  "t": {"width": (96, 192, 384, 768), "depth": (3, 3, 9, 3)},
+  "s": {"width": (96, 192, 384, 768), "depth": (3, 3, 27, 3)},
+  "b": {"width": (128, 256, 512, 1024), "depth": (3, 3, 27, 3)},
+  "l": {"width": (192, 384, 768, 1536), "depth": (3, 3, 27, 3)},
 }
 # Depths, whether of bottlenecks, inner width of the first stage.
 _RESNETS: dict[str, tuple[tuple[int, ...], bool, int]] = {
@@ -79,51 +68,58 @@ _RESNETS: dict[str, tuple[tuple[int, ...], bool, int]] = {
   "resnet101": ((3, 4, 23, 3), True, 64),
   "wide_resnet50_2": ((3, 4, 6, 3), True, 128),
 }
-# dm: DeepMind's, as most of RobustBench's best on CIFAR are.
-_WRNS: dict[str, dict[str, Any]] = {
-  "wrn": {},
-  "dm_wrn": {"act": jax.nn.silu, "same": True},
-}
 
+
+def _family(
+  name: str, sizes: Sizes, **options: Any
+) -> functools.partial[nn.Module]:
+  """One of a family; a ViT, Swin or ConvNeXt has patches of 4 unless said."""
+  patch = {"patch": 4} if "patch" in FAMILIES[name].attributes else {}
+  return FAMILIES[name].backbone({**patch, **sizes}, **options)
+
+
+_TINY = {"patch": 2, "width": 32, "depth": 2, "heads": 2}
 # Of 8 x 8 grey images. The first has weights that come with the package; the
 # others are toys of each family, to try a whole run with.
 _GLYPHS: dict[str, Callable[..., nn.Module]] = {
-  "glyph_vit": _vit(
-    64,
-    4,
-    4,
-    patch=2,
+  "glyph_vit": _family(
+    "vit",
+    {"patch": 2, "width": 64, "depth": 4, "heads": 4},
     pool="mean",
     cls=False,
     attention="xla",
     act=layers.erfc_gelu,
   ),
-  "glyph_vit_token": _vit(32, 2, 2, patch=2),
-  "glyph_clip": _vit(32, 2, 2, patch=2, clip=True, eps=1e-5),
-  "glyph_swin": functools.partial(Swin, 16, (2, 2), (2, 4), patch=1),
-  "glyph_convnext": functools.partial(ConvNext, (16, 32), (2, 2), patch=1),
+  "glyph_vit_token": _family("vit", _TINY),
+  "glyph_clip": _family("vit", _TINY, clip=True, eps=1e-5),
+  "glyph_swin": _family(
+    "swin", {"patch": 1, "width": 16, "depth": (2, 2), "heads": (2, 4)}
+  ),
+  "glyph_convnext": _family(
+    "convnext", {"patch": 1, "width": (16, 32), "depth": (2, 2)}
+  ),
   "glyph_resnet": functools.partial(
     ResNet, (2, 2), False, inner=16, small=True, width=16
   ),
-  "glyph_wrn": functools.partial(WideResNet, 16, 1),
+  "glyph_wrn": _family("wrn", {"depth": 16, "width": 1}),
 }
 
 MODELS: dict[str, Entry] = {
   **{
-    f"vit_{size}{patch}": Entry(_vit(*sizes, patch=patch), HALF)
+    f"vit_{size}{patch}": Entry(_family("vit", {**sizes, "patch": patch}), HALF)
     for size, sizes in _VITS.items()
     for patch in (16, 32)
   },
   **{
-    f"deit_{size}16": Entry(_vit(*_VITS[size], patch=16))
+    f"deit_{size}16": Entry(_family("vit", {**_VITS[size], "patch": 16}))
     for size in ("ti", "s", "b")
   },
   **{
-    f"swin_{size}": Entry(functools.partial(Swin, *sizes))
+    f"swin_{size}": Entry(_family("swin", sizes))
     for size, sizes in _SWINS.items()
   },
   **{
-    f"convnext_{size}": Entry(functools.partial(ConvNext, *sizes))
+    f"convnext_{size}": Entry(_family("convnext", sizes))
     for size, sizes in _CONVNEXTS.items()
   },
   **{
@@ -131,17 +127,30 @@ MODELS: dict[str, Entry] = {
     for name, sizes in _RESNETS.items()
   },
   **{
-    f"{family}_{depth}_{factor}": Entry(
-      functools.partial(WideResNet, depth, factor, **options), CIFAR, 32
+    f"{family}_{depth}_{width}": Entry(
+      _family(family, {"depth": depth, "width": width}), CIFAR, 32
     )
-    for family, options in _WRNS.items()
-    for depth, factor in ((28, 10), (34, 10), (70, 16))
+    for family in ("wrn", "dm_wrn")
+    for depth, width in ((28, 10), (34, 10), (70, 16))
   },
   # As ARES trained it; a file does not tell it from the one with ReLU.
   "wide_resnet50_2_gelu": Entry(
     functools.partial(ResNet, *_RESNETS["wide_resnet50_2"], act=layers.gelu)
   ),
-  "clip_vit_b16": Entry(_vit(768, 12, 12, 16, clip=True, eps=1e-5), CLIP),
+  "clip_vit_b16": Entry(
+    _family("vit", {**_VITS["b"], "patch": 16}, clip=True, eps=1e-5), CLIP
+  ),
+  # Of photographs; it has weights that come with the package.
+  "tiny32": Entry(
+    _family(
+      "vit",
+      {"patch": 4, "width": 128, "depth": 7, "heads": 4},
+      pool="mean",
+      cls=False,
+    ),
+    IMAGENET,
+    image_size=32,
+  ),
   **{
     name: Entry(backbone, GLYPHS, image_size=8)
     for name, backbone in _GLYPHS.items()

@@ -194,8 +194,10 @@ def _flops(run: Run, stage: Stage) -> int:
   )
   every = section["val_every"] or stage.epoch_steps
   times = math.ceil(stage.num_steps / every) + 1
-  validated = times * len(run.data["val"])
-  tested = len(run.data["test"]) if run.config["test"] else 0
+  validated = times * shapes.num_tested(run, "val", run.limit("val"))
+  tested = 0
+  if run.config["test"]:
+    tested = shapes.num_tested(run, "test", run.limit("test"))
   validation, test = (
     cost.evaluation_flops(one, build_attack(run, section).passes)
     for section in ("val_attack", "eval_attack")

@@ -9,7 +9,7 @@ import jax
 
 from roli_jax import convert, data, keys, models, peft, sharding, specs
 from roli_jax.experiment.build import build_model, method_fields
-from roli_jax.experiment.run import Run, build_run
+from roli_jax.experiment.run import Run, backbone_sizes, build_run
 from roli_jax.experiment.stages import Stage
 
 
@@ -58,18 +58,27 @@ def planned(
 
   @functools.cache
   def load(weights, keeps_head=False):
-    if keeps_head:  # whatever head the file has
-      return run.load(weights, keeps_head=True)
+    told = backbone_sizes(backbone)
+    # The head, or the sizes, are whatever the file has.
+    if keeps_head or (backbone["name"] in models.FAMILIES and not told):
+      return run.load(weights, keeps_head=keeps_head)
     model = models.create(
       backbone["name"],
       splits["train"].num_classes,
       backbone.get("image_size") or None,
+      **told,
     )
     return convert.Bundle(model, *jax.eval_shape(model.init, keys.root(0)))
 
   return dataclasses.replace(
     run, config=config, mesh=over, data=splits, load=load
   )
+
+
+def num_tested(run: Run, split: str, count: int) -> int:
+  """How many images of a split are tested: `count`, or all if 0 or too many."""
+  have = len(run.data[split])
+  return min(count or have, have)
 
 
 def model_and_method(
