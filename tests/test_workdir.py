@@ -15,7 +15,7 @@ def test_a_claimed_directory_says_whose_it_is(tmp_path):
   said = json.loads((path / "config.json").read_text())
   assert said["a"] == {"b": 1, "c": [1, 2]} and "jax" in said["versions"]
   assert {"commit", "workdir"} <= said.keys()
-  assert workdir.read_config(path) == CONFIG
+  assert CONFIG.items() <= workdir.read_config(path).items()
 
 
 def test_a_package_in_somebody_elses_checkout_has_no_commit(
@@ -46,7 +46,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
 def test_a_run_of_before_a_field_goes_on_without_it(tmp_path):
   workdir.claim(tmp_path, {"data": {"root": "x"}})
   data = {"root": "x", "layout": ""}
-  assert workdir.read_config(tmp_path) == {"data": data}
+  assert workdir.read_config(tmp_path)["data"] == data
   assert workdir.claim(tmp_path, {"data": data}) == []
   with pytest.raises(ValueError, match=r"data\.layout: '' -> 'classes'"):
     workdir.claim(tmp_path, {"data": {**data, "layout": "classes"}})

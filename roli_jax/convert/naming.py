@@ -62,11 +62,15 @@ def marked(
 
 
 def _example(name: str) -> Any:
-  """Returns a backbone of that name; of a family it has no sizes to go by."""
+  """Returns a backbone of that name; of a family, one without meaning."""
   if name not in models.FAMILIES:
     return models.create(name, 2).backbone
   family = models.FAMILIES[name]
-  return family.module(**dict.fromkeys(family.attributes.values(), 1))
+  ones = {
+    attribute: (1,) if size in family.staged else 1
+    for size, attribute in family.attributes.items()
+  }
+  return family.module(**ones)
 
 
 def identify(

@@ -153,9 +153,22 @@ class Source:
     rows, _ = stratified(self.labels, size, len(self) - size, seed)
     return self.take(rows)
 
-  def few(self, count: int) -> Integer[np.ndarray, " n"]:
-    """The positions of some images for evaluation: the first, or all if 0."""
-    return np.arange(len(self))[: count or None]
+  def some(self, count: int) -> Integer[np.ndarray, " n"]:
+    """Returns the positions of a few images for a quick measurement.
+
+    They are the first; or evenly spaced ones where images are grouped by class,
+    as in folders, whose first images would be of few classes.
+
+    Args:
+      count: the number of images; 0, or more than there are: all.
+    """
+    rows = np.arange(len(self))
+    if not 0 < count < len(rows):
+      return rows
+    changes = np.count_nonzero(np.diff(self.labels))
+    if changes >= self.num_classes:
+      return rows[:count]
+    return rows[:count] * len(rows) // count
 
   def take(self, rows: np.ndarray) -> "Source":
     """Returns the source of the images at these positions."""

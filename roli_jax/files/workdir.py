@@ -19,9 +19,10 @@ _BESIDE = ("versions", "commit", "workdir")
 _FREE = ("data.num_workers", "cpu_devices", "mesh", "target")
 # Fields that earlier runs lack, and what they ran with.
 _SIZES = ("patch", "width", "depth", "heads", "channels")
-_LATER: dict[str, dict[str, Any]] = {
+_LATER = {
   "data": {"layout": ""},
   "backbone": {"pool": "", "key": "", **dict.fromkeys(_SIZES)},
+  "num_val_images": 0,
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -57,7 +58,7 @@ def claim(path: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
     write_json(file, {**ours, **beside})
     return []
   theirs = read_config(path)
-  differences = list(_differences(theirs, ours))
+  differences = list(_differences(theirs, _filled(ours, _LATER)))
   if differences:
     shown = "\n".join(f"  {line}" for line in differences[:3])
     more = len(differences) - 3
@@ -84,7 +85,8 @@ def is_finished(path: pathlib.Path, config: Mapping[str, Any]) -> bool:
   note, results = path / "finished.json", path / "results.jsonl"
   if not (note.is_file() and results.is_file()):
     return False
-  if list(_differences(read_config(path), json.loads(json.dumps(config)))):
+  ours = _filled(json.loads(json.dumps(config)), _LATER)
+  if list(_differences(read_config(path), ours)):
     return False
   lines = results.read_bytes().count(b"\n")
   return lines >= json.loads(note.read_text())["rows"]
@@ -110,12 +112,21 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   file = path / "config.json"
   if not file.is_file():
     raise ValueError(f"{path} holds no run: there is no config.json in it")
-  config = json.loads(file.read_text())
-  for section in config.keys() & _LATER.keys():
-    config[section] = {**_LATER[section], **config[section]}
-  if "num_images" in config:
-    config.setdefault("num_val_images", 0)
+  config = _filled(json.loads(file.read_text()), _LATER)
   return {k: _tuples(v) for k, v in config.items() if k not in _BESIDE}
+
+
+def _filled(
+  config: Mapping[str, Any], later: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Adds the fields that a config lacks, to sections that it has."""
+  filled = dict(config)
+  for key, value in later.items():
+    if not isinstance(value, dict):
+      filled.setdefault(key, value)
+    elif key in config:
+      filled[key] = _filled(config[key], value)
+  return filled
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:

@@ -88,18 +88,20 @@ def _of_stage(run: Run, stage: Stage) -> Iterator[Planned]:
   every = run.config[stage.name]["val_every"] or stage.epoch_steps
   validated = math.ceil(stage.num_steps / every) + 1
   attack = build_attack(run, "val_attack")
-  yield Planned("validate", stage, attack, validated * _batches(run, "val"))
+  batches = _batches(run, "val", run.config["num_val_images"])
+  yield Planned("validate", stage, attack, validated * batches)
   for test in stage_tests.tests(run, stage):
     if test.attack is None:
       continue
     for part in test.attack.parts:
-      times = 0 if part.is_search else _batches(run, "test")
+      batches = _batches(run, "test", test.num_images)
+      times = 0 if part.is_search else batches
       yield Planned(f"test:{part.name}", stage, part, times)
 
 
-def _batches(run: Run, split: str) -> int:
-  tested = shapes.num_tested(run, split)
-  return math.ceil(tested / run.config["eval_batch_size"])
+def _batches(run: Run, split: str, few: int) -> int:
+  images = shapes.num_images(run, split, few)
+  return math.ceil(images / run.config["eval_batch_size"])
 
 
 def _lower_step(run: Run, stage: Stage) -> jax.stages.Lowered:

@@ -75,10 +75,10 @@ def planned(
   )
 
 
-def num_tested(run: Run, split: str) -> int:
-  """How many images of `val` or `test` a validation or the main test is of."""
-  have = len(run.data[split])
-  return min(run.limit(split) or have, have)
+def num_images(run: Run, split: str, few: int) -> int:
+  """How many images of a split are tested: `few`, or all if 0 or too many."""
+  size = len(run.data[split])
+  return min(few or size, size)
 
 
 def model_and_method(
