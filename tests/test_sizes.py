@@ -43,8 +43,8 @@ FORMATS = [
 
 
 def made(name):
-  """A small model of a family, with random arrays."""
-  model = models.create(name, 5, **SMALL[name])
+  """A small model of a family, or a named one, with random arrays."""
+  model = models.create(name, 5, **SMALL.get(name, {}))
   rng = np.random.default_rng(0)
   shapes = jax.eval_shape(model.init, keys.root(0))
   params, stats = jax.tree.map(
@@ -190,9 +190,7 @@ def test_sizes_that_are_not_the_tensors_are_refused():
   state = convert.to_state_dict(made("wrn"), "robustbench")
   with pytest.raises(ValueError, match=r"missing: block1\.layer\.2"):
     convert.load(state, depth=22)
-  resnet = models.create("glyph_resnet", 3)
-  bundle = convert.Bundle(resnet, *jax.jit(resnet.init)(keys.root(0)))
-  state = convert.to_state_dict(bundle, "timm")
+  state = convert.to_state_dict(made("glyph_resnet"), "timm")
   with pytest.raises(ValueError, match="it takes no depth"):
     convert.load(state, depth=18)
 
@@ -230,8 +228,7 @@ def test_weights_of_a_name_come_with_the_package(monkeypatch, tmp_path):
   from roli_jax.convert import files
 
   (tmp_path / "weights").mkdir()
-  model = models.create("tiny32", 5)
-  bundle = convert.Bundle(model, *jax.jit(model.init)(keys.root(0)))
+  bundle = made("tiny32")
   file = tmp_path / "weights" / "tiny32_robust.safetensors"
   convert.save(bundle, file, half=True)
   assert file.stat().st_size < 3e6
