@@ -1,7 +1,7 @@
 """Backbones under one interface: images in [0, 1] to pooled features."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from roli_jax import specs
@@ -91,12 +91,17 @@ def _entry(name: str, sizes: Sizes, channels: int | None) -> Entry:
   if isinstance(found, Family):
     normalisation = found.normalisation(3 if channels is None else channels)
     return Entry(found.backbone(sizes), normalisation, found.image_size)
-  if unwanted := [*sizes, *["channels"] * (channels is not None)]:
-    raise ValueError(
-      f"{name} has its sizes, and takes no {', '.join(unwanted)}; those that do"
-      f" are {', '.join(FAMILIES)}"
-    )
+  if told := [*sizes, *["channels"] * (channels is not None)]:
+    raise _refusal(name, told)
   return found
+
+
+def _refusal(name: str, told: Iterable[str]) -> ValueError:
+  """What is wrong with sizes that a named model is told."""
+  return ValueError(
+    f"{name} has its sizes, and takes no {', '.join(told)}; those that do are"
+    f" {', '.join(FAMILIES)}"
+  )
 
 
 def with_options(
@@ -194,13 +199,14 @@ def check_sizes(model: Model, told: Sizes, what: str) -> None:
     told: some sizes of a family, or `channels`, by name; {} for a named model.
     what: the name of the weights, for the message.
   """
+  if told and model.name not in FAMILIES:
+    raise _refusal(model.name, told)
   have = {**sizes(model), "channels": model.channels}
   for name, value in told.items():
     wanted = tuple(value) if isinstance(value, list | tuple) else value
-    if have.get(name, "its own") != wanted:
+    if have.get(name) != wanted:
       raise ValueError(
-        f"{what} is a {model.name} of {name}={have.get(name, 'its own')}, not"
-        f" {wanted}"
+        f"{what} is a {model.name} of {name}={have.get(name)}, not {wanted}"
       )
 
 
@@ -214,6 +220,9 @@ def to_spec(model: Model) -> dict[str, Any]:
   """Describes a model in plain JSON, from which `from_spec` makes it again.
 
   Options of its computation, such as `dtype` and `scan`, are left out.
+
+  Raises:
+    ValueError: an activation that has no name.
   """
   about = {field: getattr(model, field) for field in _FIELDS}
   about |= {"interpolation": model.interpolation, **sizes(model)}
@@ -223,7 +232,10 @@ def to_spec(model: Model) -> dict[str, Any]:
     if value != getattr(named, field, None):
       about[_OTHER_FIELDS.get(field, field)] = value
   if "act" in about:
-    about["act"] = {act: name for name, act in ACTS.items()}[about["act"]]
+    names = [name for name, act in ACTS.items() if act == about["act"]]
+    if not names:
+      raise ValueError(f"{about['act']} is none of {', '.join(ACTS)}")
+    (about["act"],) = names
   if isinstance(model.head, heads.Cosine):
     return {**about, "head_embed": model.head.embed}
   return {**about, "head_bias": model.head.use_bias}
