@@ -10,6 +10,7 @@ from roli_jax import convert, keys, models, trees
 from roli_jax.experiment import command_line
 from roli_jax.files import workdir
 from roli_jax.plan import plan
+from tests import cli
 
 # Of each family a small one, and the formats that have names for it.
 SMALL = {
@@ -303,3 +304,19 @@ def test_a_config_says_the_sizes(fields, count, tmp_path):
     ["--mode=evaluate", f"--workdir={tmp_path}", "--config.num_images=7"]
   ).config
   assert again == {**config, "num_images": 7}
+
+
+def test_convert_mode_is_told_the_heads(tmp_path):
+  bundle, path = made("vit"), tmp_path / "x.pth"
+  convert.save(bundle, path, "timm")
+  words = (
+    "--mode=convert", "--config=convert", f"--config.source={path}",
+    f"--config.output={tmp_path / 'out'}",
+  )  # fmt: skip
+  refused = cli.run(*words)
+  assert refused.returncode == 2 and "say heads=" in refused.stderr
+  done = cli.run(*words, "--config.heads=2")
+  assert done.returncode == 0, done.stderr
+  again = convert.load(convert.find("vit", str(tmp_path / "out")))
+  assert again.model == bundle.model
+  same(again, bundle)
