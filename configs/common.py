@@ -323,13 +323,14 @@ def cells(*given: dict) -> dict:
 
 
 def evaluation() -> dict:
-  """What is tested, and what --mode=plan compiles for."""
+  """What --mode=evaluate tests, and what --mode=plan compiles for."""
   return {
     # Devices that plan compiles for without having them, as v5e:2x4, h100:8.
     "target": "",
     "checkpoint": "",  # restored; "": the best one of the last stage
     "radii": (),  # attacked at; (): threat.eps alone, of a curve also `curve`
-    "num_images": 0,  # of the test split; 0: all
+    # Of the test split, in every test that has no number of its own; 0: all.
+    "num_images": 0,
     "num_val_images": 0,  # of the validation split; 0: all
     "save_adv": False,  # whether adversarial images are kept, as npz
     "checks": True,  # whether an AutoAttack comes with a diagnosis

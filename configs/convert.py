@@ -10,7 +10,7 @@ DIR/<model>.safetensors, which any config takes as
 checkpoint) --config.format says what to write: DIR/<model>.pth.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -18,13 +18,20 @@ def get_config() -> ConfigDict:
     {
       "source": "",  # a file, or a directory with a bundle or a checkpoint
       "output": "",  # a directory
-      "model": "",  # its name; "": found by shapes
+      "model": "",  # its name, or its family's; "": found by shapes
       "format": "",  # timm, torchvision, ...; "": found by names
       # Per channel; (): the file's own, or else the format's.
       "mean": (),
       "std": (),
       "num_classes": 0,  # of a new zero head; 0: the file's classifier
       "image_size": 0,  # that positions are resampled to; 0: the file's
+      # Of a vit, swin, convnext, wrn or dm_wrn, as `models.create` takes them;
+      # None: what the tensors show. A vit's heads show nowhere.
+      "patch": config_dict.placeholder(int),
+      "width": config_dict.placeholder(object),
+      "depth": config_dict.placeholder(object),
+      "heads": config_dict.placeholder(object),
+      "channels": config_dict.placeholder(int),
       # A ViT's feature: token or mean, where names don't tell; "": token.
       "pool": "",
       # Which network in a file that has several: ema, state_dict, ...

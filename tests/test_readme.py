@@ -47,11 +47,20 @@ def test_the_attack_example_runs_and_goes_on(
   assert list((tmp_path / "runs" / "aa").glob("apgd_ce-*.npz"))
 
 
+def test_the_example_of_sizes_runs(root, capsys, tmp_path, monkeypatch):
+  text = (root / "docs" / "backbones.md").read_text()
+  monkeypatch.chdir(tmp_path)
+  code, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  exec(code, {})
+  sizes = "{'patch': 4, 'width': 64, 'depth': 2, 'heads': 2}"
+  assert f"vit {sizes}" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_example_of_weights_runs(root, capsys, tmp_path, monkeypatch):
   text = (root / "docs" / "backbones.md").read_text()
   monkeypatch.chdir(tmp_path)
-  (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  _, code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
   names = {}
   exec(code, names)
   said = capsys.readouterr().out

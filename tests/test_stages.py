@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
-from configs import cifar_roli, glyphs_pretrain, glyphs_roli
+from configs import cifar_roli, glyphs_pretrain, glyphs_roli, roli
+from roli_jax.experiment import stage_tests
+from roli_jax.experiment.run import build_run
 from roli_jax.experiment.stages import expand
 
 
@@ -133,8 +135,37 @@ def test_the_cifar_recipe_has_the_references_rates():
   assert expand(ranli, 45_000)[0].lr == 1.25e-4
 
 
+def test_with_the_backbone_in_the_package_the_recipe_is_a_small_one():
+  config, whole = (
+    cifar_roli.get_config(text) for text in ("backbone=tiny32", "")
+  )
+  assert (config.backbone.name, config.backbone.weights) == ("tiny32", "robust")
+  images = (config.num_val_images, config.num_images)
+  assert images == (500, 1000) and config.cpu_devices == 2
+  assert (whole.num_val_images, whole.num_images) == (0, 0)
+  probe, adapt = expand(config.to_dict())
+  for stage in (probe, adapt):
+    assert (stage.num_steps, stage.train_size) == (300, 2000)
+  for section in ("threat", "attack", "val_attack", "eval_attack", "cells"):
+    assert config[section] == whole[section]
+  # A folder of one's own may have fewer.
+  folder = roli.get_config("dataset=folder,backbone=tiny32")
+  assert folder.data.train_size == 0 and folder.probe.num_steps == 300
+
+
 def test_an_unknown_argument_lists_the_known():
   with pytest.raises(ValueError, match="table"):
     glyphs_roli.get_config("tabel=grid")
   with pytest.raises(ValueError, match="controls"):
     glyphs_roli.get_config("table=control")
+
+
+def test_a_test_is_of_the_configs_images_or_its_own_number():
+  own = (("fgsm", "linf", "0.1", 30), ("corruptions:glyphs", "", "3", 0))
+  cell = {"method": "linear", "init": "roli", "curve": True, "tests": own}
+  changes = {"cells": (cell,), "num_images": 50, "num_val_images": 40}
+  made = build_run({**glyphs_roli.get_config().to_dict(), **changes})
+  (probe,) = expand(made.config)
+  first, fgsm, *corruptions = stage_tests.tests(made, probe)
+  assert (first.num_images, fgsm.num_images) == (50, 30)
+  assert {test.num_images for test in corruptions} == {50}

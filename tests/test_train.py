@@ -226,3 +226,24 @@ def test_pretraining_writes_a_bundle(tmp_path):
     f"--workdir={tmp_path}/used",
   )  # fmt: skip
   assert used.returncode == 0, used.stderr
+
+
+@pytest.mark.slow  # a run of its own
+def test_validations_and_tests_are_of_as_many_images_as_said(tmp_path):
+  path = tmp_path / "a"
+  done = cli.run(
+    f"{cli.GLYPHS}:method=linear", *cli.TINY, f"--workdir={path}",
+    "--config.num_val_images=40", "--config.num_images=50",
+    '--config.cells=({"method": "linear", "init": "roli", "tests":'
+    ' (("fgsm", "linf", "0.1", 30), ("fgsm", "linf", "0.2", 0))},)',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  rows = record.read(path / "results.jsonl")
+  assert {row["n"] for row in record.where(rows, split="val")} == {40}
+  said = {(r["attack"], r["eps"]): r["n"] for r in rows if r["split"] == "test"}
+  # A test's own number goes before.
+  assert said == {
+    ("none", None): 50, ("pgd", 0.1): 50, ("fgsm", 0.1): 30, ("fgsm", 0.2): 50,
+  }  # fmt: skip
+  log = record.where(record.read(path / "training.jsonl"), split="val")
+  assert {row["n"] for row in log} == {40}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from roli_jax import models, trees
-from roli_jax.convert import resample
+from roli_jax.convert import plain, resample
 from roli_jax.types import Params, PyTree
 
 FORMAT = "roli_jax"
@@ -78,26 +78,38 @@ class Bundle:
   coverage: Coverage | None = None
 
 
-def write(bundle: Bundle, path: pathlib.Path) -> None:
+def write(bundle: Bundle, path: pathlib.Path, half: bool = False) -> None:
   """Writes the bundle; while it is written, readers find the old file.
 
+  Args:
+    bundle: the bundle.
+    path: the file.
+    half: whether the file holds float16, which reads back as float32.
+
   Raises:
-    ValueError: a method has added to the backbone.
+    ValueError: a method has added to the backbone; weights that float16 can't
+      hold.
   """
   if bundle.params.peft:
     raise ValueError(
       f"a bundle can't hold {list(trees.paths(bundle.params.peft))[:2]};"
       " peft.merge what a method has added, or write peft.state_dict"
     )
-  tree = {
-    "backbone": bundle.params.backbone,
-    "head": bundle.params.head,
-    "stats": bundle.stats,
-    "extras": bundle.extras,
-  }
+  leaves = trees.paths(
+    {
+      "backbone": bundle.params.backbone,
+      "head": bundle.params.head,
+      "stats": bundle.stats,
+    }
+  )
+  if half:
+    with np.errstate(over="ignore"):  # the check says where
+      leaves = {k: np.asarray(v, np.float16) for k, v in leaves.items()}
+    check_arrays(leaves, f"{path.name}, in float16")
+  leaves |= trees.paths({"extras": bundle.extras})
   about = {**models.to_spec(bundle.model), "layout": bundle.layout}
   metadata = {"format": FORMAT, "model": json.dumps(about)}
-  write_tensors(trees.paths(tree), path, metadata)
+  write_tensors(leaves, path, metadata)
 
 
 def write_tensors(
@@ -117,7 +129,7 @@ def write_tensors(
 def from_tensors(
   tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], what: str
 ) -> Bundle:
-  """Returns the bundle that `write` wrote.
+  """Returns the bundle that `write` wrote, half precision as float32.
 
   Args:
     tensors: the arrays of the file, by the paths of leaves.
@@ -129,7 +141,7 @@ def from_tensors(
       are not finite.
   """
   about = json.loads(metadata["model"])
-  tree = trees.unpaths(dict(tensors))
+  tree = trees.unpaths({k: plain.widened(v) for k, v in tensors.items()})
   bundle = Bundle(
     models.from_spec(about),
     params_of(tree),

@@ -39,7 +39,7 @@ def find(model: str, weights: str, hint: str = "") -> pathlib.Path:
   """Returns the file that a config means by a model and its weights.
 
   Args:
-    model: a name in `models.MODELS`.
+    model: a name in `models.MODELS` or `models.FAMILIES`.
     weights: the name of shipped weights (`robust`), or a path.
     hint: how to get the weights, for the message; "" for none.
 
@@ -245,7 +245,8 @@ def _from_directory(path: pathlib.Path) -> Bundle | Any:
   """Returns a directory's bundle, or the best checkpoint of a run's stage."""
   files = sorted(path.glob("*.safetensors"))
   # What a method has added may lie beside the model that it is for.
-  files = [file for file in files if file.stem in models.MODELS] or files
+  known = models.MODELS.keys() | models.FAMILIES.keys()
+  files = [file for file in files if file.stem in known] or files
   if len(files) == 1:
     return opened(files[0])
   return from_stage(path, _plain, files)
@@ -307,7 +308,10 @@ def from_stage(
 
 
 def save(
-  bundle: Bundle, path: str | pathlib.Path, format: str | None = None
+  bundle: Bundle,
+  path: str | pathlib.Path,
+  format: str | None = None,
+  half: bool = False,
 ) -> None:
   """Writes the bundle, or its state dict in another format.
 
@@ -317,14 +321,19 @@ def save(
       suffix is one of PyTorch's (`.pth`, `.pt`, `.bin`): then `torch.load`
       reads it.
     format: a name in `convert.FORMATS`; None: ours.
+    half: whether a file of our format holds float16, half of float32, as which
+      it reads back.
 
   Raises:
-    ValueError: the format has no names for the model.
+    ValueError: the format has no names for the model, or isn't ours and half
+      precision is asked for; weights that float16 can't hold.
   """
   path = pathlib.Path(path)
   if format is None:
-    bundles.write(bundle, path)
+    bundles.write(bundle, path, half)
     return
+  if half:
+    raise ValueError(f"only our own format has half=True, not {format}")
   state = state_dict.to_state_dict(bundle, format)
   if path.suffix.lower() in _TORCH:
     torch_file.write(path, state)

@@ -62,11 +62,15 @@ def marked(
 
 
 def _example(name: str) -> Any:
-  """Returns a backbone of that name; of a family it has no sizes to go by."""
+  """Returns a backbone of that name; of a family, one without meaning."""
   if name not in models.FAMILIES:
     return models.create(name, 2).backbone
   family = models.FAMILIES[name]
-  return family.module(**dict.fromkeys(family.attributes.values(), 1))
+  ones = {
+    attribute: (1,) if size in family.staged else 1
+    for size, attribute in family.attributes.items()
+  }
+  return family.module(**ones)
 
 
 def identify(
@@ -91,27 +95,38 @@ def identify(
       f"{what} has names of the layout {layout.name}, whose models have their"
       f" sizes: it takes no {', '.join(told)}"
     )
+  if family and (name := _of_sizes(family, layout, network, pool)):
+    return name
   name, faults = _nearest(network, layout, pool)
   if not faults:
     return name
-  if family and _is_of(family, layout, network, pool):
-    return family
   hint = _unsupported(name, faults)
   raise ValueError(f"{what} has names of the layout {layout.name}; {hint}")
 
 
-def _is_of(
+def _of_sizes(
   family: str, layout: Layout, network: Network, pool: str | None
-) -> bool:
-  """Whether a family has a model of just these tensors, but for its head."""
-  found = sizes.read(layout, network, family)
-  if family == "vit":  # whose tensors are the same for any number
-    found["heads"] = 1
+) -> str:
+  """Returns the named model of the sizes that tensors show, or the family.
+
+  Returns "" if the family has no model of just these tensors, but for its head.
+  """
+  shown = sizes.read(layout, network, family)
+  # A ViT's tensors are the same whatever the number of its heads.
+  told = {"heads": 1, **shown} if family == "vit" else shown
   try:
-    model = headed(layout, family, 2, network, pool, found)
+    model = headed(layout, family, 2, network, pool, told)
   except ValueError:  # sizes that lack, or that can't be
-    return False
-  return not _faults(network, layout, model)
+    return ""
+  if _faults(network, layout, model):
+    return ""
+  for name in models.MODELS:
+    named = models.create(name, 2)
+    if layout.holds(named.backbone):
+      theirs = models.FAMILIES[family].sizes(named.backbone)
+      if shown.items() <= {**theirs, "channels": named.channels}.items():
+        return name
+  return family
 
 
 def instead(

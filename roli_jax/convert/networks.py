@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from roli_jax.convert import plain
 from roli_jax.convert.name_maps import LAYOUTS, TEXT, Layout
 
 # Averaged networks go first, since published accuracies are theirs, and what
@@ -260,12 +260,4 @@ def _normalisation(
 
 def _arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """Returns arrays in this machine's byte order, half precision widened."""
-  arrays = {key: np.asarray(value) for key, value in values.items()}
-  half = (np.float16, jnp.bfloat16)
-  return {
-    key: array.astype(
-      np.float32 if array.dtype in half else array.dtype.newbyteorder("="),
-      copy=False,
-    )
-    for key, array in arrays.items()
-  }
+  return {key: plain.widened(np.asarray(v)) for key, v in values.items()}

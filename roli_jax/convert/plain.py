@@ -62,6 +62,13 @@ def _later(path: pathlib.Path, keys: set[str]) -> dict[str, np.ndarray]:
   }
 
 
+def widened(array: np.ndarray) -> np.ndarray:
+  """The array in this machine's byte order, half precision as float32."""
+  half = array.dtype in (np.float16, jnp.bfloat16)
+  dtype = np.dtype(np.float32) if half else array.dtype.newbyteorder("=")
+  return array.astype(dtype, copy=False)
+
+
 def npz(path: pathlib.Path) -> dict[str, np.ndarray]:
   """The arrays of a file of `numpy.savez`; nothing in it is unpickled.
 

@@ -19,7 +19,6 @@ from roli_jax.data import (
 )
 from roli_jax.data.sizes import FACTS
 from roli_jax.data.source import SPLITS
-from roli_jax.types import Integer
 
 POLICIES = ("error", "skip")
 
@@ -52,14 +51,6 @@ class Files(source.Source):
   def is_plain(self) -> bool:
     """Never: files have to be decoded."""
     return False
-
-  def few(self, count: int) -> Integer[np.ndarray, " n"]:
-    """The positions of some images: spread evenly, since classes follow one
-    another in many lists of files. All if the count is 0, or beyond all.
-    """
-    have = len(self)
-    count = min(count or have, have)
-    return np.arange(count) * have // count
 
   def picture(self, row: int) -> decode.Picture:
     """Decodes the image at this position, before any transform.

@@ -153,7 +153,7 @@ class Source:
     rows, _ = stratified(self.labels, size, len(self) - size, seed)
     return self.take(rows)
 
-  def few(self, count: int) -> Integer[np.ndarray, " n"]:
+  def some(self, count: int) -> Integer[np.ndarray, " n"]:
     """Returns the positions of a few images for a quick measurement.
 
     They are the first; or evenly spaced ones where images are grouped by class,

@@ -8,16 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from roli_jax import peft, trees
+from roli_jax import models, peft, trees
 from roli_jax.convert import Bundle, files, networks, state_dict
 from roli_jax.convert import bundle as bundles
 from roli_jax.types import Images, Params, PyTree
 
 Fact = tuple[str, str, str]  # what, how much, which: a row of the printed table
 
+_SIZES = (*models.SIZES, "channels")
 # The fields of the config that `convert.load` takes.
 _LOAD_FIELDS = (
   "model", "format", "mean", "std", "num_classes", "image_size", "pool", "key",
+  *_SIZES,
 )  # fmt: skip
 
 
@@ -80,6 +82,8 @@ def _read(
   if name != found.model.name:
     raise ValueError(f"{source} is a {found.model.name}, not a {name}")
   given.pop("format", None)
+  told = {size: given.pop(size) for size in _SIZES if size in given}
+  models.check_sizes(found.model, told, str(source))
   return files.adjusted(found, **given), method
 
 

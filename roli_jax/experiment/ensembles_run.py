@@ -98,7 +98,7 @@ def run(
     best = _best(run, chosen, results, family)
     if family.is_frontier and run.config["test"]:
       attack = build_attack(run, "eval_attack")
-      test = measure.Test(attack, run.limit("test"))
+      test = measure.Test(attack, run.config["num_images"])
       _test_members(run, chosen, results, family, test, "test")
     stage_tests.add_tests(run, chosen, results, family.predict, best, tests)
 
@@ -107,7 +107,8 @@ def _best(
   run: Run, chosen: Stage, results: record.Record, family: Family
 ) -> Any:
   """Returns the member of the highest robust accuracy on validation."""
-  test = stage_tests.validation(run)
+  attack = build_attack(run, "val_attack")
+  test = measure.Test(attack, run.config["num_val_images"])
   robust = {}
   for label, member in _test_members(
     run, chosen, results, family, test, "val"

@@ -26,7 +26,7 @@ class Test:
 
   Attributes:
     attack: the attack.
-    num_images: how many of the split's images, see `Source.few`; 0 for all.
+    num_images: how many images of the split, see `Source.some`; 0: all.
     radii: eps at which accuracy is reported, increasing, for an attack that
       finds distances; (): the attack's own radius.
   """
@@ -65,7 +65,7 @@ class Corruption:
     name: one of `corruptions.CORRUPTIONS`; `guide`: each image has a type by
       its position.
     severity: 1 to 5.
-    num_images: how many of the split's images, see `Source.few`; 0 for all.
+    num_images: how many images of the split, see `Source.some`; 0: all.
   """
 
   name: str
@@ -128,7 +128,7 @@ def run(
       on; None keeps nothing.
   """
   source: data.Source = run.data[split]
-  rows = source.few(test.num_images)
+  rows = source.some(test.num_images)
   batch = run.config["eval_batch_size"]
   function = on_devices(
     run, source, predict, variables, seed, run.compute_dtype

@@ -59,25 +59,6 @@ class Run:
     """(h, w, c) of an image as it is attacked."""
     return self.data["train"].shape
 
-  def limit(self, split: str, count: int = 0) -> int:
-    """How many images of a split a test is of, at most; 0: all of them.
-
-    Args:
-      split: `val` or `test`; the config has a number for each.
-      count: the test's own number; 0 for none.
-
-    Raises:
-      ValueError: the config's number is negative.
-    """
-    field = {"val": "num_val_images", "test": "num_images"}[split]
-    # The configs of runs from before it could be said have none.
-    most = self.config.get(field, 0)
-    if most < 0:
-      raise ValueError(
-        f"{field} is a number of images, or 0 for all; got {most}"
-      )
-    return min(filter(None, (count, most)), default=0)
-
   @property
   def compute_dtype(self) -> str | None:
     """The precision of training and of attacks; None: the arrays' own."""

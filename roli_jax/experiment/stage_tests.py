@@ -27,12 +27,12 @@ CORRUPTIONS = {
 def tests(run: Run, stage: Stage) -> Iterator[Test | Corruption]:
   """Yields the tests of a trained stage, none if the config wants none."""
   if run.config["test"]:
-    most = run.limit("test")
-    yield Test(build_attack(run, "eval_attack"), most)
+    few = run.config["num_images"]
+    yield Test(build_attack(run, "eval_attack"), few)
     for eps in run.config["curve"] if stage.curve else ():
-      yield Test(build_attack(run, "eval_attack", eps), most)
+      yield Test(build_attack(run, "eval_attack", eps), few)
     for name, norm, eps, count in stage.tests:
-      count = run.limit("test", count)
+      count = count or few
       if name.startswith("corruptions"):
         yield from _corruptions(name, eps, count)
       else:
@@ -43,7 +43,6 @@ def tests(run: Run, stage: Stage) -> Iterator[Test | Corruption]:
 def check(run: Run, stages: Sequence[Stage]) -> None:
   """Raises the ValueError that training and testing these would end in."""
   check_run(run, stages)
-  validation(run)
   for stage in stages:
     list(tests(run, stage))
 
@@ -104,15 +103,14 @@ def rows(
 
 def is_done(run: Run, stage: Stage, results: record.Record) -> bool:
   """Whether the file of results has all rows of the stage."""
-  wanted = rows(run, stage, "val", validation(run))
+  wanted = rows(run, stage, "val", _validation(run))
   for test in tests(run, stage):
     wanted += rows(run, stage, "test", test)
   return all(row in results for row in wanted)
 
 
-def validation(run: Run) -> Test:
-  """Returns the test that validates a stage."""
-  return Test(build_attack(run, "val_attack"), run.limit("val"))
+def _validation(run: Run) -> Test:
+  return Test(build_attack(run, "val_attack"), run.config["num_val_images"])
 
 
 def validate(
@@ -128,7 +126,7 @@ def validate(
   Returns:
     The fields `attack`, `value` and `n` of the log's rows: clean, attacked.
   """
-  test, predict = validation(run), build_predict(run, stage)
+  test, predict = _validation(run), build_predict(run, stage)
   result = measure.run(run, predict, variables, stage.seed, "val", test)
   clean, robust = test.values(result)
   n = len(result.clean)
@@ -150,10 +148,10 @@ def add_validation(
     meta: the meta data of the stage's last checkpoint.
   """
   best = max(meta["history"], key=lambda entry: entry[stage.selected_by])
-  test, source = validation(run), run.data["val"]
+  test = _validation(run)
   about = rows(run, stage, "val", test)
   values = [best["clean"], best["robust"]]
-  n = len(source.few(test.num_images))
+  n = len(run.data["val"].some(test.num_images))
   _add(results, about, values, n, meta["seconds"])
 
 

@@ -1,7 +1,7 @@
 """Backbones under one interface: images in [0, 1] to pooled features."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from roli_jax import specs
@@ -10,7 +10,7 @@ from roli_jax.models.convnext import ConvNext
 from roli_jax.models.families import FAMILIES, Family, Sizes
 from roli_jax.models.heads import linear as linear_head
 from roli_jax.models.hooks import Hooks
-from roli_jax.models.layers import ATTENTIONS
+from roli_jax.models.layers import ACTS, ATTENTIONS
 from roli_jax.models.model import INTERPOLATIONS, Model
 from roli_jax.models.resnet import ResNet, WideResNet
 from roli_jax.models.swin import Swin
@@ -91,12 +91,17 @@ def _entry(name: str, sizes: Sizes, channels: int | None) -> Entry:
   if isinstance(found, Family):
     normalisation = found.normalisation(3 if channels is None else channels)
     return Entry(found.backbone(sizes), normalisation, found.image_size)
-  if unwanted := [*sizes, *["channels"] * (channels is not None)]:
-    raise ValueError(
-      f"{name} has its sizes, and takes no {', '.join(unwanted)}; those that do"
-      f" are {', '.join(FAMILIES)}"
-    )
+  if told := [*sizes, *["channels"] * (channels is not None)]:
+    raise _refusal(name, told)
   return found
+
+
+def _refusal(name: str, told: Iterable[str]) -> ValueError:
+  """What is wrong with sizes that a named model is told."""
+  return ValueError(
+    f"{name} has its sizes, and takes no {', '.join(told)}; those that do are"
+    f" {', '.join(FAMILIES)}"
+  )
 
 
 def with_options(
@@ -107,6 +112,8 @@ def with_options(
   updates_stats: bool | None = None,
   attention: str | None = None,
   pool: str | None = None,
+  act: str | None = None,
+  norm_eps: float | None = None,
   drop_path: float | int | None = None,
   scan: bool | None = None,
   remat: bool | None = None,
@@ -124,6 +131,9 @@ def with_options(
       precision, which is differentiable once.
     pool: a ViT's feature: `token`, the class token; `mean`, the mean of the
       other tokens.
+    act: the activation of a ViT or a residual network: `relu`, `gelu`, `silu`
+      or `quick_gelu`.
+    norm_eps: what a ViT's normalisations add to variances, > 0.
     drop_path: the last block's rate of stochastic depth in training, in
       [0, 1), in a ViT, Swin or ConvNeXt.
     scan: whether equal blocks are one loop: compiles faster.
@@ -141,11 +151,14 @@ def with_options(
       f"attention of {model.name}",
     ),
     (pool, POOLS, "pool"),
+    (act, ACTS, "act"),
   ):
     if word is not None:
       specs.lookup(dict.fromkeys(known), word, what)
   if drop_path is not None and not 0 <= drop_path < 1:
     raise ValueError(f"drop_path is a share in [0, 1), got {drop_path}")
+  if norm_eps is not None and not norm_eps > 0:
+    raise ValueError(f"norm_eps must be > 0, got {norm_eps}")
   for_model = {
     "dtype": dtype,
     "interpolation": interpolation,
@@ -154,6 +167,8 @@ def with_options(
   for_backbone = {
     "attention": attention,
     "pool": pool,
+    "act": None if act is None else ACTS[act],
+    "eps": norm_eps,
     "drop_path": drop_path,
     "scan": scan,
     "remat": remat,
@@ -161,7 +176,8 @@ def with_options(
   chosen = _given(for_backbone)
   for option in chosen:
     if not hasattr(model.backbone, option):
-      raise ValueError(f"{model.name} has no option {option!r}")
+      name = {"eps": "norm_eps"}.get(option, option)
+      raise ValueError(f"{model.name} has no option {name!r}")
   if pool == "token" and not model.backbone.cls:
     raise ValueError(f"this {model.name} has no class token: pool=mean")
   backbone = model.backbone.clone(**chosen) if chosen else model.backbone
@@ -188,34 +204,43 @@ def check_sizes(model: Model, told: Sizes, what: str) -> None:
     told: some sizes of a family, or `channels`, by name; {} for a named model.
     what: the name of the weights, for the message.
   """
+  if told and model.name not in FAMILIES:
+    raise _refusal(model.name, told)
   have = {**sizes(model), "channels": model.channels}
   for name, value in told.items():
     wanted = tuple(value) if isinstance(value, list | tuple) else value
-    if have.get(name, "its own") != wanted:
+    if have.get(name) != wanted:
       raise ValueError(
-        f"{what} is a {model.name} of {name}={have.get(name, 'its own')}, not"
-        f" {wanted}"
+        f"{what} is a {model.name} of {name}={have.get(name)}, not {wanted}"
       )
 
 
 _FIELDS = ("name", "num_classes", "image_size", "mean", "std")
+# What names of backbones don't tell, by the attribute that holds it.
 _VIT_FIELDS = ("pool", "cls", "fc_norm")
+_OTHER_FIELDS = {"act": "act", "eps": "norm_eps"}
 
 
 def to_spec(model: Model) -> dict[str, Any]:
   """Describes a model in plain JSON, from which `from_spec` makes it again.
 
   Options of its computation, such as `dtype` and `scan`, are left out.
+
+  Raises:
+    ValueError: an activation that has no name.
   """
   about = {field: getattr(model, field) for field in _FIELDS}
   about |= {"interpolation": model.interpolation, **sizes(model)}
-  if isinstance(model.backbone, Vit):
-    named = _entry(model.name, sizes(model), None).backbone()
-    about |= {
-      field: value
-      for field in _VIT_FIELDS
-      if (value := getattr(model.backbone, field)) != getattr(named, field)
-    }
+  named = _entry(model.name, sizes(model), None).backbone()
+  for field in (*_VIT_FIELDS, *_OTHER_FIELDS):
+    value = getattr(model.backbone, field, None)
+    if value != getattr(named, field, None):
+      about[_OTHER_FIELDS.get(field, field)] = value
+  if "act" in about:
+    names = [name for name, act in ACTS.items() if act == about["act"]]
+    if not names:
+      raise ValueError(f"{about['act']} is none of {', '.join(ACTS)}")
+    (about["act"],) = names
   if isinstance(model.head, heads.Cosine):
     return {**about, "head_embed": model.head.embed}
   return {**about, "head_bias": model.head.use_bias}
@@ -227,10 +252,11 @@ def from_spec(about: Mapping[str, Any]) -> Model:
   Args:
     about: `name`, `num_classes`, `image_size`, `mean` and `std`; of a family
       its sizes; and, each with a default, `interpolation`, `head_embed` or
-      `head_bias`, and a ViT's `pool`, `cls` and `fc_norm`.
+      `head_bias`, `act`, `norm_eps`, and a ViT's `pool`, `cls` and `fc_norm`.
   """
   num_classes = about["num_classes"]
-  told = {k: about[k] for k in SIZES if k in about}
+  names = (*SIZES, *_OTHER_FIELDS.values())
+  told = {name: about[name] for name in names if name in about}
   model = create(about["name"], num_classes, about["image_size"], **told)
   if "head_embed" in about:
     head: Any = heads.cosine(num_classes, about["head_embed"])

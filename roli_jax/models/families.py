@@ -66,7 +66,9 @@ class Family:
       raise ValueError(f"{takes}, and no {', '.join(unknown)}")
     if missing := [k for k in self.attributes if k not in sizes]:
       raise ValueError(f"{takes}; there is no {', '.join(missing)}")
-    checked = {name: self._checked(name, sizes[name]) for name in sizes}
+    checked: dict[str, Any] = {
+      name: self._checked(name, sizes[name]) for name in sizes
+    }
     stages = {name: checked[name] for name in self.staged}
     if len({len(numbers) for numbers in stages.values()}) > 1:
       raise ValueError(

@@ -1,6 +1,5 @@
 """CLIP's text transformer (Radford et al. 2021, section 2.4)."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -11,16 +10,8 @@ from roli_jax.types import Array, Float, Int
 _EPS = 1e-5  # added to the normalisations' variances
 
 
-def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
-  """x sigmoid(1.702 x), in place of the GELU in OpenAI's own weights."""
-  return x * jax.nn.sigmoid(1.702 * x)
-
-
 # By the names that open_clip's configurations give them.
-ACTS: dict[str, layers.Activation] = {
-  "gelu": layers.gelu,
-  "quick_gelu": quick_gelu,
-}
+ACTS = {name: layers.ACTS[name] for name in ("gelu", "quick_gelu")}
 
 
 class Text(nn.Module):

@@ -35,12 +35,13 @@ class Entry:
     normalisation: mean and standard deviation per channel, of images in
       [0, 1], that its family was mostly trained with. Those of a file of
       weights go before.
-    image_size: side in pixels of the images that it was trained on.
+    image_size: side in pixels of the images that it was trained on; None: it
+      must be told.
   """
 
   backbone: Callable[..., nn.Module]
   normalisation: Normalisation = IMAGENET
-  image_size: int = 224
+  image_size: int | None = 224
 
 
 _VITS: dict[str, Sizes] = {

@@ -194,10 +194,9 @@ def _flops(run: Run, stage: Stage) -> int:
   )
   every = section["val_every"] or stage.epoch_steps
   times = math.ceil(stage.num_steps / every) + 1
-  validated = times * shapes.num_tested(run, "val", run.limit("val"))
-  tested = 0
-  if run.config["test"]:
-    tested = shapes.num_tested(run, "test", run.limit("test"))
+  few, many = run.config["num_val_images"], run.config["num_images"]
+  validated = times * shapes.num_images(run, "val", few)
+  tested = shapes.num_images(run, "test", many) if run.config["test"] else 0
   validation, test = (
     cost.evaluation_flops(one, build_attack(run, section).passes)
     for section in ("val_attack", "eval_attack")

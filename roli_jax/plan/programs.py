@@ -88,7 +88,7 @@ def _of_stage(run: Run, stage: Stage) -> Iterator[Planned]:
   every = run.config[stage.name]["val_every"] or stage.epoch_steps
   validated = math.ceil(stage.num_steps / every) + 1
   attack = build_attack(run, "val_attack")
-  batches = _batches(run, "val", run.limit("val"))
+  batches = _batches(run, "val", run.config["num_val_images"])
   yield Planned("validate", stage, attack, validated * batches)
   for test in stage_tests.tests(run, stage):
     if test.attack is None:
@@ -99,8 +99,8 @@ def _of_stage(run: Run, stage: Stage) -> Iterator[Planned]:
       yield Planned(f"test:{part.name}", stage, part, times)
 
 
-def _batches(run: Run, split: str, count: int) -> int:
-  images = shapes.num_tested(run, split, count)
+def _batches(run: Run, split: str, few: int) -> int:
+  images = shapes.num_images(run, split, few)
   return math.ceil(images / run.config["eval_batch_size"])
 
 

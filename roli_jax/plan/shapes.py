@@ -75,10 +75,10 @@ def planned(
   )
 
 
-def num_tested(run: Run, split: str, count: int) -> int:
-  """How many images of a split are tested: `count`, or all if 0 or too many."""
-  have = len(run.data[split])
-  return min(count or have, have)
+def num_images(run: Run, split: str, few: int) -> int:
+  """How many images of a split are tested: `few`, or all if 0 or too many."""
+  size = len(run.data[split])
+  return min(few or size, size)
 
 
 def model_and_method(
