@@ -46,7 +46,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
 def test_a_run_of_before_a_field_goes_on_without_it(tmp_path):
   workdir.claim(tmp_path, {"data": {"root": "x"}})
   data = {"root": "x", "layout": ""}
-  assert workdir.read_config(tmp_path) == {"data": data}
+  assert workdir.read_config(tmp_path)["data"] == data
   assert workdir.claim(tmp_path, {"data": data}) == []
   with pytest.raises(ValueError, match=r"data\.layout: '' -> 'classes'"):
     workdir.claim(tmp_path, {"data": {**data, "layout": "classes"}})
@@ -56,6 +56,16 @@ def test_a_backbone_of_before_has_the_pool_and_key_of_its_file(tmp_path):
   workdir.claim(tmp_path, {"backbone": {"name": "vit_b16"}})
   now = {"backbone": {"name": "vit_b16", "pool": "", "key": ""}}
   assert workdir.claim(tmp_path, now) == []
+
+
+def test_a_run_of_before_averages_goes_on_without_one(tmp_path):
+  before = {"adapt": {"loss": {"name": "at"}}, "num_images": 0}
+  workdir.claim(tmp_path, before)
+  stage = {"loss": {"name": "at", "smoothing": 0.0}, "ema": 0.0}
+  now = {**before, "adapt": stage, "num_val_images": 0}
+  assert workdir.claim(tmp_path, now) == []
+  with pytest.raises(ValueError, match=r"adapt\.ema: 0\.0 -> 0\.9"):
+    workdir.claim(tmp_path, {**now, "adapt": {**stage, "ema": 0.9}})
 
 
 def test_other_versions_warn(tmp_path):

@@ -61,7 +61,7 @@ def claim(path: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
     write_json(file, {**ours, **beside})
     return []
   theirs = read_config(path)
-  differences = list(_differences(theirs, ours))
+  differences = list(_differences(theirs, _filled(ours, _LATER)))
   if differences:
     shown = "\n".join(f"  {line}" for line in differences[:3])
     more = len(differences) - 3
@@ -88,7 +88,8 @@ def is_finished(path: pathlib.Path, config: Mapping[str, Any]) -> bool:
   note, results = path / "finished.json", path / "results.jsonl"
   if not (note.is_file() and results.is_file()):
     return False
-  if list(_differences(read_config(path), json.loads(json.dumps(config)))):
+  ours = _filled(json.loads(json.dumps(config)), _LATER)
+  if list(_differences(read_config(path), ours)):
     return False
   lines = results.read_bytes().count(b"\n")
   return lines >= json.loads(note.read_text())["rows"]
