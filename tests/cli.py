@@ -25,6 +25,20 @@ TINY = (
   ),
 )
 
+# Likewise of a pretraining; its weights are averages.
+PRETRAIN = (
+  "--config=configs/pretrain.py:dataset=digits,backbone=glyph_vit_token",
+  "--config.data.train_size=100",
+  "--config.val_attack.num_steps=1",
+  "--config.eval_attack.num_steps=1",
+  "--config.num_val_images=20",
+  "--config.num_images=30",
+  *(
+    f"--config.pretrain.{field}"
+    for field in ("num_steps=6", "val_every=2", "log_every=1", "batch_size=16")
+  ),
+)
+
 
 def run(*words: str, cwd=ROOT) -> subprocess.CompletedProcess:
   """What the command does, in this process: its status and its output."""

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from roli_jax import distributed, keys, sharding, state, step, trees
+from roli_jax import distributed, keys, sharding, step, trees
 from roli_jax.experiment import stages
 from roli_jax.experiment.build import build_model
 from roli_jax.experiment.program import build_program
@@ -24,18 +24,21 @@ from roli_jax.experiment.start_and_resume import initial_variables
 
 
 def config(*rules: tuple, model: int = 1) -> dict[str, Any]:
-  """Full fine-tuning from a random head, by rules on so many devices."""
+  """Full fine-tuning from a random head, by rules on so many devices.
+
+  An average of the weights is kept.
+  """
   from configs import glyphs_roli
 
   made = glyphs_roli.get_config("init=ranli").to_dict()
+  made["adapt"]["ema"] = 0.9
   return {**made, "mesh": {"model": model, "rules": rules}}
 
 
 def begin(made: Run, stage: stages.Stage) -> tuple[Any, Any, Any]:
   """The program, and what its step takes first and last."""
   program = build_program(made, stage)
-  params, stats = initial_variables(made, stage)
-  now = state.create(params, stats, program.method.trains(params), program.tx)
+  now = program.create(*initial_variables(made, stage))
   key = sharding.replicate(keys.root(0), made.mesh)
   return program, sharding.place(now, program.abstract_state), key
 

@@ -21,7 +21,6 @@ from roli_jax import (
   optim,
   peft,
   sharding,
-  state,
   train,
   trees,
 )
@@ -98,7 +97,7 @@ def moved(config):
   params, stats = initial_variables(parts, stage)
   program = build_program(parts, stage)
   step = jax.jit(program.step)
-  now = state.create(params, stats, program.method.trains(params), program.tx)
+  now = program.create(params, stats)
   rate = optim.at_rate(now.opt_state, stage.lr)
   now = dataclasses.replace(now, opt_state=rate)
   batches = data.train_batches(training_images(parts, stage), 16, seed=0)

@@ -64,6 +64,22 @@ def test_size_zero_is_all(digits):
   assert digits["train"].subset(0, 0) is digits["train"]
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_few_images_are_of_all_classes(grouped):
+  labels = np.arange(40, dtype=np.int32) % 10
+  source = data.Source(
+    images=np.zeros((40, 8, 8, 1), np.uint8),
+    labels=np.sort(labels) if grouped else labels,
+    indices=np.arange(40, dtype=np.uint32),
+    num_classes=10,
+  )
+  rows = source.some(15)
+  assert len(set(rows)) == 15 and set(source.labels[rows]) == set(range(10))
+  assert grouped or list(rows) == list(range(15))
+  for count in (0, 40, 41):
+    assert list(source.some(count)) == list(range(40))
+
+
 @pytest.mark.parametrize("size", [-1, 9, 995, 1001])
 def test_subsets_that_can_not_be_are_refused(digits, size):
   with pytest.raises(ValueError, match="train_size"):

@@ -19,7 +19,11 @@ from tests import cli
 
 pytestmark = pytest.mark.slow
 
-WORDS = (f"{cli.GLYPHS}:method=full,init=roli", *cli.TINY)
+# A probe and an adaptation; a pretraining, whose weights are averages.
+RUNS = {
+  "roli": (f"{cli.GLYPHS}:method=full,init=roli", *cli.TINY),
+  "pretrain": cli.PRETRAIN,
+}
 
 
 def results(path):
@@ -38,10 +42,10 @@ def parameters(path):
     yield from trees.paths(params).values()
 
 
-def kill_after(seconds, path):
+def kill_after(seconds, words, path):
   """Starts the run, and kills it a while after its first checkpoint."""
   process = subprocess.Popen(
-    cli.command(*WORDS, f"--workdir={path}"),
+    cli.command(*words, f"--workdir={path}"),
     cwd=cli.ROOT,
     env=cli.environment(),
     stdout=subprocess.DEVNULL,
@@ -58,27 +62,30 @@ def kill_after(seconds, path):
   return alive
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+@pytest.fixture(scope="module", params=RUNS)
+def uninterrupted(request, tmp_path_factory):
+  """The words of a run, and what they leave."""
   path = tmp_path_factory.mktemp("whole") / "run"
-  assert cli.process(*WORDS, f"--workdir={path}").returncode == 0
-  return path
+  words = RUNS[request.param]
+  assert cli.process(*words, f"--workdir={path}").returncode == 0
+  return words, path
 
 
 def test_killed_anywhere_it_ends_at_the_same_bits(uninterrupted, tmp_path):
-  path = tmp_path / "run"
+  path, (words, whole) = tmp_path / "run", uninterrupted
   moments = random.Random()  # other ones each time: any must do
-  killed = [kill_after(moments.uniform(0, 5), path) for _ in range(4)]
+  killed = [kill_after(moments.uniform(0, 5), words, path) for _ in range(4)]
   assert any(killed)
-  done = cli.process(*WORDS, f"--workdir={path}")
+  done = cli.process(*words, f"--workdir={path}")
   assert done.returncode == 0, done.stderr
-  assert results(path) == results(uninterrupted)
-  pairs = zip(parameters(path), parameters(uninterrupted), strict=True)
+  assert results(path) == results(whole)
+  pairs = zip(parameters(path), parameters(whole), strict=True)
   for ours, theirs in pairs:
     np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_log_of_training_is_whole_too(uninterrupted):
-  log = record.read(uninterrupted / "training.jsonl")
-  losses = record.where(log, split="train", metric="loss", stage="adapt")
-  assert [row["step"] for row in losses] == [1, 2, 3, 4, 5, 6]
+  log = record.read(uninterrupted[1] / "training.jsonl")
+  losses = record.where(log, split="train", metric="loss")
+  last = record.where(losses, stage=losses[-1]["stage"])
+  assert [row["step"] for row in last] == [1, 2, 3, 4, 5, 6]

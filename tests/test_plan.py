@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from configs import cifar_roli, common, glyphs_roli, roli
+from configs import cifar_roli, common, glyphs_roli, pretrain, roli
 from roli_jax.plan import plan
 from tests import cli
 from tests.covering import mostly_slow
@@ -142,6 +142,14 @@ def test_bytes_and_hours_are_those_of_the_shapes():
   assert set(hours) == {"h100", "h200", "tpu_v5e", "tpu_v5p"}
   seconds = about["flops"] / about["peak_flops"]["h100"] / about["efficiency"]
   assert hours["h100"] == pytest.approx(seconds / 3600)
+
+
+def test_an_average_takes_as_much_as_what_it_is_of():
+  config = pretrain.get_config("dataset=digits,backbone=glyph_vit_token")
+  with_one, config.pretrain.ema = plan.make(config.to_dict()), 0.0
+  without = plan.make(config.to_dict())
+  more = with_one["bytes"]["optimizer"] - without["bytes"]["optimizer"]
+  assert more == with_one["bytes"]["trainable"] > 0
 
 
 def test_full_fine_tuning_costs_more_than_probing():

@@ -46,10 +46,9 @@ def one():
 
 
 def check_same(one, many):
-  for name, leaf in trees.paths(one.params).items():
-    np.testing.assert_allclose(
-      leaf, trees.paths(many.params)[name], atol=1e-5, err_msg=name
-    )
+  theirs = trees.paths((many.params, many.average))
+  for name, leaf in trees.paths((one.params, one.average)).items():
+    np.testing.assert_allclose(leaf, theirs[name], atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,16 @@ def test_a_backbone_of_before_has_the_pool_and_key_of_its_file(tmp_path):
   assert workdir.claim(tmp_path, now) == []
 
 
+def test_a_run_of_before_averages_goes_on_without_one(tmp_path):
+  before = {"adapt": {"loss": {"name": "at"}}, "num_images": 0}
+  workdir.claim(tmp_path, before)
+  stage = {"loss": {"name": "at", "smoothing": 0.0}, "ema": 0.0}
+  now = {**before, "adapt": stage, "num_val_images": 0}
+  assert workdir.claim(tmp_path, now) == []
+  with pytest.raises(ValueError, match=r"adapt\.ema: 0\.0 -> 0\.9"):
+    workdir.claim(tmp_path, {**now, "adapt": {**stage, "ema": 0.9}})
+
+
 def test_other_versions_warn(tmp_path):
   workdir.claim(tmp_path, CONFIG)
   file = tmp_path / "config.json"

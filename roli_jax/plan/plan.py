@@ -78,13 +78,16 @@ def _costs(run, stages):
   tx = build_optimizer(run, last, method.labels(params))
   section = run.config[last.name]
   batch = section["batch_size"] // section.get("accumulate", 1)
+  optimizer = cost.num_bytes(jax.eval_shape(tx.init, trained))
+  if section.get("ema"):  # the average of the trained leaves
+    optimizer += cost.num_bytes(trained)
   total = sum(_flops(run, stage) for stage in stages)
   return {
     "flops_per_image_forward": one.forward,
     "bytes": {
       "params": cost.num_bytes(params),
       "trainable": cost.num_bytes(trained),
-      "optimizer": cost.num_bytes(jax.eval_shape(tx.init, trained)),
+      "optimizer": optimizer,
       "activations": one.activations * batch,
     },
     "hours": {
