@@ -16,9 +16,12 @@ from roli_jax import distributed
 _BESIDE = ("versions", "commit", "workdir")
 # Fields that change no number, or its rounding alone: a run may go on with
 # others.
-_FREE = ("data.num_workers", "cpu_devices", "mesh", "target")
+_FREE = ("data.download", "data.num_workers", "cpu_devices", "mesh", "target")
 # Fields that earlier runs lack, and what they ran with.
-_LATER = {"data": {"layout": ""}, "backbone": {"pool": "", "key": ""}}
+_LATER: dict[str, dict[str, Any]] = {
+  "data": {"layout": "", "download": False},
+  "backbone": {"pool": "", "key": ""},
+}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
