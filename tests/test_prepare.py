@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import io
-import json
 import shutil
 import socket
 import tarfile
@@ -383,15 +382,3 @@ def test_messages_have_the_command(home):
     said = str(error.value)
     assert "--mode=prepare" in said and f"data.name={name}" in said
     assert len(said.splitlines()) <= 6
-
-
-def test_old_runs_go_on_without_the_field(tmp_path):
-  from roli_jax.files import workdir
-
-  before = {"data": {"name": "digits", "layout": ""}}
-  (tmp_path / "config.json").write_text(json.dumps(before))
-  (tmp_path / "results.jsonl").touch()
-  workdir.finish(tmp_path, 0)
-  for value in (False, True):
-    now = {"data": {**before["data"], "download": value}}
-    assert workdir.is_finished(tmp_path, now)
