@@ -39,9 +39,10 @@ def data(name: str, train_size: int, **changes) -> dict:
   return {
     "name": name,
     "train_size": train_size,
-    "root": "",  # where it lies; "": data/NAME, or TFDS's own directory
+    "root": "",  # where it lies; "": data/NAME, of CIFAR TFDS's directory too
     "policy": "error",  # of bad files; skip: they are left out and counted
     "layout": "",  # of a folder: classes or splits; "": by directories' names
+    "download": False,  # whether data that isn't there is fetched at the start
     "num_workers": 0,  # processes that decode; 0: threads of this one
     # Names with arguments, as resize:256. None: the data set's own.
     "train_transforms": config_dict.placeholder(tuple),

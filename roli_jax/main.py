@@ -11,6 +11,7 @@ Modes:
   evaluate  restores a checkpoint of the run in --workdir and adds the rows
             that are missing; needs no --config
   report    draws tables and figures from the rows of the run in --workdir
+  prepare   fetches the data that a run lacks, and says what weights it lacks
   plan      what a run will do and cost, without data or weights: plan.json
   convert   reads weights from elsewhere, or writes ours for elsewhere, with
             --config=convert --config.source= --config.output=
@@ -83,6 +84,8 @@ def run(argv: Sequence[str]) -> int:
       _explain(command)
     elif command.mode == "sweep":
       _sweep(command)
+    elif command.mode == "prepare":
+      _prepare(command)
     else:
       _run_one(command)
   except (ValueError, ModuleNotFoundError) as error:
@@ -149,8 +152,16 @@ def _sweep(command: Command) -> None:
   print(f"Written to {path}: report.md, figures/, results.jsonl.")
 
 
+def _prepare(command: Command) -> None:
+  """Fetches what a run lacks, and says so line by line."""
+  from roli_jax.experiment import prepare_command
+
+  for line in prepare_command.run(command.config):
+    print(line, flush=True)
+
+
 def _run_one(command: Command) -> None:
-  """Does what every mode but sweep does, in this process."""
+  """Does what the modes do that compute, in this process."""
   mode, path, config = command.mode, command.workdir, command.config
   _prepare_jax(command)
   from roli_jax import distributed

@@ -235,14 +235,3 @@ def test_what_a_notebook_says_stands_elsewhere_too(name):
   results = " ".join((cli.ROOT / "docs" / "results.md").read_text().split())
   for number in re.findall(r"[+-]\d+\.\d \[.*?\]", " ".join(said.split())):
     assert number in results, number
-
-
-def test_ipython_hands_the_preparation_of_cifar_over_whole():
-  (cell,) = [c for c in read("cifar_roli_tpu").cells if c.id == "prepare"]
-  line = cell.source[cell.source.index("!") :]
-  (call,) = ast.parse(TransformerManager().transform_cell(line)).body
-  command = ast.literal_eval(call.value.args[0])
-  code = re.search(r'-c "(.*)"', command)[1]
-  builder, prepared = ast.parse(code).body
-  assert isinstance(builder, ast.Import)
-  assert "file_format='array_record'" in ast.unparse(prepared)

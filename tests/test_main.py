@@ -79,7 +79,7 @@ def test_a_mistake_is_told_in_a_few_words(name, tmp_path):
 def test_the_promised_recipe_says_how_to_get_what_is_missing():
   done = cli.run("--config=configs/cifar_roli.py")
   assert done.returncode == 2 and len(done.stderr.splitlines()) <= 6
-  assert "download_and_prepare" in done.stderr
+  assert "--mode=prepare --config=cifar_roli" in done.stderr
 
 
 def test_help_explains_and_shows_the_config():

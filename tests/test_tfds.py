@@ -5,10 +5,10 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from roli_jax import data
-from roli_jax.data import tfds as ours
+from roli_jax.data import cifar
+from tests import made_cifar
 
 COUNTS = {"train": 60, "test": 20}
 
@@ -19,44 +19,16 @@ def image(number, part):
   return np.full((32, 32, 3), base + number, np.uint8)
 
 
-def prepare(where, name, file_format="array_record", first=0):
-  """A small look-alike, in TFDS's own files, with the true features."""
-  import tensorflow_datasets as tfds
-
-  features = {
-    "id": tfds.features.Text(),
-    "image": tfds.features.Image(shape=(32, 32, 3)),
-    "label": tfds.features.ClassLabel(num_classes=int(name[5:])),
+def prepare(where, name, first=0):
+  """A small look-alike; see `made_cifar.tfds`."""
+  parts = {
+    part: (
+      np.stack([image(first + i, part) for i in range(count)]),
+      np.arange(first, first + count) % 10,
+    )
+    for part, count in COUNTS.items()
   }
-  if name == "cifar100":
-    features["coarse_label"] = tfds.features.ClassLabel(num_classes=20)
-
-  with tfds.core.registered.skip_registration():
-
-    class Cifar(tfds.core.GeneratorBasedBuilder):
-      VERSION = tfds.core.Version("3.0.2")
-
-      def _info(self):
-        return tfds.core.DatasetInfo(
-          builder=self, features=tfds.features.FeaturesDict(features)
-        )
-
-      def _split_generators(self, dl_manager):
-        return {part: self._generate_examples(part) for part in COUNTS}
-
-      def _generate_examples(self, part):
-        for i in range(first, first + COUNTS[part]):
-          example = {
-            "id": f"{part}_{i}",
-            "image": Image.fromarray(image(i, part)),
-            "label": i % 10,
-          }
-          if name == "cifar100":
-            example["coarse_label"] = i % 20
-          yield i, example
-
-  Cifar.name = name
-  Cifar(data_dir=where, file_format=file_format).download_and_prepare()
+  made_cifar.tfds(where, name, parts, first)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +42,7 @@ def prepared(tmp_path_factory):
 def test_the_split_is_the_references():
   # Ids as public documentation of TFDS prints them, and the validation set of
   # the RoLI reference.
-  order = ours.order(50_000, "train")
+  order = cifar.order(50_000, "train")
   assert order[:8] == [16399, 1680, 47917, 17307, 27051, 48736, 26263, 1456]
   val = order[45_000:]
   assert val[:5] == [13431, 9237, 17462, 32685, 9518]
@@ -85,7 +57,7 @@ def test_cifar_is_read_from_array_records(name, classes, prepared):
   spec = {"name": name, "root": str(prepared)}
   splits = {split: data.build(spec, split) for split in data.SPLITS}
   assert [len(s) for s in splits.values()] == [54, 6, 20]
-  order = ours.order(60, "train")
+  order = cifar.order(60, "train")
   assert splits["train"].indices.tolist() == order[:54]
   assert splits["val"].indices.tolist() == order[54:]
   for source in splits.values():
@@ -110,7 +82,7 @@ def test_tfds_itself_has_that_order(prepared):
     records = builder.as_data_source(part)
     ids = [int(records[i]["id"].decode().split("_")[1]) for i in range(count)]
     # Its key is the id's number here, as in the original.
-    assert ids == ours.order(count, part)
+    assert ids == cifar.order(count, part)
 
 
 def test_the_environment_says_where_data_is(prepared, monkeypatch):
@@ -125,16 +97,6 @@ def test_reading_writes_nothing(prepared):
   before = files()
   data.build({"name": "cifar10", "root": str(prepared)}, "test")
   assert files() == before
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_that_is_not_there_says_how_to_prepare_it(name, tmp_path):
-  with pytest.raises(ValueError, match="not prepared") as error:
-    data.build({"name": name, "root": str(tmp_path)}, "train")
-  said = str(error.value)
-  assert f"builder('{name}', data_dir='{tmp_path}'" in said
-  assert "array_record" in said and "tensorflow-cpu" in said
-  assert len(said.splitlines()) <= 6
 
 
 def test_tfrecords_are_told_from_nothing(tmp_path, prepared):

@@ -45,9 +45,10 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
 
 def test_a_run_of_before_a_field_goes_on_without_it(tmp_path):
   workdir.claim(tmp_path, {"data": {"root": "x"}})
-  data = {"root": "x", "layout": ""}
+  data = {"root": "x", "layout": "", "download": False}
   assert workdir.read_config(tmp_path)["data"] == data
   assert workdir.claim(tmp_path, {"data": data}) == []
+  assert workdir.claim(tmp_path, {"data": {**data, "download": True}}) == []
   with pytest.raises(ValueError, match=r"data\.layout: '' -> 'classes'"):
     workdir.claim(tmp_path, {"data": {**data, "layout": "classes"}})
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from roli_jax.convert.pickles import AGAIN, STORAGES, Refused, check_size, run
+from roli_jax.files.pickles import AGAIN, STORAGES, Refused, check_size, run
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from roli_jax.data import listing, walk
-from roli_jax.data.source import SPLITS
+from roli_jax.data import homes, listing, walk
+from roli_jax.data.source import SPLITS, Missing
 from roli_jax.files import extras
 
 # The Guide's seeds, shares, and most test images; see above.
@@ -96,8 +96,9 @@ def read(name: str, root: pathlib.Path) -> listing.Listing:
     root: where it lies.
 
   Raises:
-    ValueError: it does not lie there (the message has what must); annotations
-      that can't be read; too few images to be split by class.
+    Missing: it does not lie there; the message has what must.
+    ValueError: annotations that can't be read; too few images to be split by
+      class.
   """
   if listing.has_splits(root):
     return listing.read(root, (".", "images"), "splits")
@@ -111,12 +112,16 @@ def read(name: str, root: pathlib.Path) -> listing.Listing:
           return _listing(name, place, parts)
   lacking = min((archive.layouts[0].missing(p) for p in places), key=len)
   found = f" ({lacking[0]} is missing)" if lacking else ""
-  raise ValueError(
-    f"{name} is not at {root}, or not all of it{found}. There must be\n"
-    f"  {archive.shown}\n"
-    f"  from {archive.home},\n"
-    f"there or in {root}/{archive.inner[0]}/; or a split of your own,"
-    f" {root}/{{train,val,test}}/CLASS/NAME.jpg.\n"
+  how = ""
+  if name in homes.HOMES:
+    given = "" if root == pathlib.Path("data", name) else str(root)
+    how = f"To fetch it:\n  {homes.prepare_command(name, given)}\n"
+  raise Missing(
+    f"{name} is not at {root}, or not all of it{found}. {how}"
+    f"There must be {archive.shown},\n"
+    f"  from {archive.home}, there or in {root}/{archive.inner[0]}/; or a split"
+    f" of your own,\n"
+    f"  {root}/{{train,val,test}}/CLASS/NAME.jpg.\n"
     "--config.data.root=DIR if it lies elsewhere; more in docs/data.md."
   )
 

@@ -1,5 +1,6 @@
 """Files of images, and what is in them: RGB, upright, 8 bits."""
 
+import io
 import os
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -33,7 +34,7 @@ def known() -> set[str]:
   return {s for s, kind in Image.EXTENSION.items() if kind in Image.OPEN}
 
 
-def decode(path: str | os.PathLike[str]) -> Picture:
+def decode(path: str | os.PathLike[str] | io.BytesIO) -> Picture:
   """Reads a file's image as RGB.
 
   The first frame, turned as its EXIF says, 16 bits scaled to 8. Transparency

@@ -11,6 +11,7 @@ from roli_jax.data import (
   archives,
   copies,
   decode,
+  homes,
   listing,
   source,
   transforms,
@@ -22,12 +23,12 @@ from roli_jax.data.source import SPLITS
 
 POLICIES = ("error", "skip")
 
-# The data sets that the RoLI reference has splits of: where images lie under
-# their root, and their directory in the reference.
+# The data sets that the RoLI reference has splits of, and where their images
+# lie under their root.
 NAMED = {
-  "caltech256": ("256_ObjectCategories", "Caltech256"),
-  "cub": ("images", "CUB"),
-  "stanforddogs": ("Images", "StanfordDogs"),
+  "caltech256": "256_ObjectCategories",
+  "cub": "images",
+  "stanforddogs": "Images",
 }
 
 _LISTED = 10  # bad files, in a message
@@ -89,7 +90,7 @@ def build(
     ValueError: what must lie there does not; bad files, if the policy is
       "error"; a class without a training image, or a split without images.
   """
-  listed = _listed(name, root, layout)
+  listed = find(name, root, layout)
   entries = listed.entries
   bad, groups = _check_files(listed)
   if bad and policy == "error":
@@ -133,12 +134,23 @@ def build(
   )
 
 
-def _listed(name: str, root: str, layout: str) -> listing.Listing:
+def find(name: str, root: str, layout: str = "") -> listing.Listing:
+  """Lists the files of a data set; reads none of them.
+
+  Args:
+    name: as for `build`, and the others too.
+    root: a directory; "" for data/<name>, except for "folder".
+    layout: as for `build`.
+
+  Raises:
+    Missing: what must lie there does not.
+    ValueError: something else does.
+  """
   if name == "folder" and not root:
     raise ValueError(
       f"data.name=folder needs data.root=ROOT, with\n{listing.LAYOUTS}"
     )
-  base = pathlib.Path(root or f"data/{name}")
+  base = pathlib.Path(root or f"data/{name}").expanduser()
   if name in archives.ARCHIVES:
     return archives.read(name, base)
   if name not in NAMED:
@@ -148,14 +160,15 @@ def _listed(name: str, root: str, layout: str) -> listing.Listing:
         f" be\n{listing.LAYOUTS}"
       )
     return listing.read(base, (".", "images"), layout)
-  images, splits = NAMED[name]
+  images = NAMED[name]
   is_there = (base / images).is_dir()
   if not (is_there and listing.jsons(base).keys() == set(SPLITS)):
-    raise ValueError(
-      f"{name} is not at {base}, or not all of it. There must be\n"
-      f"  {base}/{images}/   the images, from the data set's home page\n"
-      f"  {base}/{{train,val,test}}.json   the splits, from"
-      f" data_splits/{splits}/ of github.com/DongXzz/RoLI\n"
+    raise source.Missing(
+      f"{name} is not at {base}, or not all of it. To fetch it:\n"
+      f"  {homes.prepare_command(name, root)}\n"
+      f"There must be {base}/{images}/, the images, and\n"
+      f"  {base}/{{train,val,test}}.json, the splits: data_splits/{name}/ of"
+      " github.com/DongXzz/RoLI.\n"
       "--config.data.root=DIR if it lies elsewhere; more in docs/data.md."
     )
   return listing.read(base, (images,), layout)

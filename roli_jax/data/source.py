@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,6 +17,10 @@ SPLITS = ("train", "val", "test")
 # Bytes of transformed images that a source keeps for the next time, 4 GiB; a
 # larger split is decoded again.
 KEEP = 4 * 2**30
+
+
+class Missing(ValueError):
+  """Data is not where it must lie; the message says how to get it there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +190,19 @@ def num_cores() -> int:
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
+
+
+def stacked(
+  read: Callable[[int], np.ndarray], numbers: Integer[np.ndarray, " n"]
+) -> Integer[np.ndarray, "n h w c"]:
+  """Reads images of one size by all cores, and stacks them.
+
+  Args:
+    read: an image's number -> uint8 [h, w, c].
+    numbers: which are wanted, in this order.
+  """
+  with concurrent.futures.ThreadPoolExecutor(num_cores()) as pool:
+    return np.stack(list(pool.map(read, numbers.tolist())))
 
 
 def stratified(

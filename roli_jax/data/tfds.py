@@ -1,22 +1,16 @@
-"""CIFAR through TensorFlow Datasets, read without TensorFlow."""
+"""What TensorFlow Datasets has prepared of CIFAR, read without TensorFlow."""
 
-import concurrent.futures
 import functools
-import hashlib
-import io
 import json
-import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from roli_jax.data import source
+from roli_jax.data import cifar_files
+from roli_jax.data.cifar_files import Part, Read
 from roli_jax.files import extras
-from roli_jax.types import Integer
-
-_TRAINING = 50_000  # images in CIFAR's training split; test images count on
 
 _PREPARE = """\
 {reason}
@@ -27,88 +21,49 @@ t.builder('{name}', data_dir='{where}', file_format='array_record')\
 prepares {name}; --config.data.root=DIR or TFDS_DATA_DIR, if it is elsewhere."""
 
 
-def cifar(name: str, split: str, root: str = "") -> source.Source:
-  """Reads CIFAR-10 or CIFAR-100: 45,000 train, 5,000 val, 10,000 test images.
-
-  Train and val are the first nine tenths and the last of the training split in
-  the order of TFDS, as in the RoLI reference; see `order`. An image's index is
-  its number in the original files. The split is held in memory, uint8.
+def cifar(name: str, place: pathlib.Path) -> Read | None:
+  """Opens the array_record of CIFAR in a directory of TFDS.
 
   Args:
     name: "cifar10" or "cifar100".
-    split: `train`, `val` or `test`.
-    root: TFDS's directory of data; "" for $TFDS_DATA_DIR, or TFDS's own.
+    place: TFDS's directory of data.
 
-  Raises:
-    ValueError: it is not prepared (the message has the command that prepares
-      it), or its records are not the whole of a CIFAR.
+  Returns:
+    What reads it; None where TFDS has not prepared it.
   """
-  part = "test" if split == "test" else "train"
-  records, label = _records(name, part, root)
-  numbers = _numbers([record["id"] for record in records], part, name)
-  positions = {number: i for i, number in enumerate(numbers)}
-  ordered = order(len(records), part)
-  most = len(ordered) * 9 // 10
-  numbers = {"train": ordered[:most], "val": ordered[most:]}.get(split, ordered)
-  chosen = [records[positions[number]] for number in numbers]
-  with concurrent.futures.ThreadPoolExecutor(source.num_cores()) as pool:
-    images = np.stack(list(pool.map(_decode, chosen)))
-  offset = _TRAINING if split == "test" else 0
-  return source.Source(
-    images=images,
-    labels=np.array([record["label"] for record in chosen], np.int32),
-    indices=np.array(numbers, np.uint32) + np.uint32(offset),
-    num_classes=label.num_classes,
-    split=split,
-    classes=tuple(label.names),
-  )
+  kind = _format(place / name)
+  if not kind:
+    return None
+  if kind != "array_record":
+    reason = (
+      f"{name} is prepared in {place}, but as {kind}, which TensorFlow alone"
+      " can read: move it away."
+    )
+    raise ValueError(_say(name, place, reason))
+  return functools.partial(_read, name, place)
 
 
-@functools.cache
-def order(count: int, salt: str) -> list[int]:
-  """Returns the numbers below `count` in the order of TFDS's records.
-
-  By the MD5 of the salt and the number in decimals, as a whole number of 128
-  bits.
-
-  Args:
-    count: the number of records.
-    salt: the name of the split, as TFDS has it.
-  """
-
-  def place(number: int) -> bytes:
-    return hashlib.md5(f"{salt}{number}".encode()).digest()
-
-  return sorted(range(count), key=place)
-
-
-def _records(
-  name: str, part: str, root: str
-) -> tuple[list[dict[str, Any]], Any]:
-  """Reads features by record, images still encoded; and TFDS's `ClassLabel`."""
-  where = root or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  say = functools.partial(_PREPARE.format, name=name, where=where)
-  try:
-    extras.need("tensorflow_datasets")
-  except ModuleNotFoundError as error:
-    raise ValueError(say(reason=error)) from error
+def _read(name: str, place: pathlib.Path, part: str) -> Part:
+  extras.need("tensorflow_datasets")
   import tensorflow_datasets as tfds
 
-  directory = os.path.expanduser(where)
   decoders = {"image": tfds.decode.SkipDecoding()}
   try:
-    builder = tfds.builder(name, data_dir=directory)
+    builder = tfds.builder(name, data_dir=str(place))
     data = builder.as_data_source(part, decoders=decoders)
-  except (AssertionError, NotImplementedError, ValueError) as error:
-    found = _format(pathlib.Path(directory, name))
-    reason = f"{name} is not prepared as array_record in {where}" + (
-      f", but as {found}, which TensorFlow alone can read: move it away."
-      if found not in ("", "array_record")
-      else "."
-    )
-    raise ValueError(say(reason=reason)) from error
-  records = [data[i] for i in range(len(data))]
-  return records, builder.info.features["label"]
+    records = [data[i] for i in range(len(data))]
+  except Exception as error:  # of any type, by what the files lead to
+    reason = f"{name} in {place} can't be read: {error!s:.80}"
+    raise ValueError(_say(name, place, reason)) from error
+  numbers = _numbers([record["id"] for record in records], part, name)
+  ordered = [records[row] for row in np.argsort(numbers)]
+  labels = np.array([record["label"] for record in ordered])
+  return cifar_files.decoded(name, labels, [r["image"] for r in ordered])
+
+
+def _say(name: str, place: pathlib.Path, reason: str) -> str:
+  """Returns a message of how TFDS prepares CIFAR."""
+  return _PREPARE.format(reason=reason, name=name, where=place)
 
 
 def _format(directory: pathlib.Path) -> str:
@@ -128,11 +83,3 @@ def _numbers(ids: Iterable[Any], part: str, name: str) -> list[int]:
       f" {part}_0 to {part}_{len(texts) - 1}; prepare it again"
     )
   return numbers
-
-
-def _decode(record: Mapping[str, Any]) -> Integer[np.ndarray, "h w 3"]:
-  extras.need("PIL")
-  from PIL import Image
-
-  with Image.open(io.BytesIO(record["image"])) as image:
-    return np.asarray(image.convert("RGB"))

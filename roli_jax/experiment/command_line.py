@@ -22,7 +22,8 @@ else:
   ConfigDict = Any  # ml_collections is loaded where a config is read
 
 MODES = (
-  "train", "evaluate", "report", "plan", "convert", "bench", "sweep",
+  "train", "evaluate", "report", "plan", "prepare", "convert", "bench",
+  "sweep",
 )  # fmt: skip
 
 _ATTACKS = ("attack", "val_attack", "eval_attack")

@@ -28,7 +28,7 @@ def write(run: Run, stages: Iterable[Stage], path: pathlib.Path) -> None:
   splits = {split: run.data[split] for split in data.SPLITS}
   facts = {
     "backbone": run.config["backbone"]["name"],
-    "in_files": run.config["data"]["name"] in data.IN_FILES,
+    "in_files": isinstance(splits["train"], data.Files),
     "parameters": sizes,
     "skipped": {split: source.skipped for split, source in splits.items()},
     # Splits of one data set share notes; each is written once.
@@ -36,5 +36,5 @@ def write(run: Run, stages: Iterable[Stage], path: pathlib.Path) -> None:
     "manifest": [line for s in splits.values() for line in s.manifest()],
   }
   workdir.write_json(path / "facts.json", facts)
-  if facts["in_files"]:
+  if facts["in_files"] or facts["notes"]:
     tables.show(report.facts(path))

@@ -4,8 +4,10 @@ import importlib
 
 _EXTRA = {  # package -> extra
   "PIL": "data",
+  "datasets": "hub",
   "grain": "data",
   "matplotlib": "plots",
+  "pyarrow": "data",
   "sklearn": "data",
   "tensorflow_datasets": "data",
 }
@@ -15,8 +17,8 @@ def need(*packages: str) -> None:
   """Imports packages that an extra brings, to be called before their import.
 
   Args:
-    *packages: `PIL`, `grain`, `matplotlib`, `sklearn` or
-      `tensorflow_datasets`, as they are imported.
+    *packages: `PIL`, `datasets`, `grain`, `matplotlib`, `pyarrow`, `sklearn`
+      or `tensorflow_datasets`, as they are imported.
 
   Raises:
     ModuleNotFoundError: one is not installed; the message has the extra.

@@ -16,12 +16,12 @@ from roli_jax import distributed
 _BESIDE = ("versions", "commit", "workdir")
 # Fields that change no number, or its rounding alone: a run may go on with
 # others.
-_FREE = ("data.num_workers", "cpu_devices", "mesh", "target")
+_FREE = ("data.download", "data.num_workers", "cpu_devices", "mesh", "target")
 # Fields that earlier runs lack, and what they ran with.
 _SIZES = ("patch", "width", "depth", "heads", "channels")
 _STAGE = {"ema": 0.0, "loss": {"smoothing": 0.0}}
 _LATER: dict[str, Any] = {
-  "data": {"layout": ""},
+  "data": {"layout": "", "download": False},
   "backbone": {"pool": "", "key": "", **dict.fromkeys(_SIZES)},
   "num_val_images": 0,
   "pretrain": _STAGE,

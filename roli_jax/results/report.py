@@ -288,8 +288,8 @@ def facts(path: pathlib.Path) -> list[Table]:
 
 
 def _manifest(known: Row) -> list[Table]:
-  """Returns the images by class and split, of data sets of files."""
-  if not known["in_files"]:
+  """Returns the images by class and split, of files or where notes are."""
+  if not (known["in_files"] or known["notes"]):
     return []
   by_class: dict[str, dict[str, int]] = {}
   totals: dict[str, int] = dict.fromkeys(data.SPLITS, 0)

@@ -1,4 +1,4 @@
-"""The pickles of PyTorch's checkpoints, read by a machine of our own.
+"""Pickles of arrays, PyTorch's first, read by a machine of our own.
 
 A pickle is a program: it may call whatever it names. So none is ever given to
 `pickle`. `run` follows the instructions that `torch.save` writes, and calls

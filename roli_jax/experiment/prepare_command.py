@@ -1,0 +1,35 @@
+"""`--mode=prepare`: fetches what a config's run lacks, before it is run."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from roli_jax import convert, data
+
+
+def run(config: Mapping[str, Any]) -> Iterator[str]:
+  """Fetches the data, then looks for the weights, which have to be converted.
+
+  Args:
+    config: any nested mapping with the sections `data` and `backbone` of
+      `configs/glyphs_roli.py`.
+
+  Yields:
+    What it is about to do, or has found, a line each.
+
+  Raises:
+    ValueError: data that can't be fetched, or weights that are not there; the
+      message says how to get them.
+  """
+  for section in ("data", "backbone"):
+    if section not in config:
+      raise ValueError(
+        f"this config has no {section}: there is nothing to fetch"
+      )
+  yield from data.prepare(config["data"])
+  if "pretrain" in config:
+    return  # it makes its weights
+  backbone = config["backbone"]
+  names = [cell.get("weights", backbone["weights"]) for cell in config["cells"]]
+  for weights in dict.fromkeys(names):
+    file = convert.find(backbone["name"], weights, hint=backbone["origin"])
+    yield f"{backbone['name']}'s weights are there: {file}"
