@@ -151,6 +151,21 @@ def test_a_slice_inside_of_a_fusion_of_a_fusion_is_a_slice():
   assert extra == 3200 + 400
 
 
+@pytest.mark.parametrize("kind, products", [("", 2), ("Backward", 5)])
+def test_cudnns_attention_counts_by_formula(kind, products):
+  module = f"""HloModule m, is_scheduled=true
+
+ENTRY %main (q: bf16[2,6,3,8]) -> bf16[2,6,3,8] {{
+  %q = bf16[2,6,3,8]{{3,2,1,0}} parameter(0)
+  ROOT %out = bf16[2,6,3,8]{{3,2,1,0}} custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax{kind}", backend_config={{"cudnn_fmha_backend_config": {{"intermediate_tensor_shape": {{"element_type": "BF16", "dimensions": ["2", "3", "6", "6"]}}}}}}
+}}
+"""  # noqa: E501
+  found = hlo.count(module, on_chip=False)
+  assert found.flops == products * 2 * (2 * 3 * 6 * 6) * 8
+  # Queries, keys and values are one array here, which is read once.
+  assert found.custom_traffic == found.traffic == 2 * (2 * 2 * 6 * 3 * 8)
+
+
 def test_what_is_no_module_is_refused():
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo.count("HloModule m\n")

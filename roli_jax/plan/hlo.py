@@ -286,6 +286,9 @@ def _products(computation: Computation, x: Instruction) -> int:
   name = target[1] if target else ""
   if "gemm" in name or "cublas" in name:
     return _dot(x.result[0], left, _gemm_depth(x.rest))
+  if name.startswith("__cudnn$fmha"):
+    # Scores and mixture; backwards the scores again, and four gradients.
+    return (5 if "Backward" in name else 2) * _scores(x.rest) * left.dims[-1]
   if name.startswith("__cudnn$conv"):
     roles = {
       "__cudnn$convBackwardInput": (x.result[0], right, left),
@@ -309,6 +312,14 @@ def _gemm_depth(text: str) -> list[int]:
   """The contracted axes of the left operand, from cuBLAS' settings."""
   found = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', text)
   return [int(n) for n in json.loads(found[1])] if found else []
+
+
+def _scores(text: str) -> int:
+  """FLOPs by channel of one product of cuDNN's attention: two a score."""
+  found = re.search(
+    r'"intermediate_tensor_shape": ?\{[^{]*?"dimensions": ?(\[[^\]]*\])', text
+  )
+  return 2 * math.prod(map(int, json.loads(found[1]))) if found else 0
 
 
 def _convolution(text: str, left: Array, right: Array, result: Array) -> int:
