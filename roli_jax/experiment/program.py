@@ -67,16 +67,20 @@ def build_both(run: Run, stage: Stage) -> Callable[..., Any]:
   return step.make_both(_on_devices(run, build.build_model(run, stage)))
 
 
+# TPUs whose on-chip memory holds a head's scores of 64 images, as docs/chips.md
+# has it: v5e and v6e.
+_ROOMY = ("TPU v5 lite", "TPU v6 lite")
+
+
 def _on_devices(run: Run, model: models.Model) -> models.Model:
-  """Returns the model as the run's devices compute it: attention, on TPUs.
+  """Returns the model as the run's devices compute it.
 
   By the devices of the mesh, which a plan only describes. Where they split the
   heads among them, each has few.
   """
-  by_head = (
-    run.mesh.devices.flat[0].platform == "tpu" and run.mesh.shape["model"] == 1
-  )
-  if by_head and getattr(model.backbone, "attention", "") == "plain":
+  roomy = run.mesh.devices.flat[0].device_kind in _ROOMY
+  plain = getattr(model.backbone, "attention", "") == "plain"
+  if roomy and plain and run.mesh.shape["model"] == 1:
     return models.with_options(model, attention="looped")
   return model
 

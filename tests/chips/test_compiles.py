@@ -138,7 +138,7 @@ def test_a_step_compiles(name, case):
     assert sent["in_loop"] == 0
 
 
-def test_only_tpus_attend_by_head():
+def test_tpus_with_room_attend_by_head():
   """A loop for each block's attention, and one for its gradient."""
 
   def loops(name, *words):
