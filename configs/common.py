@@ -150,6 +150,20 @@ def compat(text: str, backbone: str, method: str, init: str) -> dict:
   return chosen
 
 
+def sizes() -> dict:
+  """The sizes of a vit, swin, convnext, wrn or dm_wrn, see `models.create`.
+
+  None: those of the weights. Other models have sizes of their own.
+  """
+  return {
+    "patch": config_dict.placeholder(int),
+    "width": config_dict.placeholder(object),
+    "depth": config_dict.placeholder(object),
+    "heads": config_dict.placeholder(object),
+    "channels": config_dict.placeholder(int),
+  }
+
+
 def backbone(name: str, weights: str, origin: str = "") -> dict:
   """A pretrained backbone and how it is computed.
 
@@ -165,13 +179,7 @@ def backbone(name: str, weights: str, origin: str = "") -> dict:
     "origin": origin,
     # The side that images are resized to inside the model; 0: the weights'.
     "image_size": 0,
-    # Of a vit, swin, convnext, wrn or dm_wrn, as `models.create` takes them;
-    # None: the weights'. Other names have sizes of their own.
-    "patch": config_dict.placeholder(int),
-    "width": config_dict.placeholder(object),
-    "depth": config_dict.placeholder(object),
-    "heads": config_dict.placeholder(object),
-    "channels": config_dict.placeholder(int),
+    **sizes(),
     # What the feature of another framework's ViT is, `token` or `mean`, where
     # the names in its file leave it open; "": as `convert.load` chooses.
     "pool": "",

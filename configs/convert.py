@@ -10,7 +10,9 @@ DIR/<model>.safetensors, which any config takes as
 checkpoint) --config.format says what to write: DIR/<model>.pth.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
+
+from roli_jax.configs import common
 
 
 def get_config() -> ConfigDict:
@@ -25,13 +27,7 @@ def get_config() -> ConfigDict:
       "std": (),
       "num_classes": 0,  # of a new zero head; 0: the file's classifier
       "image_size": 0,  # that positions are resampled to; 0: the file's
-      # Of a vit, swin, convnext, wrn or dm_wrn, as `models.create` takes them;
-      # None: what the tensors show. A vit's heads show nowhere.
-      "patch": config_dict.placeholder(int),
-      "width": config_dict.placeholder(object),
-      "depth": config_dict.placeholder(object),
-      "heads": config_dict.placeholder(object),
-      "channels": config_dict.placeholder(int),
+      **common.sizes(),  # of a family; None: what the tensors show
       # A ViT's feature: token or mean, where names don't tell; "": token.
       "pool": "",
       # Which network in a file that has several: ema, state_dict, ...

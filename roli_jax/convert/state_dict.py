@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from roli_jax.convert.bundle import Bundle, Coverage
 from roli_jax.convert.name_maps import FORMATS, LAYOUTS, Layout
 from roli_jax.convert.networks import COUNTER, Network
 
-# The assumption where neither names nor shapes tell.
+# Assumptions where neither names nor shapes tell.
 _SIDE = (
   "image_size={}: no tensor of a {} tells the side of the images that it was"
   " trained on"
@@ -40,6 +40,8 @@ def to_bundle(
   **told: Any,
 ) -> Bundle:
   """Returns the bundle of a state dict; see `convert.load`.
+
+  `told` are sizes of a family, by name.
 
   Raises:
     ValueError: tensors that are missing, left over, of another shape, of a
@@ -70,13 +72,6 @@ def to_bundle(
   both = _normalisation(whole, network, FORMATS[named], mean, std)
   bundle, resampled = bundles.fitted(bundle, *both, num_classes, image_size)
   dropped = _of_head(keys) if num_classes is not None else set()
-  assumed = []
-  if layout.pools and whole.backbone.pool == "token" and pool is None:
-    assumed.append(_POOL)
-  if image_size is None and getattr(
-    models.FAMILIES.get(name), "image_size", None
-  ):
-    assumed.append(_SIDE.format(whole.image_size, name))
   coverage = Coverage(
     layout=layout.name,
     wrapped=network.name,
@@ -86,9 +81,27 @@ def to_bundle(
     ignored=tuple(sorted({*network.tensors.keys() - needed, *network.extras})),
     normalised_by=_normalised_by(mean, network, named),
     others=others,
-    assumed=tuple(assumed),
+    assumed=tuple(_assumed(layout, whole, pool, image_size)),
   )
   return dataclasses.replace(bundle, coverage=coverage)
+
+
+def _assumed(
+  layout: Layout, model: models.Model, pool: str | None, image_size: int | None
+) -> Iterator[str]:
+  """Yields a sentence for each thing that the file can't tell, and nobody has.
+
+  Args:
+    layout: the file's layout of names.
+    model: the model as it is assumed.
+    pool: what the user says of its feature, or None.
+    image_size: what the user says of its images, or None.
+  """
+  if pool is None and layout.pools and model.backbone.pool == "token":
+    yield _POOL
+  family = models.FAMILIES.get(model.name)
+  if image_size is None and family and family.image_size:
+    yield _SIDE.format(model.image_size, model.name)
 
 
 def _others(found: list[Network], network: Network) -> list[Network]:

@@ -132,12 +132,6 @@ def _load(
   )
 
 
-def backbone_sizes(backbone: Mapping[str, Any]) -> dict[str, Any]:
-  """The sizes that a config's backbone is told, as `models.create` has them."""
-  names = (*models.SIZES, "channels")
-  return {k: v for k in names if (v := backbone.get(k)) is not None}
-
-
 def load_whole(run: Run, weights: str) -> convert.Bundle:
   """Loads weights with the head that they came with.
 
@@ -180,6 +174,12 @@ def expand_stages(run: Run) -> list[Stage]:
 def training_images(run: Run, stage: Stage) -> data.Source:
   """Returns the images that the stage trains on."""
   return run.data["train"].subset(stage.train_size, stage.seed)
+
+
+def backbone_sizes(backbone: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the sizes that a config says, as `models.create` has them."""
+  names = (*models.SIZES, "channels")
+  return {k: v for k in names if (v := backbone.get(k)) is not None}
 
 
 def fingerprint(run: Run, stage: Stage) -> str:
