@@ -34,7 +34,8 @@ class Kind:
     folder: the directory in it.
     train: the files of training images in it, in order.
     test: the file of test images.
-    labels: the key of the labels, and what may be one for parquet's column.
+    labels: the key of the labels.
+    column: the column of the labels in Hugging Face's parquet.
     binary: its binary archive, without .tar.gz.
     binary_folder: the directory in that, whose files end with .bin.
     bytes: the bytes of labels before each image there, the last its class.
