@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from roli_jax.data import decode, source, walk
+from roli_jax.data import decode, listing, source, walk
 from roli_jax.files import extras, pickles
 from roli_jax.types import Integer
 
@@ -216,7 +216,7 @@ def folders(name: str, place: pathlib.Path) -> Read | None:
   trees, _ = walk.named(place) if place.is_dir() else ({}, [])
 
   def read(part: str) -> Part:
-    (tree,) = trees[part]
+    tree = listing.single(place, trees)[part]
     names = walk.walk(place / tree).images
     classes = [n.split("/")[0] for n in names]
     digits = [re.findall(r"\d+", pathlib.PurePath(n).stem) for n in names]
