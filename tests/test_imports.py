@@ -126,7 +126,7 @@ def test_what_is_heavy_is_not_imported(line, absent):
 def test_the_core_imports_where_only_the_core_is_installed(root):
   hidden = (
     "grain", "ml_collections", "tensorflow_datasets", "jaxtyping", "sklearn",
-    "matplotlib", "scipy", "PIL", "safetensors",
+    "matplotlib", "scipy", "PIL", "safetensors", "pyarrow", "datasets",
   )  # fmt: skip
   code = f"""
 import importlib.abc, sys

@@ -232,7 +232,7 @@ def toy(tmp_path):
   file = tmp_path / "toy.safetensors"
   convert.save(convert.Bundle(model, *variables), file)
   return (
-    f"--config={cli.ROOT}/configs/cifar_roli.py",
+    f"--config={cli.ROOT}/configs/cifar_roli.py:method=linear",
     "--config.backbone.name=glyph_vit_token",
     f"--config.backbone.weights={file}",
   )

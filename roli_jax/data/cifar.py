@@ -16,6 +16,7 @@ import numpy as np
 
 from roli_jax.data import cifar_files, homes, source, tfds
 from roli_jax.data.cifar_files import Read
+from roli_jax.data.sizes import FACTS
 
 _TRAINING = 50_000  # images in CIFAR's training split; test images count on
 
@@ -42,6 +43,10 @@ def build(name: str, split: str, root: str = "") -> source.Source:
   numbers = np.array(
     {"train": ordered[:most], "val": ordered[most:]}.get(split, ordered)
   )
+  expected = getattr(FACTS[name], split)
+  notes = found.notes
+  if len(numbers) != expected:
+    notes += (f"{name} {split} has {expected} images, here are {len(numbers)}",)
   return source.Source(
     images=found.images(numbers),
     labels=found.labels[numbers].astype(np.int32),
@@ -49,7 +54,7 @@ def build(name: str, split: str, root: str = "") -> source.Source:
     num_classes=len(cifar_files.CLASSES[name]),
     split=split,
     classes=cifar_files.CLASSES[name],
-    notes=found.notes,
+    notes=notes,
   )
 
 

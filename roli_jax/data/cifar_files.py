@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from roli_jax.data import decode, source, walk
+from roli_jax.data import decode, listing, source, walk
 from roli_jax.files import extras, pickles
 from roli_jax.types import Integer
 
@@ -34,7 +34,8 @@ class Kind:
     folder: the directory in it.
     train: the files of training images in it, in order.
     test: the file of test images.
-    labels: the key of the labels, and what may be one for parquet's column.
+    labels: the key of the labels.
+    column: the column of the labels in Hugging Face's parquet.
     binary: its binary archive, without .tar.gz.
     binary_folder: the directory in that, whose files end with .bin.
     bytes: the bytes of labels before each image there, the last its class.
@@ -215,7 +216,7 @@ def folders(name: str, place: pathlib.Path) -> Read | None:
   trees, _ = walk.named(place) if place.is_dir() else ({}, [])
 
   def read(part: str) -> Part:
-    (tree,) = trees[part]
+    tree = listing.single(place, trees)[part]
     names = walk.walk(place / tree).images
     classes = [n.split("/")[0] for n in names]
     digits = [re.findall(r"\d+", pathlib.PurePath(n).stem) for n in names]

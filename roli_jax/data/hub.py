@@ -97,40 +97,42 @@ def fetch(name: str, root: str) -> Iterator[str]:
 
   repo, given = _parse(name)
   place = _place(name, root)
-  yield f"fetching {repo} from huggingface.co"
-  try:
-    found = datasets.load_dataset(
-      repo, given.get("config"), revision=given.get("revision")
-    )
-  except Exception as error:  # of many types, by what goes wrong where
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise ValueError(
-      f"{repo} can't be had from huggingface.co: {first:.300}"
-    ) from error
-  with download.alone(place.parent), download.beside(place) as folder:
-    if _kind(repo, given) == "folder":
-      yield from _write_all(found, given, folder, name)
-    else:
-      for split, rows in found.items():
-        yield f"writing {len(rows):,} images of {split}"
-        rows.to_parquet(str(folder / f"{split}.parquet"))
-    folder.replace(place)
+  with download.alone(place.parent):
+    if place.is_dir():  # another process was faster
+      return
+    yield f"fetching {repo} from huggingface.co"
+    try:
+      found = datasets.load_dataset(
+        repo, given.get("config"), revision=given.get("revision")
+      )
+    except Exception as error:  # of many types, by what goes wrong where
+      first = (str(error).strip() or type(error).__name__).splitlines()[0]
+      raise ValueError(
+        f"{repo} can't be had from huggingface.co: {first:.300}"
+      ) from error
+    try:
+      with download.beside(place) as folder:
+        yield from _write_all(found, folder, name)
+        folder.replace(place)
+    except OSError as error:
+      raise ValueError(f"{place} can't be written: {error}") from error
 
 
 def _write_all(
-  found: Mapping[str, Any],
-  given: Mapping[str, str],
-  folder: pathlib.Path,
-  name: str,
+  found: Mapping[str, Any], folder: pathlib.Path, name: str
 ) -> Iterator[str]:
   """Writes all splits; a single one lies as classes, which `folder` splits."""
+  repo, given = _parse(name)
   for split, rows in found.items():
     inner = walk.SPLIT_NAMES.get(split.lower()) if len(found) > 1 else "."
     if inner is None:
       yield f"leaving out {split}, which is no split by its name"
       continue
     yield f"writing {len(rows):,} images of {split}"
-    yield from _write(rows, given, folder / inner, name)
+    if _kind(repo, given) == "folder":
+      yield from _write(rows, given, folder / inner, name)
+    else:
+      rows.to_parquet(str(folder / f"{split}.parquet"))
 
 
 def _write(

@@ -114,13 +114,21 @@ def jsons(root: pathlib.Path) -> dict[str, pathlib.Path]:
     split = walk.SPLIT_NAMES.get(file.stem.lower())
     if split and file.is_file():
       found[split].append(file.name)
-  return {split: root / n for split, n in _single(root, found).items()}
+  return {split: root / n for split, n in single(root, found).items()}
 
 
-def _single(
+def single(
   root: pathlib.Path, found: Mapping[str, Sequence[str]]
 ) -> dict[str, str]:
-  """Returns the one name of each split; raises a ValueError for two."""
+  """Returns the one name of each split.
+
+  Args:
+    root: where they lie, for the message.
+    found: names by split.
+
+  Raises:
+    ValueError: a split has two.
+  """
   for split, names in found.items():
     if len(names) > 1:
       raise ValueError(
@@ -187,7 +195,7 @@ def _from_trees(
   root: pathlib.Path, trees: Mapping[str, Sequence[str]], others: Sequence[str]
 ) -> Listing:
   """Takes splits as they lie; validation may be the test, or be drawn."""
-  folders = {split: f"{n}/" for split, n in _single(root, trees).items()}
+  folders = {split: f"{n}/" for split, n in single(root, trees).items()}
   if "train" not in folders or len(folders) == 1:
     raise ValueError(_lacking(root, folders))
   walks = {name: walk.walk(root / name) for name in folders.values()}
