@@ -238,7 +238,7 @@ def toy(tmp_path):
   )
 
 
-TRAIN = (*cli.TINY, "--config.curve=()", "--config.eval_batch_size=32")
+TRAIN = (*cli.TINY, "--config.curve=()", "--config.test=False")
 
 
 def test_prepare_and_train_from_an_empty_home(
