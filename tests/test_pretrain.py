@@ -8,7 +8,16 @@ import optax
 import pytest
 
 from configs import glyphs_roli, pretrain
-from roli_jax import attacks, convert, keys, losses, sharding, state, trees
+from roli_jax import (
+  attacks,
+  convert,
+  keys,
+  losses,
+  objectives,
+  sharding,
+  state,
+  trees,
+)
 from roli_jax.experiment import (
   build,
   command_line,
@@ -225,6 +234,11 @@ def test_smoothed_labels_are_those_of_optax(name):
     optax.softmax_cross_entropy(logits, smoothed),
     rtol=1e-5,
   )
+
+
+def test_a_loss_without_smoothed_labels_says_so():
+  with pytest.raises(ValueError, match="the loss trades takes no smoothing"):
+    objectives.build({"name": "trades", "beta": 6.0, "smoothing": 0.1})
 
 
 @pytest.mark.parametrize(

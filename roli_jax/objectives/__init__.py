@@ -55,6 +55,8 @@ def build(
   ) -> Any:
     given = {**options, "epoch_steps": epoch_steps}
     accepted = specs.accepted_fields(registry, given, what)
+    if given.get("smoothing") and "smoothing" not in accepted:
+      raise ValueError(f"the loss {options['name']} takes no smoothing")
     return specs.build(registry, accepted, what)
 
   base = of(make(LOSSES, spec, "loss"))
