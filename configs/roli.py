@@ -5,8 +5,8 @@
 Arguments, after a colon:
   dataset=cub|stanforddogs|caltech256|cifar10|cifar100|folder
   method=full|linear|bias|lora|adapter|vpt, init=roli|ranli|std
-  backbone=swin_b, or any other; tiny32 has weights that come with the package,
-      and defaults that suit two cores
+  backbone=swin_b, or any other; tiny32 has defaults that suit two cores, and
+      weights that configs/pretrain.py makes
   recipe=l2sp|ftp|spd|digrap|trades|mart|awp|epsilon: what the field adds, at
       its authors' numbers; none of them tuned here
   compat=true: as the reference's code does it, defects included
@@ -108,6 +108,11 @@ ARES_Swin_base_patch4_window7_224_AT.pth
 Convert it, --mode=convert --config=configs/convert.py --config.source=THAT.pth
 --config.output=weights, and give --config.backbone.weights=weights."""
 
+TINY_ORIGIN = """\
+none come with the package yet. Pretrain it on images of yours,
+--config=configs/pretrain.py:dataset=folder --config.data.root=IMAGES, and give
+--config.backbone.weights=WORKDIR/tiny32_robust.safetensors."""
+
 OTHER_ORIGIN = """\
 convert a file of it, --mode=convert --config=configs/convert.py
 --config.source=FILE --config.output=weights, and give
@@ -182,13 +187,13 @@ def get_config(text: str = "", dataset: str = "cub") -> ConfigDict:
 
 
 def _make_small(config: ConfigDict) -> None:
-  """Makes the run one of the backbone in the package, an hour of two cores.
+  """Makes the run one that two cores take some hour for; nobody has timed it.
 
   All of a data set: data.train_size, num_val_images, num_images and the stages'
   num_steps are 0.
   """
   config.cpu_devices = common.CPU_DEVICES
-  config.backbone.weights, config.backbone.origin = "robust", ""
+  config.backbone.weights, config.backbone.origin = "robust", TINY_ORIGIN
   if config.data.name != "folder":  # which may have fewer
     config.data.train_size = 2000
   config.num_val_images, config.num_images = 500, 1000

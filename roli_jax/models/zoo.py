@@ -141,7 +141,7 @@ MODELS: dict[str, Entry] = {
   "clip_vit_b16": Entry(
     _family("vit", {**_VITS["b"], "patch": 16}, clip=True, eps=1e-5), CLIP
   ),
-  # Of photographs; it has weights that come with the package.
+  # Of photographs.
   "tiny32": Entry(
     _family(
       "vit",
