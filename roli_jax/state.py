@@ -36,6 +36,22 @@ class TrainState:
   memory: PyTree
   average: PyTree = dataclasses.field(default_factory=dict)
 
+  @property
+  def variables(self) -> Variables:
+    """What is validated, saved and tested: the average, if one is kept.
+
+    Running statistics have no average of their own: they are one already.
+    """
+    params = self.params
+    if self.average:
+      params = trees.merge(self.average, params)
+    return params, self.stats
+
+  def training_on(self, trained: PyTree, average: PyTree) -> "TrainState":
+    """Returns the state with these trained leaves and their average."""
+    params = trees.merge(trained, self.params)
+    return dataclasses.replace(self, params=params, average=average)
+
 
 def create(
   params: Params,
@@ -87,14 +103,3 @@ def averaged(
   kept = jnp.minimum(decay, state.step / (9 + state.step))
   average = optax.incremental_update(trained, state.average, 1 - kept)
   return dataclasses.replace(state, average=average)
-
-
-def variables(state: TrainState) -> Variables:
-  """Returns what is validated, saved and tested: the average, if one is kept.
-
-  Running statistics have no average of their own: they are one already.
-  """
-  params = state.params
-  if state.average:
-    params = trees.merge(state.average, params)
-  return params, state.stats

@@ -53,7 +53,7 @@ MISTAKES = {
   "too few images": ([GLYPHS, "--config.data.train_size=7"], "train_size"),
   "weights": ([GLYPHS, "--config.backbone.weights=x.pth"], "robust, standard"),
   "precision": ([GLYPHS, "--config.backbone.dtype=bf16"], "'bfloat16'"),
-  "attention": ([GLYPHS, "--config.backbone.attention=flash"], "fused, looped, plain"),
+  "attention": ([GLYPHS, "--config.backbone.attention=flash"], "looped, plain"),
   "unwritable": ([GLYPHS, "--workdir=/proc/nothing/run"], "workdir"),
   "evaluate what": (["--mode=evaluate"], "--workdir"),
   "no run": (["--mode=report", "--workdir=/tmp"], "config.json"),

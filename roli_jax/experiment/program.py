@@ -15,7 +15,6 @@ from roli_jax.experiment import build
 from roli_jax.experiment.run import Run, training_images
 from roli_jax.experiment.stages import Stage
 from roli_jax.statistics import Counts
-from roli_jax.types import Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Program:
   attack: attacks.Attack
   tx: optax.GradientTransformationExtraArgs
   step: Callable[..., tuple[states.TrainState, Counts]]
-  create: Callable[[Params, PyTree], states.TrainState]
+  create: Callable[..., states.TrainState]
   abstract_state: states.TrainState
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from roli_jax import convert, keys, models, optim, sharding, state, trees
+from roli_jax import convert, keys, models, optim, sharding, state
 from roli_jax.experiment import build
 from roli_jax.experiment.program import Program, build_program
 from roli_jax.experiment.run import (
@@ -19,7 +19,7 @@ from roli_jax.experiment.run import (
 )
 from roli_jax.experiment.stages import ZEROSHOT, Stage
 from roli_jax.files import checkpoint
-from roli_jax.types import Array, Key, Params, PyTree, Variables
+from roli_jax.types import Array, Key, Params, Variables
 
 Meta = dict[str, Any]  # of a checkpoint: plain JSON
 # Returns the variables of a stage's best checkpoint.
@@ -131,15 +131,16 @@ def restore_or_start(
     )
     params, stats = items["model"]
     done, opt_state, key, memory, *raw = items["rest"]
-    average: PyTree = program.method.split(params)[0] if raw else {}
     restored = state.TrainState(
       step=done,
-      params=trees.merge(raw[0], params) if raw else params,
+      params=params,
       stats=stats,
       opt_state=opt_state,
       memory=memory,
-      average=average,
     )
+    if raw:
+      average, _ = program.method.split(params)
+      restored = restored.training_on(raw[0], average)
     return restored, key, checkpoint.restore_meta(checkpoints, last)
   fresh = program.create(*start_variables(run, stage, best))
   # The rate is data in the state, so that stages of all rates share a program.
@@ -184,7 +185,7 @@ def save(
   checkpoint.save(
     checkpoints,
     meta["step"],
-    model=state.variables(now),
+    model=now.variables,
     rest=_rest(build_program(run, stage), now, key),
     meta={**meta, "images_seen": meta["step"] * batch_size},
     score=meta["history"][-1][stage.selected_by],

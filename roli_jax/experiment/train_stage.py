@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from roli_jax import data, progress, sharding, state
+from roli_jax import data, progress, sharding
 from roli_jax.experiment import stage_tests, start_and_resume
 from roli_jax.experiment.program import build_program
 from roli_jax.experiment.run import Run, training_images
@@ -79,7 +79,7 @@ def train_stage(
           _log_training(stage, log, done, attack, counts)
           counts = []
         if due and done != meta["step"]:
-          entry = _validate(run, stage, log, done, state.variables(now))
+          entry = _validate(run, stage, log, done, now.variables)
           meta = {
             "step": done,
             "history": [*meta["history"], entry],
