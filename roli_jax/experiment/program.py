@@ -74,12 +74,13 @@ _ROOMY = ("TPU v5 lite", "TPU v6 lite")
 def _on_devices(run: Run, model: models.Model) -> models.Model:
   """Returns the model as the run's devices compute it.
 
-  By the devices of the mesh, which a plan only describes. Where they split the
-  heads among them, each has few.
+  By the devices of the mesh, which a plan only describes, and unless the config
+  chooses. Where they split the heads among them, each has few.
   """
   roomy = run.mesh.devices.flat[0].device_kind in _ROOMY
+  chosen = run.config["backbone"].get("attention")
   plain = getattr(model.backbone, "attention", "") == "plain"
-  if roomy and plain and run.mesh.shape["model"] == 1:
+  if roomy and plain and not chosen and run.mesh.shape["model"] == 1:
     return models.with_options(model, attention="looped")
   return model
 
