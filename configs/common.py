@@ -189,7 +189,7 @@ def backbone(name: str, weights: str, origin: str = "") -> dict:
     # attacks keep float32.
     "dtype": "float32",
     # Of a ViT: fused, by cuDNN. Of a ViT or Swin: looped, by head. "": looped
-    # on TPUs v5e and v6e, elsewhere the model's own.
+    # on TPUs v5e and v6e (docs/chips.md), elsewhere the model's own.
     "attention": "",
     "scan": False,  # whether equal blocks are one loop: compiles faster
     "remat": False,  # whether activations are computed twice: less memory

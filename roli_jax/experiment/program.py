@@ -75,12 +75,14 @@ def _on_devices(run: Run, model: models.Model) -> models.Model:
   """Returns the model as the run's devices compute it.
 
   By the devices of the mesh, which a plan only describes, and unless the config
-  chooses. Where they split the heads among them, each has few.
+  chooses. Where they split the heads among them, each has few. A Swin's bias
+  has a gradient, which devices that share a batch would sum head by head.
   """
   roomy = run.mesh.devices.flat[0].device_kind in _ROOMY
   chosen = run.config["backbone"].get("attention")
   plain = getattr(model.backbone, "attention", "") == "plain"
-  if roomy and plain and not chosen and run.mesh.shape["model"] == 1:
+  shared = isinstance(model.backbone, models.Swin) and run.mesh.size > 1
+  if roomy and plain and not (chosen or shared or run.mesh.shape["model"] > 1):
     return models.with_options(model, attention="looped")
   return model
 
