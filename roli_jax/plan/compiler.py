@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from roli_jax.files import workdir
-from roli_jax.plan import chips, hlo
+from roli_jax.plan import chips, hlo, hlo_text
 
 
 def compile_apart(
@@ -102,7 +102,7 @@ def digest_of(text: str, target: chips.Target, turns: int) -> str:
     turns: how often a loop runs whose length is data: the text has no number
       for it, and what is counted hangs on it.
   """
-  counting = inspect.getsource(hlo)
+  counting = inspect.getsource(hlo) + inspect.getsource(hlo_text)
   flags = os.environ.get("XLA_FLAGS", "")
   parts = [text, target.name, str(turns), flags, counting, *_versions()]
   return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
