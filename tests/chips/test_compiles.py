@@ -4,6 +4,7 @@
 which pytest-xdist reports as that test's failure.
 """
 
+import dataclasses
 import functools
 import os
 
@@ -11,9 +12,10 @@ import jax
 import jaxtyping
 import pytest
 
-from roli_jax import attacks, optim, peft
+from roli_jax import attacks, convert, keys, models, optim, peft
 from roli_jax.experiment import command_line
-from roli_jax.plan import chips, compiler, programs
+from roli_jax.experiment.run import expand_stages
+from roli_jax.plan import chips, compiler, programs, shapes
 from tests.covering import pairwise
 
 pytestmark = pytest.mark.chips
@@ -30,6 +32,7 @@ FACTORS = {
   "loss": (
     "at", "clean", "half_at", "trades", "mart", "twins", "awp", "autolora",
   ),
+  "penalty": ("none", "function_space"),
   "optim": (*optim.OPTIMIZERS, *(a for a in optim.ANCHORS if a != "none")),
   "dtype": ("float32", "bfloat16"),
   "norm": ("linf", "l2", "l1"),
@@ -60,15 +63,20 @@ def can_be(case):
     and (case["loss"] != "twins" or has_statistics)
     and (case["method"] == "autolora") == (case["loss"] == "autolora")
     and (case["rules"] != "megatron" or "_vit" in case["backbone"])
+    # It compares with the probe, under attack.
+    and (
+      case["penalty"] == "none"
+      or (case["method"] != "linear" and case["loss"] != "clean")
+    )
   )
 
 
 CASES = pairwise(FACTORS, can_be)
 
 
-def parsed(*words):
+def parsed(*words, init="ranli"):
   return command_line.parse(
-    ["--config=configs/glyphs_roli.py:method=full,init=ranli", *words]
+    [f"--config=configs/glyphs_roli.py:method=full,init={init}", *words]
   ).config
 
 
@@ -82,9 +90,11 @@ def config(case):
     "--config.threat.eps=0.5",
     f"--config.attack.name={case['attack']}",
     "--config.adapt.batch_size=16",
+    init="ranli" if case["penalty"] == "none" else "roli",
   )
   made["cells"][0]["method"] = case["method"]
   section = made["adapt"]
+  section["penalty"]["name"] = case["penalty"]
   if loss == "awp":
     section["awp"]["gamma"] = 0.01
   else:
@@ -117,6 +127,13 @@ def _unchecked():
   jaxtyping.config.update("jaxtyping_disable", False)
 
 
+def lower_step(made, at):
+  """The step of a run's last stage, and not of the probe before it."""
+  run = shapes.planned(made, at.devices())
+  names = [one.name for one in programs.listed(run, expand_stages(run))]
+  return programs.lower(made, len(names) - 1 - names[::-1].index("step"), at)
+
+
 def on(name, what, label):
   """A test's parameters; each target has a worker of its own."""
   group = pytest.mark.xdist_group(name)
@@ -128,14 +145,35 @@ def on(name, what, label):
 )
 def test_a_step_compiles(name, case):
   at = target(name)
-  compiled = programs.lower(config(case), 0, at).compile()
-  found = compiler.describe(compiled, at)
+  found = compiler.describe(lower_step(config(case), at).compile(), at)
   sent = found["collectives"]
   assert found["flops"] > 0 and found["peak_bytes"] > 0
   assert sent["outside"] > 0
   # Each image is attacked by itself: only split weights have to be gathered.
   if case["rules"] in ("copies", "zero1"):
     assert sent["in_loop"] == 0
+
+
+@pytest.mark.parametrize("name, _", [on(n, None, "m2_mix") for n in TARGETS])
+def test_a_step_with_texts_compiles(name, _, tmp_path):
+  """From a head of texts, which only a file brings."""
+  at = target(name)
+  model = models.create("glyph_clip", 10)
+  model = dataclasses.replace(model, head=models.heads.cosine(10, 8))
+  file = tmp_path / "clip.safetensors"
+  convert.save(convert.Bundle(model, *model.init(keys.root(0))), file)
+  made = parsed(
+    "--config.backbone.name=glyph_clip",
+    f"--config.backbone.weights={file}",
+    "--config.head_init=zeroshot",
+    "--config.adapt.penalty.name=m2_mix",
+    "--config.adapt.penalty.weight=0.05",
+    "--config.adapt.batch_size=16",
+  )
+  found = compiler.describe(lower_step(made, at).compile(), at)
+  # Its pairs are made of the whole batch, outside of the attack.
+  assert found["collectives"]["outside"] > 0
+  assert found["collectives"]["in_loop"] == 0
 
 
 @pytest.mark.parametrize(
