@@ -84,6 +84,7 @@ def _each(seeds: int, *cells: dict, **fields) -> tuple[dict, ...]:
 def _default(**of_roli) -> tuple[dict, ...]:
   roli = {**ROLI, **CURVE, **of_roli}
   return (
+    *_each(5, LINEAR, RANLI, ROLI, train_size=50),
     *_each(5, LINEAR, {**RANLI, **CURVE}, roli),
     *_each(2, LINEAR, RANLI, ROLI, weights="standard"),
   )

@@ -17,11 +17,15 @@ def expanded(arg="", **changes):
 
 def test_the_default_table_is_the_protocols():
   stages = expanded()
-  cells = [(s.weights, s.method, s.init, s.seed) for s in stages]
-  assert len(cells) == len(set(cells)) == 5 * 3 + 2 * 3
-  for weights, seeds in (("robust", 5), ("standard", 2)):
+  cells = [(s.weights, s.train_size, s.method, s.init, s.seed) for s in stages]
+  assert len(cells) == len(set(cells)) == 2 * 5 * 3 + 2 * 3
+  for *setting, seeds in (
+    ("robust", 50, 5),
+    ("robust", 200, 5),
+    ("standard", 200, 2),
+  ):
     for cell in (("linear", "roli"), ("full", "ranli"), ("full", "roli")):
-      assert {(weights, *cell, k) for k in range(seeds)} <= set(cells)
+      assert {(*setting, *cell, k) for k in range(seeds)} <= set(cells)
   curves = [s.cell for s in stages if s.curve]
   assert curves == [
     "robust-full-ranli-n200-seed0",

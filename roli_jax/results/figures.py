@@ -1,6 +1,5 @@
 """From rows to figures."""
 
-import collections
 import dataclasses
 import pathlib
 import statistics
@@ -19,6 +18,7 @@ from roli_jax.results.grouping import (
   by_group,
   by_run,
   by_seed,
+  collect,
   kinds,
   measured_curves,
 )
@@ -331,14 +331,13 @@ def _bars(rows: Sequence[Row]) -> Figure | None:
     return None
   groups = {g: own for g, own in by_group(tests).items() if not g.is_member}
   attack = attacks(tests)[0]
-  backbones = collections.Counter(group.weights for group in groups)
+  panels = collect(groups, lambda group: (group.weights, group.train_size))
   figure = _figure(2 + 1.3 * len(groups), 4.4)
-  widths = list(backbones.values())
+  widths = [len(shown) for shown in panels.values()]
   (axes,) = figure.subplots(
     1, len(widths), sharey=True, squeeze=False, width_ratios=widths
   )
-  for axis, backbone in zip(axes, backbones, strict=True):
-    shown = [group for group in groups if group.weights == backbone]
+  for axis, ((backbone, size), shown) in zip(axes, panels.items(), strict=True):
     for x, group in enumerate(shown):
       for kind, side, alpha in ((CLEAN, -0.2, 0.4), (attack, 0.2, 1.0)):
         if measured := _mean_and_deviation(groups[group], kind):
@@ -353,9 +352,9 @@ def _bars(rows: Sequence[Row]) -> Figure | None:
             alpha=alpha,
           )
           axis.text(x + side, 2, f"{mean:.1f}", ha="center", fontsize=8)
-    labels = [_label(group, groups) for group in shown]
+    labels = [_label(group, shown) for group in shown]
     axis.set_xticks(range(len(shown)), labels, fontsize=8)
-    axis.set_title(f"{backbone} backbone")
+    axis.set_title(f"{backbone} backbone, {size} images")
     axis.set_ylim(0, 100)
   axes[0].set_ylabel("test accuracy, %")
   figure.suptitle(
