@@ -320,6 +320,20 @@ def choose(options: dict, name: str, what: str):
   return options[name]
 
 
+# What a cell of a table may say; the rest comes from the config.
+LINEAR = {"method": "linear", "init": "roli"}
+RANLI = {"method": "full", "init": "ranli"}
+ROLI = {"method": "full", "init": "roli"}
+STD = {"method": "full", "init": "std"}
+LONGER = {**RANLI, "probe_steps_added": True}
+CURVE = {"curve": True}
+
+
+def each(seeds: int, *given: dict, **fields) -> tuple[dict, ...]:
+  """Cells of so many seeds, with these fields unless they say otherwise."""
+  return tuple({"seeds": seeds, **fields, **cell} for cell in given)
+
+
 def cells(*given: dict) -> dict:
   """The cells of a run, as roli_jax/experiment/stages.py reads them."""
   return {

@@ -18,6 +18,15 @@ Arguments, after a colon:
 from ml_collections import ConfigDict
 
 from roli_jax.configs import common
+from roli_jax.configs.common import (
+  CURVE,
+  LINEAR,
+  LONGER,
+  RANLI,
+  ROLI,
+  STD,
+  each,
+)
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 PEFT_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of what trains few weights
@@ -53,18 +62,11 @@ CHOSEN_RECIPES: dict[str, dict] = {
   "epsilon": {"radius": {"begin": 0.0, "end": 0.5}},
 }
 
-# What a cell of a table may say; the rest comes from the config.
-LINEAR = {"method": "linear", "init": "roli"}
-RANLI = {"method": "full", "init": "ranli"}
-ROLI = {"method": "full", "init": "roli"}
-STD = {"method": "full", "init": "std"}
 PEFT = tuple(
   {"method": method, "init": init}
   for method in ("bias", "lora", "adapter", "vpt")
   for init in ("ranli", "roli")
 )
-LONGER = {**RANLI, "probe_steps_added": True}
-CURVE = {"curve": True}
 # More tests of a cell's first seed: attack, norm, eps, and how many images.
 FAST = {"tests": (("autoattack_fast", "linf", "0.1", 100),)}
 STANDARD = {
@@ -77,31 +79,27 @@ STANDARD = {
 }
 
 
-def _each(seeds: int, *cells: dict, **fields) -> tuple[dict, ...]:
-  return tuple({"seeds": seeds, **fields, **cell} for cell in cells)
-
-
 def _default(**of_roli) -> tuple[dict, ...]:
   roli = {**ROLI, **CURVE, **of_roli}
   return (
-    *_each(5, LINEAR, RANLI, ROLI, train_size=50),
-    *_each(5, LINEAR, {**RANLI, **CURVE}, roli),
-    *_each(2, LINEAR, RANLI, ROLI, weights="standard"),
+    *each(5, LINEAR, RANLI, ROLI, train_size=50),
+    *each(5, LINEAR, {**RANLI, **CURVE}, roli),
+    *each(2, LINEAR, RANLI, ROLI, weights="standard"),
   )
 
 
 DEFAULT = _default(**FAST)
 CONTROLS = (
-  *_each(5, LINEAR, RANLI, LONGER, STD, ROLI),
-  *_each(5, LINEAR, RANLI, LONGER, STD, ROLI, head_init="small"),
+  *each(5, LINEAR, RANLI, LONGER, STD, ROLI),
+  *each(5, LINEAR, RANLI, LONGER, STD, ROLI, head_init="small"),
 )
 SIZES = tuple(
   cell
   for size in (50, 200, 1000)
   for head in ({}, {"head_init": "small"})
-  for cell in _each(5, LINEAR, RANLI, ROLI, train_size=size, **head)
+  for cell in each(5, LINEAR, RANLI, ROLI, train_size=size, **head)
 )
-METHODS = _each(5, LINEAR, RANLI, ROLI, *PEFT)
+METHODS = each(5, LINEAR, RANLI, ROLI, *PEFT)
 FULL = (*_default(**STANDARD), *CONTROLS, *SIZES, *METHODS)
 
 
@@ -116,7 +114,7 @@ def _grid(table: tuple[dict, ...]) -> tuple[dict, ...]:
     edge = cell.get("weights") == "standard" or cell.get("train_size") == 1000
     if cell["init"] != "ranli":
       cells.append({**cell, "method": "linear", "rates": PROBE_RATES})
-    if cell in _each(5, *PEFT):
+    if cell in each(5, *PEFT):
       edge = cell["method"] in ("bias", "vpt")
       rates = (*PEFT_RATES, 3e-1) if edge else PEFT_RATES
       cells.append({**cell, "rates": rates, "seeds": 3})
@@ -135,11 +133,11 @@ UNSEEN = (
   ("corruptions:glyphs", "", "", 0, SEEDS),
   ("autoattack_fast", "linf", "0.1", 200, 2),
 )
-RECIPE = _each(SEEDS, {**ROLI, **CURVE, "tests": UNSEEN})
+RECIPE = each(SEEDS, {**ROLI, **CURVE, "tests": UNSEEN})
 # The two best on validation get AutoAttack as well, on the first seed.
 BEST = ("awp", "trades")
 STANDARD_TEST = ("autoattack", "linf", "0.1", 200)
-RECIPE_GRID = _each(3, {**ROLI, "rates": (3e-3, 1e-2)})
+RECIPE_GRID = each(3, {**ROLI, "rates": (3e-3, 1e-2)})
 
 TABLES = {
   "recipe": RECIPE,

@@ -37,7 +37,11 @@ def get_config(text: str = "") -> ConfigDict:
       "seed": 0,
       "cpu_devices": common.CPU_DEVICES,
       "mesh": common.mesh(),
-      "data": common.data(arg.dataset, 0, **_transforms(arg)),
+      "data": common.data(
+        arg.dataset,
+        0,
+        **transforms(arg.dataset, _side(arg, "size"), _side(arg, "cutout")),
+      ),
       # The weights that it goes on from, with the head that they have; "":
       # random ones.
       "backbone": common.backbone(arg.backbone, ""),
@@ -85,19 +89,20 @@ def fgsm_rs() -> ConfigDict:
   return attack
 
 
-def _transforms(arg: ConfigDict) -> dict:
-  """Returns the transforms of a data set's images, as `common.data` has them.
+def transforms(dataset: str, size: int = 32, cutout: int = 0) -> dict:
+  """The transforms of a data set's images, as `common.data` has them.
 
-  Raises:
-    ValueError: a side that is no whole number >= 0.
+  Args:
+    dataset: the data set's name.
+    size: the side in pixels that images in files are cut to.
+    cutout: the side of a black square in each training image; 0: none.
   """
-  if arg.dataset in GLYPHS:
+  if dataset in GLYPHS:
     return {}
-  size, hole = (_side(arg, name) for name in ("size", "cutout"))
   augment: tuple[str, ...] = (f"pad_crop:{max(size // 8, 1)}", "flip")
-  if hole:
-    augment += (f"cutout:{hole}",)
-  if arg.dataset in ARRAYS:
+  if cutout:
+    augment += (f"cutout:{cutout}",)
+  if dataset in ARRAYS:
     return {"train_transforms": augment, "eval_transforms": ()}
   return {
     "train_transforms": (f"resize:{size}", f"random_crop:{size}", *augment),
