@@ -18,6 +18,7 @@ CONFIGS = (
   "guide",
   "pretrain",
   "roli",
+  "tiny_roli",
 )
 
 

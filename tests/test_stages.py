@@ -4,7 +4,13 @@ import dataclasses
 
 import pytest
 
-from configs import cifar_roli, glyphs_pretrain, glyphs_roli, roli
+from configs import (
+  cifar_roli,
+  glyphs_pretrain,
+  glyphs_roli,
+  roli,
+  tiny_roli,
+)
 from roli_jax.experiment import stage_tests
 from roli_jax.experiment.run import build_run
 from roli_jax.experiment.stages import expand
@@ -39,6 +45,21 @@ def test_a_stage_stands_after_the_one_it_starts_from(name):
   for stage in expanded(f"table={name}"):
     assert stage.start is None or stage.start in seen
     seen.add(stage)
+
+
+@pytest.mark.parametrize("name", tiny_roli.TABLES)
+def test_on_photographs_every_init_has_the_same_rates_and_seeds(name):
+  stages = expand(tiny_roli.get_config(f"table={name}").to_dict())
+  is_grid = name.endswith("grid")
+  asked = {}
+  for stage in stages:
+    assert stage.start is None or stage.start.seed == stage.seed
+    if stage.name == "adapt" or name == "probe_grid":
+      key = (stage.method, stage.init, stage.head_init, stage.num_steps)
+      asked.setdefault(key, set()).add((is_grid and stage.lr, stage.seed))
+  first, *others = asked.values()
+  assert all(other == first for other in others)
+  assert len(first) == (3 * 2 if is_grid else 5)
 
 
 def test_one_cell_is_what_its_arguments_name():
