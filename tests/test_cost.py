@@ -190,6 +190,7 @@ def test_the_head_counts_as_if_it_were_traced(name):
   assert 4 * one.update.flops == update.flops
   assert 4 * one.attack.kept == attack.kept
   assert 4 * one.update.kept == update.kept
+  assert 4 * one.update.fused == update.fused
 
 
 @pytest.mark.slow
@@ -248,6 +249,20 @@ def test_an_array_is_kept_once_and_in_one_layout():
   assert by_w.kept == y + cosine + square  # x is an argument
 
 
+def test_elementwise_operations_are_computed_again_where_that_keeps_less():
+  def kept(last):
+    def fn(w, x):
+      half = x.astype(jnp.bfloat16) @ jnp.ones((8, 8), jnp.bfloat16)
+      return last(half.astype(jnp.float32) - 1, w)
+
+    return cost.gradient(fn, (_floats(8, 8), _floats(8, 8)), 0, images=1)[1][1:]
+
+  wide, half = 4 * 64, 2 * 64
+  assert kept(jnp.multiply) == (wide, half)
+  assert kept(jnp.matmul) == (wide, wide)  # a product reads it as it is
+  assert kept(lambda y, w: jnp.exp(y) * w) == (wide, wide)
+
+
 def test_half_the_bytes_in_bfloat16():
   model = _small()
   half = models.with_options(model, dtype="bfloat16")
@@ -263,7 +278,7 @@ def test_fused_attention_is_planned_without_a_gpu():
 
 
 def test_a_step_is_its_passes():
-  one = cost.Cost(10, cost.Gradient(20, 0), cost.Gradient(30, 0))
+  one = cost.Cost(10, cost.Gradient(20, 0, 0), cost.Gradient(30, 0, 0))
   ball = threat.ThreatModel("linf", eps=8 / 255)
   pgd = attacks.build("pgd", ball, num_steps=7)
   assert cost.step_flops(one, pgd.passes) == 7 * 20 + 10 + 30

@@ -5,17 +5,16 @@ Programs are traced and never compiled; there are neither weights nor data.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
 from roli_jax import models, trees
 from roli_jax.models import Model
 from roli_jax.peft import Method
+from roli_jax.plan import traced
 from roli_jax.types import Params, PyTree
 
 # The share of the peak that training is taken to reach. An assumption, not a
@@ -29,10 +28,14 @@ class Gradient(NamedTuple):
   Attributes:
     flops: FLOPs of the forward and the backward pass.
     kept: bytes that depend on the images and wait between the two.
+    fused: the same where a compiler computes elementwise operations again in
+      what reads them, and keeps what they came from if that is less, as a
+      bfloat16 map in place of its float32 copy without the mean.
   """
 
   flops: int
   kept: int
+  fused: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,11 @@ class Cost:
     """Bytes: the attack's are gone when the update begins."""
     return max(self.attack.kept, self.update.kept)
 
+  @property
+  def fused_activations(self) -> int:
+    """The same, elementwise operations computed again."""
+    return max(self.attack.fused, self.update.fused)
+
 
 def of(model: Model, method: Method) -> Cost:
   """One image's cost, in evaluation mode and at the model's own size.
@@ -73,16 +81,16 @@ def of(model: Model, method: Method) -> Cost:
   trained, _ = method.split(params)
   below = bool(jax.tree.leaves((trained.backbone, trained.peft)))
   forward, attack = _of_pixels(bare)
-  update = _of_leaves(bare, method) if below else Gradient(forward, 0)
+  update = _of_leaves(bare, method) if below else Gradient(forward, 0, 0)
   kernel = params.head["kernel"]
   width = kernel.shape[0]
   logits = 2 * width * model.num_classes
   return Cost(
     forward=forward + logits,
-    attack=Gradient(attack.flops + 2 * logits, attack.kept),
+    attack=attack._replace(flops=attack.flops + 2 * logits),
     update=Gradient(  # the head's gradient needs the features
       update.flops + (3 if below else 2) * logits,
-      update.kept + width * kernel.dtype.itemsize,
+      *(x + width * kernel.dtype.itemsize for x in update[1:]),
     ),
   )
 
@@ -177,7 +185,7 @@ def flops(fn: Callable[..., Any], *shapes: Any) -> int:
   Raises:
     ValueError: products inside a `while_loop`, whose length is not known.
   """
-  return _count(jax.make_jaxpr(fn)(*shapes).jaxpr)
+  return traced.count(jax.make_jaxpr(fn)(*shapes).jaxpr)
 
 
 def gradient(
@@ -211,14 +219,14 @@ def gradient(
 
   # The backward pass is what depends on the seed.
   seed = jax.ShapeDtypeStruct((), jnp.float32)
-  program = _Program(jax.make_jaxpr(pulled)(seed, *shapes).jaxpr)
+  program = traced.Program(jax.make_jaxpr(pulled)(seed, *shapes).jaxpr)
   leaves = [len(jax.tree.leaves(shape)) for shape in shapes]
   start = 1 + sum(leaves[:images])
   pixels = program.inputs[start : start + leaves[images]]
   ops = program.needed(program.outputs)
-  forward = _work(program.needed(program.outputs[:1]))
-  kept = _kept(program, {program.inputs[0]}, set(pixels))
-  return forward, Gradient(_work(ops), kept)
+  forward = traced.work(program.needed(program.outputs[:1]))
+  kept = traced.bytes_kept(program, {program.inputs[0]}, set(pixels))
+  return forward, Gradient(traced.work(ops), *kept)
 
 
 # Of which a cost is an image's share: what is done once for a batch, as the sum
@@ -255,151 +263,4 @@ def _of_leaves(model: Model, method: Method) -> Gradient:
 
 def _shared(forward: int, cost: Gradient) -> tuple[int, Gradient]:
   """One image's share."""
-  return forward // _BATCH, Gradient(cost.flops // _BATCH, cost.kept // _BATCH)
-
-
-class _Array:
-  """An array of a program; another array is not equal to it."""
-
-  def __init__(self, aval: Any):
-    self.shape: tuple[int, ...] = aval.shape
-    self.dtype = aval.dtype
-
-
-class _Op(NamedTuple):
-  """One primitive operation; loops and `remat` are one, with what is inside."""
-
-  name: str
-  params: dict[str, Any]
-  reads: list[_Array]
-  writes: list[_Array]
-
-
-class _Program:
-  """A jaxpr whose calls are inlined, and of whose branches the last stands."""
-
-  def __init__(self, jaxpr: core.Jaxpr):
-    self.ops: list[_Op] = []
-    self.inputs = [_Array(var.aval) for var in jaxpr.invars]
-    self.outputs = self._inline(jaxpr, self.inputs)
-
-  def needed(self, outputs: Iterable[_Array]) -> list[_Op]:
-    """The operations that these come from, in order."""
-    wanted, ops = set(outputs), []
-    for op in reversed(self.ops):
-      if not wanted.isdisjoint(op.writes):
-        wanted.update(op.reads)
-        ops.append(op)
-    return ops[::-1]
-
-  def _inline(self, jaxpr, inputs):
-    known = dict(zip(jaxpr.invars, inputs, strict=True))
-
-    def array(atom):
-      if isinstance(atom, core.Literal):
-        return _Array(atom.aval)
-      return known.setdefault(atom, _Array(atom.aval))  # or it is a constant
-
-    for eqn in jaxpr.eqns:
-      reads = [array(atom) for atom in eqn.invars]
-      name, params = eqn.primitive.name, eqn.params
-      if name == "cond":
-        writes = self._inline(params["branches"][-1].jaxpr, reads[1:])
-      elif name in _CALLS:
-        writes = self._inline(params[_CALLS[name]].jaxpr, reads)
-      else:
-        writes = [_Array(var.aval) for var in eqn.outvars]
-        self.ops.append(_Op(name, params, reads, writes))
-      known.update(zip(eqn.outvars, writes, strict=True))
-    return [array(atom) for atom in jaxpr.outvars]
-
-
-# Under which name a call has what it calls.
-_CALLS = {
-  "jit": "jaxpr",
-  "closed_call": "call_jaxpr",
-  "custom_jvp_call": "call_jaxpr",
-  "custom_vjp_call": "call_jaxpr",
-}
-
-# Of one operation whose inputs are those of what is inside: a loop, and a block
-# that is computed again, by JAX's names for it.
-_NESTED = ("scan", "remat2", "checkpoint")
-
-# The same numbers in another layout: no memory of their own.
-_VIEWS = ("reshape", "transpose", "squeeze", "broadcast_in_dim")
-
-
-def _kept(program: _Program, seed: set[_Array], pixels: set[_Array]) -> int:
-  """Bytes that hang on pixels, not the seed, and are read by what does.
-
-  What is inside one operation at a time, as a block that is computed again,
-  counts where it takes the most. Its own inputs are counted outside.
-  """
-  ops = program.needed(program.outputs)
-  backward = _following(ops, seed)
-  of_images = _following(ops, pixels) - backward
-  source: dict[_Array, _Array] = {}
-  kept, most = set(), 0
-  for op in ops:
-    if op.name in _VIEWS:
-      source[op.writes[0]] = source.get(op.reads[0], op.reads[0])
-    if backward.isdisjoint(op.writes):
-      continue
-    kept |= {source.get(x, x) for x in op.reads if x in of_images}
-    if op.name in _NESTED:
-      inner = _Program(*core.jaxprs_in_params(op.params))
-      inputs = list(zip(inner.inputs, op.reads, strict=True))
-      again = _kept(
-        inner,
-        {mine for mine, x in inputs if x in backward},
-        {mine for mine, x in inputs if x in of_images},
-      )
-      most = max(most, again)
-  return most + sum(_bytes(x) for x in kept.difference(program.inputs))
-
-
-def _bytes(x: _Array) -> int:
-  return math.prod(x.shape) * x.dtype.itemsize
-
-
-def _following(ops, arrays):
-  """These, and all that is computed from them."""
-  seen = set(arrays)
-  for op in ops:
-    if not seen.isdisjoint(op.reads):
-      seen.update(op.writes)
-  return seen
-
-
-def _count(jaxpr) -> int:
-  program = _Program(jaxpr)
-  return _work(program.needed(program.outputs))
-
-
-def _work(ops) -> int:
-  """FLOPs of the operations and of what is inside of them."""
-  total = 0
-  for name, params, reads, writes in ops:
-    if name == "dot_general":
-      (contracted, _), _ = params["dimension_numbers"]
-      depth = math.prod(reads[0].shape[axis] for axis in contracted)
-      total += 2 * math.prod(writes[0].shape) * depth
-    elif name == "conv_general_dilated":
-      total += _convolution(params, reads[1].shape, writes[0].shape)
-    else:
-      inside = sum(_count(inner) for inner in core.jaxprs_in_params(params))
-      if name == "while" and inside:
-        raise ValueError(
-          "a while_loop whose length is not known has products inside; count"
-          " one turn of it, or give fori_loop a number"
-        )
-      total += inside * params.get("length", 1)
-  return total
-
-
-def _convolution(params, kernel, result):
-  """Each value of the result is a sum over the kernel, zeros left out."""
-  features = kernel[params["dimension_numbers"].rhs_spec[0]]
-  products = math.prod(result) * (math.prod(kernel) // features)
-  return 2 * products // math.prod(params["lhs_dilation"])
+  return forward // _BATCH, Gradient(*(number // _BATCH for number in cost))

@@ -184,7 +184,7 @@ def _estimate(
   each = cost.of(model, method)
   images = config["eval_batch_size"]
   if one.attack is not None:
-    return cost.num_bytes(params) + each.attack.kept * -(
+    return cost.num_bytes(params) + each.attack.fused * -(
       -images // target.num_devices
     )
   section = config[stage.name]
@@ -194,7 +194,7 @@ def _estimate(
   state = cost.num_bytes((params, trained, jax.eval_shape(tx.init, trained)))
   if run.rules:
     state //= target.num_devices
-  return state + each.activations * -(-images // target.num_devices)
+  return state + each.fused_activations * -(-images // target.num_devices)
 
 
 def tables(chip: Mapping[str, Any]) -> list[Table]:
