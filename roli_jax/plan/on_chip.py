@@ -188,13 +188,17 @@ def _estimate(
       -images // target.num_devices
     )
   section = config[stage.name]
-  images = section["batch_size"] // section.get("accumulate", 1)
+  turns = section.get("accumulate", 1)
+  images = section["batch_size"] // turns
   trained, _ = method.split(params)
   tx = build_optimizer(run, stage, method.labels(params))
-  state = cost.num_bytes((params, trained, jax.eval_shape(tx.init, trained)))
+  state = cost.num_bytes((params, jax.eval_shape(tx.init, trained)))
+  gradients = cost.num_bytes(trained)
   if run.rules:
-    state //= target.num_devices
-  return state + each.fused_activations * -(-images // target.num_devices)
+    state, gradients = (x // target.num_devices for x in (state, gradients))
+  kept = each.fused_activations * -(-images // target.num_devices)
+  # Activations go as gradients come, but for the sum over parts of a batch.
+  return state + (max(kept, gradients) if turns == 1 else kept + gradients)
 
 
 def tables(chip: Mapping[str, Any]) -> list[Table]:
