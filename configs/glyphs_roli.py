@@ -82,7 +82,6 @@ STANDARD = {
 def _default(**of_roli) -> tuple[dict, ...]:
   roli = {**ROLI, **CURVE, **of_roli}
   return (
-    *each(5, LINEAR, RANLI, ROLI, train_size=50),
     *each(5, LINEAR, {**RANLI, **CURVE}, roli),
     *each(2, LINEAR, RANLI, ROLI, weights="standard"),
   )
