@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from roli_jax import specs, trees
 from roli_jax.optim import reference, schedules
@@ -61,8 +62,34 @@ def sgd(
   )
 
 
+def muon(
+  learning_rate: schedules.Schedule,
+  decay: Callable[[PyTree], PyTree],
+  weight_decay: float | int,
+  beta: float | int = 0.95,
+) -> optax.GradientTransformation:
+  """Muon (Jordan 2024) on matrices, Adam, undecayed, on all other leaves.
+
+  A matrix' update has the root mean square that AdamW's has (Liu et al. 2025,
+  section 2.2), so that a rate for AdamW is one for Muon.
+
+  Args:
+    learning_rate: the rate by step.
+    decay: from parameters to a tree of bools, which of them decay.
+    weight_decay: >= 0.
+    beta: the decay rate of the matrices' momentum, in [0, 1).
+  """
+  return optax.contrib.muon(
+    learning_rate,
+    beta=beta,
+    weight_decay=weight_decay,
+    weight_decay_mask=decay,
+    consistent_rms=0.2,
+  )
+
+
 Maker = Callable[..., optax.GradientTransformation]
-OPTIMIZERS: dict[str, Maker] = {"adamw": adamw, "sgd": sgd}
+OPTIMIZERS: dict[str, Maker] = {"adamw": adamw, "sgd": sgd, "muon": muon}
 
 
 def _digrap(
@@ -94,7 +121,7 @@ def build(
   compiled step serves a whole grid of rates.
 
   Args:
-    spec: `{"name": "adamw" or "sgd", "weight_decay": 0.01, "no_decay":
+    spec: `{"name": one of OPTIMIZERS, "weight_decay": 0.01, "no_decay":
       patterns of paths, "clip_norm": the largest norm of all trained leaves'
       gradient together (0: any), "multipliers": ((group, factor), ...) of the
       rate, "anchor": {"name": one of ANCHORS, ...its options}, "head": one of
