@@ -261,7 +261,7 @@ def stage(num_steps: int, **changes) -> ConfigDict:
       # none. begin: the share of the stage without.
       "awp": {"gamma": 0.0, "begin": 0.0},
       "optim": {
-        "name": "adamw",
+        "name": "adamw",  # or sgd, muon
         "b1": 0.9,
         "b2": 0.999,
         "eps": 1e-8,

@@ -244,7 +244,7 @@ def test_weights_of_a_name_come_with_the_package(monkeypatch, tmp_path):
 def test_tiny32_is_of_photographs():
   model = models.create("tiny32", 10)
   own = models.create(
-    "vit", 10, 32, patch=4, width=128, depth=7, heads=4, pool="token"
+    "vit", 10, 32, patch=8, width=128, depth=7, heads=4, pool="token"
   )
   assert model.backbone == own.backbone.clone(pool="mean", cls=False)
   assert (model.image_size, model.channels) == (32, 3)

@@ -145,7 +145,7 @@ MODELS: dict[str, Entry] = {
   "tiny32": Entry(
     _family(
       "vit",
-      {"patch": 4, "width": 128, "depth": 7, "heads": 4},
+      {"patch": 8, "width": 128, "depth": 7, "heads": 4},
       pool="mean",
       cls=False,
     ),

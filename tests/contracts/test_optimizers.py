@@ -30,8 +30,8 @@ def near(request):
   return {"name": request.param}
 
 
-def build(lr=0.1, num_steps=200, **spec):
-  shape = schedules.warmup(num_steps, 0.0, "constant")
+def build(lr=0.1, num_steps=200, decay="constant", **spec):
+  shape = schedules.warmup(num_steps, 0.0, decay)
   tx = optim.build(spec, LABELS, shape)
   return tx, optim.at_rate(tx.init(params()), lr)
 
@@ -41,7 +41,13 @@ def test_it_finds_the_bottom_of_a_parabola(name, near):
     near["lam"] = 1e-4  # it moves the bottom
   if near["name"] == "ftp":
     near["mu"] = 0.1  # from a radius of 1e-8
-  tx, opt_state = build(lr=0.05, name=name, anchor=near, head="anchor_at_probe")
+  tx, opt_state = build(
+    lr=0.2,
+    decay="cosine",  # at a rate of its own Muon goes by steps of one length
+    name=name,
+    anchor=near,
+    head="anchor_at_probe",
+  )
   now = params()
 
   @jax.jit
