@@ -113,7 +113,9 @@ def test_the_average_is_validated_and_the_best_of_them_written(finished):
     assert (leaf != trees.paths(now.average)[name]).any(), name
   made, stage = only_stage(workdir.read_config(path))
   best, _ = best_variables(made, stage, path)
-  check_equal(convert.load(path / BUNDLE).params, best)
+  bundle = convert.load(path / BUNDLE)
+  check_equal(bundle.params, best)
+  assert bundle.classes == made.data["train"].classes == tuple("0123456789")
 
 
 def test_tests_are_of_as_many_images_as_the_config_says(finished):

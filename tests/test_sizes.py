@@ -229,14 +229,17 @@ def test_weights_of_a_name_come_with_the_package(monkeypatch, tmp_path):
   from roli_jax.convert import files
 
   (tmp_path / "weights").mkdir()
-  bundle = made("tiny32")
+  names = tuple("abcde")
+  bundle = dataclasses.replace(made("tiny32"), classes=names)
   file = tmp_path / "weights" / "tiny32_robust.safetensors"
   convert.save(bundle, file, half=True)
   assert file.stat().st_size < 3e6
   where = files.importlib.resources
   monkeypatch.setattr(where, "files", lambda package: tmp_path)
   assert convert.find("tiny32", "robust") == file
+  assert convert.load(file, "tiny32").classes == names
   again = convert.load(file, "tiny32", num_classes=10)
+  assert again.classes == ()
   assert again.model == models.create("tiny32", 10)
   assert again.params.backbone["positions"].dtype == np.float32
 

@@ -68,6 +68,7 @@ class Bundle:
     extras: tensors of that file that no pass needs, by their keys, so that
       they can be written again.
     coverage: what became of that file's tensors; None for a file of ours.
+    classes: the names of the head's classes; empty where no file told them.
   """
 
   model: models.Model
@@ -76,6 +77,7 @@ class Bundle:
   layout: str = ""
   extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   coverage: Coverage | None = None
+  classes: tuple[str, ...] = ()
 
 
 def write(bundle: Bundle, path: pathlib.Path, half: bool = False) -> None:
@@ -108,7 +110,11 @@ def write(bundle: Bundle, path: pathlib.Path, half: bool = False) -> None:
     check_arrays(leaves, f"{path.name}, in float16")
   leaves |= trees.paths({"extras": bundle.extras})
   about = {**models.to_spec(bundle.model), "layout": bundle.layout}
-  metadata = {"format": FORMAT, "model": json.dumps(about)}
+  metadata = {
+    "format": FORMAT,
+    "model": json.dumps(about),
+    "classes": json.dumps(bundle.classes),
+  }
   write_tensors(leaves, path, metadata)
 
 
@@ -148,6 +154,7 @@ def from_tensors(
     tree.get("stats", {}),
     about.get("layout", ""),
     tree.get("extras", {}),
+    classes=tuple(json.loads(metadata.get("classes", "[]"))),
   )
   check(bundle, what)
   return bundle
@@ -238,6 +245,7 @@ def fitted(
     like, _ = jax.eval_shape(model.init, jax.random.key(0))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.head)
     params = dataclasses.replace(params, head=zeros)
+    bundle = dataclasses.replace(bundle, classes=())
   return dataclasses.replace(bundle, model=model, params=params), resampled
 
 

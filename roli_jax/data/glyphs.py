@@ -48,6 +48,7 @@ def digits(split: str) -> source.Source:
     labels=bunch.target.astype(np.int32),
     indices=np.arange(len(bunch.target), dtype=np.uint32),
     num_classes=10,
+    classes=tuple("0123456789"),
     white=_BLOCK**2,
   )
   train, val, test = DIGIT_SIZES.values()
@@ -78,6 +79,7 @@ def letters(split: str) -> source.Source:
     labels=labels,
     indices=indices,
     num_classes=len(LETTERS),
+    classes=tuple(LETTERS),
     white=_BLOCK**2,
   )
 

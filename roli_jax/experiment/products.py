@@ -36,7 +36,8 @@ def keep(
     file = path / f"{model.name}_{stage.weights}.safetensors"
     if not file.exists():
       # Other configs name it as their weights.
-      bundle = convert.Bundle(model, *best(stage))
+      classes = tuple(run.data["test"].classes)
+      bundle = convert.Bundle(model, *best(stage), classes=classes)
       if distributed.leads():
         convert.save(bundle, file)
   if run.config["test"]:
