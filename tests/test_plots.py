@@ -1,9 +1,10 @@
 """What figures show of what they are given."""
 
 import numpy as np
+import PIL.Image
 import pytest
 
-from roli_jax import evaluate
+from roli_jax import evaluate, photographs
 from roli_jax.evaluate import batching
 from roli_jax.results import figures
 from roli_jax.results.tables import Table
@@ -55,12 +56,12 @@ def test_examples_say_what_the_model_says(channels):
   adv = clean + np.array([0.1, 0.0], np.float32).reshape(2, 1, 1, 1)
   labels, names = np.array([0, 1]), np.array(["cat", "automobile"])
   figure = figures.examples(
-    clean, adv, names[labels], names[labels], names[[1, 1]], eps=0.1
+    clean, adv, names[labels], names[[0, 0]], names[[1, 1]], eps=0.1
   )
   axes = np.array(figure.axes).reshape(3, 2)
   titles = [axis.get_title() for axis in axes.flat]
-  right, wrong = "cat", "automobile\n(is cat)"
-  assert titles == [right, "automobile", "", "", wrong, "automobile"]
+  wrong = "cat\n(is automobile)"
+  assert titles == ["cat", wrong, "", "", "automobile", "automobile"]
   added = [axis.images[0].get_array() for axis in axes[1]]
   np.testing.assert_allclose(added[0], 1)  # all of eps: white
   np.testing.assert_allclose(added[1], 0.5)  # nothing: grey
@@ -70,3 +71,29 @@ def test_a_notebook_shows_a_table_as_markdown():
   table = Table("Title", ("a", "b"), [("1", "2")])
   assert table._repr_markdown_() == table.markdown()
   assert "| 1 | 2 |" in table.markdown()
+
+
+@pytest.mark.slow
+def test_photographs_are_attacked_and_drawn(tmp_path, monkeypatch):
+  """Those of the requirements, and of a user's own; on what ships."""
+  drawn = []
+  draw = figures.side_by_side
+  monkeypatch.setattr(
+    figures, "side_by_side", lambda *given: drawn.append(given) or draw(*given)
+  )
+  own = tmp_path / "own.png"
+  PIL.Image.new("RGB", (50, 40), "green").save(own)
+  for files, n in (((), 6), ((own,), 1)):
+    photographs.main([f"--workdir={tmp_path}", *map(str, files)])
+    assert (tmp_path / "figures/photographs.png").stat().st_size > 10_000
+    images, found = drawn.pop()
+    assert images.shape == (n, 32, 32, 3) and images.max() <= 1
+    assert next(iter(found)).startswith("tiny32, standard") and len(found) == 2
+    for one in found.values():
+      change = np.abs(one["adv"] - images)
+      assert 0 < change.max() <= one["eps"] + 1e-6
+      assert (one["labels"] == one["clean_said"]).all()
+      assert len(one["adv_said"]) == n
+  (tmp_path / "text.png").write_text("no image")
+  with pytest.raises(SystemExit, match="2"):
+    photographs.main([f"--workdir={tmp_path}", str(tmp_path / "text.png")])

@@ -8,6 +8,7 @@ from roli_jax.convert.files import (
   load,
   read,
   save,
+  shipped,
   text_tower,
 )
 from roli_jax.convert.name_maps import FORMATS
@@ -23,6 +24,7 @@ __all__ = [
   "load",
   "read",
   "save",
+  "shipped",
   "text_tower",
   "to_state_dict",
   "with_classes",

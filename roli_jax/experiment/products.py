@@ -2,19 +2,28 @@
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from roli_jax import convert, distributed, keys, sharding
+from roli_jax import attacks, convert, distributed, keys, sharding
 from roli_jax.experiment.build import build_attack, build_model
 from roli_jax.experiment.program import build_predict
 from roli_jax.experiment.run import Run
 from roli_jax.experiment.stages import Stage
 from roli_jax.experiment.start_and_resume import Best
-from roli_jax.types import Images, Int, Integer, Labels, Variables
+from roli_jax.types import (
+  Array,
+  Images,
+  Integer,
+  Key,
+  Labels,
+  Logits,
+  Variables,
+)
 
 
 def keep(
@@ -76,16 +85,8 @@ def _examples(run: Run, stage: Stage, variables: Variables) -> dict[str, Any]:
   few = source.take(firsts[:10])
   logits_fn = functools.partial(build_predict(run, stage), variables)
   key = keys.stream(keys.root(stage.seed), attack.name)
-
-  @jax.jit
-  def attacked(
-    images: Images, labels: Labels, indices: Integer[jax.Array, " b"]
-  ) -> tuple[Images, Int[jax.Array, " b"], Int[jax.Array, " b"]]:
-    image_keys = keys.per_image(key, indices)
-    adv = attack(logits_fn, images, labels, image_keys)
-    return adv, logits_fn(images).argmax(-1), logits_fn(adv).argmax(-1)
-
-  found = attacked(few.pixels(), few.labels, few.indices)
+  search = attacked(logits_fn, attack, key)
+  found = search(few.pixels(), few.labels, few.indices)
   adv, clean_said, adv_said = sharding.fetch(found)
   return {
     "cell": stage.cell,
@@ -96,3 +97,31 @@ def _examples(run: Run, stage: Stage, variables: Variables) -> dict[str, Any]:
     "clean_said": clean_said,
     "adv_said": adv_said,
   }
+
+
+def attacked(
+  logits_fn: Callable[[Images], Logits],
+  attack: attacks.Attack,
+  key: Key[Array, ""],
+) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+  """Returns a jitted attack of few images, for pictures.
+
+  Args:
+    logits_fn: images in, logits out.
+    attack: a single attack, no ensemble.
+    key: the root of the images' keys.
+
+  Returns:
+    From images, labels and who they are: the adversarial images, and the
+    classes that the function says before and after.
+  """
+
+  @jax.jit
+  def search(
+    images: Images, labels: Labels, indices: Integer[jax.Array, " b"]
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    image_keys = keys.per_image(key, indices)
+    adv = jnp.asarray(attack(logits_fn, images, labels, image_keys))
+    return adv, logits_fn(images).argmax(-1), logits_fn(adv).argmax(-1)
+
+  return search

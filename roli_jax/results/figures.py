@@ -25,9 +25,9 @@ from roli_jax.results.grouping import (
 from roli_jax.results.record import Row
 
 if TYPE_CHECKING:
-  from matplotlib.figure import Figure
+  from matplotlib.figure import Figure, FigureBase
 else:  # matplotlib is an extra, and slow to import
-  Figure = Any
+  Figure = FigureBase = Any
 
 # Of a group, by its method or else its init; the same in every figure.
 _COLOURS = {
@@ -112,6 +112,41 @@ def examples(
     The figure.
   """
   figure = _figure(1.1 * len(images) + 1, 4.2)
+  _draw_examples(
+    figure, images, adv, labels, clean_said, adv_said, eps=eps, title=title
+  )
+  return figure
+
+
+def side_by_side(images: np.ndarray, attacked: Mapping[str, dict]) -> Figure:
+  """Draws what was found against several models, one below the other.
+
+  Args:
+    images: [n, h, w, c] in [0, 1], n at least 1.
+    attacked: the other arguments of `examples`, by the title of the model.
+
+  Returns:
+    The figure.
+  """
+  figure = _figure(1.3 * len(images) + 1, 4.6 * len(attacked))
+  parts = figure.subfigures(len(attacked), squeeze=False)[:, 0]
+  for part, (title, found) in zip(parts, attacked.items(), strict=True):
+    _draw_examples(part, images, **found, title=title)
+  return figure
+
+
+def _draw_examples(
+  figure: FigureBase,
+  images: np.ndarray,
+  adv: np.ndarray,
+  labels: np.ndarray,
+  clean_said: np.ndarray,
+  adv_said: np.ndarray,
+  *,
+  eps: float | int,
+  title: str,
+) -> None:
+  """Draws what `examples` draws, into a figure or a part of one."""
   axes = figure.subplots(3, len(images), squeeze=False)
   added = (adv - images) / (2 * eps) + 0.5
   kinds = {"clean": images, f"change (±{eps:.2g})": added, "adversarial": adv}
@@ -120,17 +155,16 @@ def examples(
       axis.imshow(np.clip(image, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
       axis.set(xticks=[], yticks=[])
     line[0].set_ylabel(name)
-  for line, guesses in ((axes[0], clean_said), (axes[2], adv_said)):
-    for axis, label, guess in zip(line, labels, guesses, strict=True):
+  for line, guesses in ((0, clean_said), (2, adv_said)):
+    for axis, label, guess in zip(axes[line], labels, guesses, strict=True):
       right = label == guess
       between = " " if len(f"{guess}{label}") < 8 else "\n"
+      # Once an image: where it fell, what it is stands above.
+      truth = "" if right or line else f"{between}(is {label})"
       axis.set_title(
-        f"{guess}" if right else f"{guess}{between}(is {label})",
-        color="black" if right else "#d1495b",
-        fontsize=9,
+        f"{guess}{truth}", color="black" if right else "#d1495b", fontsize=9
       )
   figure.suptitle(title, fontsize=9)
-  return figure
 
 
 def broken(summaries: Sequence[Row], names: Sequence[str]) -> Figure:
