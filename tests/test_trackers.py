@@ -1,6 +1,5 @@
 """TensorBoard and W&B get what a run writes, each row once, come what may."""
 
-import contextlib
 import json
 import struct
 import sys
@@ -170,23 +169,3 @@ def test_wandb_offline_keeps_one_run_for_wandb_sync(tmp_path, monkeypatch):
   assert (sent["training.jsonl"], sent["step"]) == (2, 4)  # and two pictures
   pictures = list((tmp_path / "wandb").rglob("is_0_said_0_then_3*.png"))
   assert len(pictures) == 1
-
-
-@pytest.mark.slow  # a run of its own
-def test_a_run_tells_both(tmp_path, monkeypatch):
-  monkeypatch.setenv("WANDB_MODE", "offline")
-  monkeypatch.setenv("WANDB_SILENT", "true")
-  path = tmp_path / "run"
-  words = (f"{cli.GLYPHS}:method=linear", *cli.TINY, f"--workdir={path}")
-  done = cli.run(*words, "--config.track=tensorboard,wandb")
-  assert done.returncode == 0, done.stderr
-  lines = (path / "training.jsonl").read_text().splitlines()
-  sent = json.loads((path / "tracked.json").read_text())
-  assert sent.keys() == {"tensorboard", "wandb"}
-  assert sent["wandb"]["training.jsonl"] == len(lines)
-  (stage,) = (path / "tensorboard").glob("*/probe/*")
-  tags = [tag for tag, _, _ in events(stage)]
-  assert tags.count("train/pgd_loss") == 6 and "test/clean" in tags
-  assert len(events(path / "tensorboard")) == 10
-  with contextlib.chdir(tmp_path):  # other trackers are no other config
-    assert cli.run(*words).returncode == 0
