@@ -114,7 +114,7 @@ def test_a_card_has_numbers_with_their_intervals():
     text
   )
   assert "| PGD-20 linf 0.0313725 | 50.0 | [45.6, 54.4] | 500 |" in text
-  assert "1,234 parameters" in text and "`config.json`" in text
+  assert "1,234 parameters" in text and "| config.json |" in text
   head = yaml.safe_load(text.split("---")[1])
   assert head["datasets"] == ["me/data"] and head["library_name"] == "roli_jax"
   (index,) = head["model-index"]
