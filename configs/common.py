@@ -346,8 +346,11 @@ def cells(*given: dict) -> dict:
 
 
 def evaluation() -> dict:
-  """What --mode=evaluate tests, and what --mode=plan compiles for."""
+  """What --mode=evaluate tests, plan compiles for and publish writes."""
   return {
+    "track": "",  # trackers, as tensorboard,wandb; docs/sharing.md
+    "output": "",  # the directory that publish writes
+    "repo": "",  # OWNER/NAME on Hugging Face's hub, that publish uploads to
     # Devices that plan compiles for without having them, as v5e:2x4, h100:8.
     "target": "",
     "checkpoint": "",  # restored; "": the best one of the last stage

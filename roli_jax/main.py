@@ -15,6 +15,9 @@ Modes:
   plan      what a run will do and cost, without data or weights: plan.json
   convert   reads weights from elsewhere, or writes ours for elsewhere, with
             --config=convert --config.source= --config.output=
+  publish   writes the trained model of the run in --workdir for others, with
+            its numbers, to --config.output=; with --config.repo=OWNER/NAME also
+            to Hugging Face's hub; needs no --config
   bench     measures speed, with --config=bench
   sweep     runs a grid, each cell a run in a workdir of its own below
             --workdir: a|b in an argument or a field means both, as in
@@ -198,6 +201,11 @@ def _run_one(command: Command) -> None:
 
     tables.show(plan.tables(plan.run(config, path)))
     print(f"Written to {path / 'plan.json'}.")
+  elif mode == "publish":
+    from roli_jax.experiment import publish_command
+
+    for line in publish_command.run(config, path):
+      print(line, flush=True)
   elif mode == "convert":
     from roli_jax.experiment import convert_command
 

@@ -15,22 +15,18 @@ from typing import Any
 
 from absl import logging
 
-from roli_jax import distributed, progress
+from roli_jax import progress
 from roli_jax.experiment import (
   ensembles_run,
   facts,
   probe_reuse,
   products,
+  rows,
   stage_tests,
 )
 from roli_jax.experiment.best_checkpoint import restore
 from roli_jax.experiment.run import build_run, expand_stages
-from roli_jax.experiment.train_stage import (
-  LOG_FIELDS,
-  LOG_VALUES,
-  best_variables,
-  train_stage,
-)
+from roli_jax.experiment.train_stage import best_variables, train_stage
 from roli_jax.files import workdir
 from roli_jax.results import record
 
@@ -49,23 +45,23 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
     ValueError: a user's mistake, found before anything is computed or
       written; or a loss that is not finite.
   """
+  rows.check(config)
   run = build_run(config)
   stages = expand_stages(run)
   stage_tests.check(run, stages)
   ensembles_run.check(run, stages)
   for warning in workdir.claim(path, config):
     logging.warning("%s", warning)
-  results = record.Record(path / "results.jsonl")
-  log = record.Record(path / "training.jsonl", LOG_FIELDS, LOG_VALUES)
-  distributed.wait("records")  # all have read them: the first may write
-  facts.write(run, stages, path)
-
   # A stage and the one that it starts from; more would fill the memory.
   best = functools.lru_cache(maxsize=2)(
     functools.partial(best_variables, run, path=path)
   )
 
-  with progress.bar("stages", len(stages)) as update:
+  with (
+    rows.opened(config, path, "results", "training") as (results, log),
+    progress.bar("stages", len(stages)) as update,
+  ):
+    facts.write(run, stages, path)
     for stage in stages:
       if not stage_tests.is_done(run, stage, results):
         if stage.name == "probe":
@@ -78,7 +74,7 @@ def run(config: Mapping[str, Any], path: pathlib.Path) -> list[dict[str, Any]]:
       if stage.start and run.config.get("ensembles"):
         ensembles_run.run(run, stage, results, best(stage.start), best(stage))
       update(1)
-  products.keep(run, stages, path, best)
+    products.keep(run, stages, path, best)
   workdir.finish(path, len(results.rows))
   return results.rows
 
@@ -100,10 +96,11 @@ def evaluate(
   Raises:
     ValueError: no such checkpoint, or more than one; data of other classes.
   """
+  rows.check(config)
   run = build_run(config, diagnoses=config["checks"])
   stage_tests.check(run, ())
   stage, predict, variables = restore(run, path)
-  results = record.Record(path / "results.jsonl")
   chosen = stage_tests.evaluation_tests(run)
-  stage_tests.add_tests(run, stage, results, predict, variables, chosen)
+  with rows.opened(config, path, "results") as (results,):
+    stage_tests.add_tests(run, stage, results, predict, variables, chosen)
   return record.where(results.rows, **stage.row, split="test")

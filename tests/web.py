@@ -20,8 +20,12 @@ class Server(http.server.ThreadingHTTPServer):
 
   daemon_threads = True
 
+  @property
+  def handler(self) -> type[http.server.BaseHTTPRequestHandler]:
+    return _Handler
+
   def __init__(self):
-    super().__init__(("127.0.0.1", 0), _Handler)
+    super().__init__(("127.0.0.1", 0), self.handler)
     self.files: dict[str, bytes] = {}
     self.breaks: list[int] = []
     self.ranges = True
@@ -61,8 +65,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Server]:
-  with Server() as server:
+def serving(kind: type[Server] = Server) -> Iterator[Server]:
+  with kind() as server:
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:

@@ -292,5 +292,21 @@ def to_state_dict(bundle: Bundle, format: str) -> dict[str, np.ndarray]:
 
 
 def format_of(bundle: Bundle) -> str:
-  """Returns the main format of the layout that the bundle came from."""
-  return next(x.formats[0] for x in LAYOUTS if x.name == bundle.layout)
+  """Returns the main format of the layout that the bundle came from.
+
+  Of a bundle that came from no file of another framework it is the first format
+  that has names for its model.
+
+  Raises:
+    ValueError: none has.
+  """
+  backbone = bundle.model.backbone
+  known = [x for x in LAYOUTS if x.name == bundle.layout] or [
+    x
+    for x in LAYOUTS
+    if x.holds(backbone)
+    and (x.pools or getattr(backbone, "pool", "") != "mean")
+  ]
+  if not known:
+    raise ValueError(f"no format has names for a {bundle.model.name}")
+  return known[0].formats[0]

@@ -1,4 +1,4 @@
-"""A trained model of a run, restored for --mode=evaluate."""
+"""A trained model of a run, for --mode=evaluate and --mode=publish."""
 
 import pathlib
 from collections.abc import Callable
@@ -30,6 +30,38 @@ def restore(
     ValueError: there is no such checkpoint, or more than one; the data have
       another number of classes.
   """
+  stage, directory, meta = find(run, path)
+  method = specs.build(peft.METHODS, meta["method"], "method")
+  model = method.apply_to(models.from_spec(meta["model"]))
+  classes = run.data["test"].num_classes
+  if model.num_classes != classes:
+    raise ValueError(
+      f"{directory.parent} has a head of {model.num_classes} classes,"
+      f" {run.config['data']['name']} has {classes}"
+    )
+  shapes = jax.eval_shape(model.init, keys.root(0))
+  placed = sharding.ruled(shapes, run.mesh)
+  with checkpoint.manager(directory.parent, reading=True) as checkpoints:
+    best_step = int(directory.name)
+    items = checkpoint.restore(checkpoints, best_step, model=placed)
+  return stage, step.make_predict(model), items["model"]
+
+
+def find(
+  run: Run, path: pathlib.Path
+) -> tuple[Stage, pathlib.Path, dict[str, Any]]:
+  """Finds the best checkpoint of the stage that `config.checkpoint` names.
+
+  Args:
+    run: the run.
+    path: the run's directory.
+
+  Returns:
+    The stage; the checkpoint's directory; its metadata.
+
+  Raises:
+    ValueError: there is no such checkpoint, or more than one.
+  """
   directory, asked = _choose(run, path)
   with checkpoint.manager(directory, reading=True) as checkpoints:
     best_step = checkpoints.best_step()
@@ -39,19 +71,8 @@ def restore(
         f" the best is {directory}/{best_step:08d}"
       )
     meta = checkpoint.restore_meta(checkpoints, best_step)
-    stage = Stage(**{**meta["stage"], "start": None, "tests": ()})
-    method = specs.build(peft.METHODS, meta["method"], "method")
-    model = method.apply_to(models.from_spec(meta["model"]))
-    classes = run.data["test"].num_classes
-    if model.num_classes != classes:
-      raise ValueError(
-        f"{directory} has a head of {model.num_classes} classes,"
-        f" {run.config['data']['name']} has {classes}"
-      )
-    shapes = jax.eval_shape(model.init, keys.root(0))
-    placed = sharding.ruled(shapes, run.mesh)
-    items = checkpoint.restore(checkpoints, best_step, model=placed)
-  return stage, step.make_predict(model), items["model"]
+  stage = Stage(**{**meta["stage"], "start": None, "tests": ()})
+  return stage, directory / f"{best_step:08d}", meta
 
 
 def _choose(run: Run, path: pathlib.Path) -> tuple[pathlib.Path, int | None]:

@@ -22,8 +22,8 @@ else:
   ConfigDict = Any  # ml_collections is loaded where a config is read
 
 MODES = (
-  "train", "evaluate", "report", "plan", "prepare", "convert", "bench",
-  "sweep",
+  "train", "evaluate", "report", "plan", "prepare", "convert", "publish",
+  "bench", "sweep",
 )  # fmt: skip
 
 _ATTACKS = ("attack", "val_attack", "eval_attack")
@@ -218,7 +218,7 @@ def _base(values: flags.FlagValues) -> ConfigDict:
   """Returns the config before any override: a file's, or the run's own."""
   if values.config:
     return load(values.config)
-  if values.mode not in ("evaluate", "report"):
+  if values.mode not in ("evaluate", "report", "publish"):
     _check_given(values.config)
   if not values.workdir:
     raise ValueError(f"--mode={values.mode} needs --workdir=RUN, or a --config")

@@ -17,7 +17,7 @@ Fact = tuple[str, str, str]  # what, how much, which: a row of the printed table
 
 _SIZES = (*models.SIZES, "channels")
 # The fields of the config that `convert.load` takes.
-_LOAD_FIELDS = (
+LOAD_FIELDS = (
   "model", "format", "mean", "std", "num_classes", "image_size", "pool", "key",
   *_SIZES,
 )  # fmt: skip
@@ -46,7 +46,7 @@ def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, list[Fact]]:
       raise ValueError(f"--config.{field}= is missing; see --help")
   source = pathlib.Path(config["source"]).expanduser()
   output = pathlib.Path(config["output"]).expanduser()
-  given = {k: config[k] for k in _LOAD_FIELDS if config[k]}
+  given = {k: config[k] for k in LOAD_FIELDS if config[k]}
   whole, method = _read(source, given)
   plain = whole
   if whole.params.peft:
@@ -73,7 +73,7 @@ def _read(
 
   Args:
     source: a file, or a directory with a bundle or a checkpoint.
-    given: the fields of `_LOAD_FIELDS` that the config sets.
+    given: the fields of `LOAD_FIELDS` that the config sets.
   """
   if not source.is_dir() or any(source.glob("*.safetensors")):
     return files.load(source, **given), peft.linear()

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from roli_jax.experiment import compat
+from roli_jax.results import record
 
 INITS = ("ranli", "roli", "std")
 ZEROSHOT = "zeroshot"  # a head_init: the file's own head, made of prompts
@@ -105,7 +106,7 @@ class Stage:
   @property
   def directory(self) -> str:
     """Where its checkpoints lie, below those of the run."""
-    return f"{self.cell}/{self.name}/lr{self.lr:g}-steps{self.num_steps}"
+    return record.directory(self.row)
 
 
 def _cell_name(fields: Mapping[str, Any]) -> str:

@@ -21,13 +21,6 @@ from roli_jax.results import record
 from roli_jax.statistics import Counts
 from roli_jax.types import Variables
 
-LOG_FIELDS = (
-    "cell", "stage", "lr", "steps", "step", "split", "attack", "metric",
-    "value", "n",
-)  # fmt: skip
-
-LOG_VALUES = frozenset({"value", "n"})
-
 
 def train_stage(
   run: Run,

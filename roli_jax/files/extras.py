@@ -6,10 +6,13 @@ _EXTRA = {  # package -> extra
   "PIL": "data",
   "datasets": "hub",
   "grain": "data",
+  "huggingface_hub": "hub",
   "matplotlib": "plots",
   "pyarrow": "data",
   "sklearn": "data",
+  "tensorboardX": "track",
   "tensorflow_datasets": "data",
+  "wandb": "track",
 }
 
 
@@ -17,8 +20,8 @@ def need(*packages: str) -> None:
   """Imports packages that an extra brings, to be called before their import.
 
   Args:
-    *packages: `PIL`, `datasets`, `grain`, `matplotlib`, `pyarrow`, `sklearn`
-      or `tensorflow_datasets`, as they are imported.
+    *packages: those of the extras `data`, `hub`, `plots` and `track`, by the
+      names that they are imported by.
 
   Raises:
     ModuleNotFoundError: one is not installed; the message has the extra.

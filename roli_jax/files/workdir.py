@@ -16,7 +16,10 @@ from roli_jax import distributed
 _BESIDE = ("versions", "commit", "workdir")
 # Fields that change no number, or its rounding alone: a run may go on with
 # others.
-_FREE = ("data.download", "data.num_workers", "cpu_devices", "mesh", "target")
+_FREE = (
+    "data.download", "data.num_workers", "cpu_devices", "mesh", "target",
+    "track", "output", "repo",
+)  # fmt: skip
 # Fields that earlier runs lack, and what they ran with.
 _SIZES = ("patch", "width", "depth", "heads", "channels")
 _STAGE = {"ema": 0.0, "loss": {"smoothing": 0.0}}
@@ -24,6 +27,9 @@ _LATER: dict[str, Any] = {
   "data": {"layout": "", "download": False},
   "backbone": {"pool": "", "key": "", **dict.fromkeys(_SIZES)},
   "num_val_images": 0,
+  "track": "",
+  "output": "",
+  "repo": "",
   "pretrain": _STAGE,
   "probe": _STAGE,
   "adapt": _STAGE,

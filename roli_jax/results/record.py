@@ -3,7 +3,7 @@
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from roli_jax import distributed
@@ -35,6 +35,7 @@ class Record:
 
   Attributes:
     rows: the rows of the file, in its order.
+    watch: called after each row that is added; at first it does nothing.
   """
 
   def __init__(
@@ -44,6 +45,7 @@ class Record:
     values: frozenset[str] = VALUES,
   ):
     self.path = path
+    self.watch: Callable[[], None] = lambda: None
     self._fields = fields
     self._identity = [field for field in fields if field not in values]
     whole, torn = _lines(path)
@@ -68,6 +70,7 @@ class Record:
         file.write(json.dumps(whole) + "\n")
     self.rows.append(whole)
     self._known.add(self._key(whole))
+    self.watch()
 
   def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(_plain(row.get(field)) for field in self._identity)
@@ -94,6 +97,11 @@ def _plain(value: Any) -> Any:
 def read(path: pathlib.Path) -> list[Row]:
   """Returns the rows of a file, none if it isn't there; writes nothing."""
   return [json.loads(line) for line in _lines(path)[0]]
+
+
+def directory(row: Mapping[str, Any]) -> str:
+  """Returns where the stage of a row has its files, below a run's folders."""
+  return f"{row['cell']}/{row['stage']}/lr{row['lr']:g}-steps{row['steps']}"
 
 
 def where(rows: Iterable[Row], **fields: Any) -> list[Row]:
