@@ -149,7 +149,7 @@ def _sweep(command: Command) -> None:
     return
   sweep.run(found, path)
   tables.show(report.write_sweep(path))
-  print(f"Written to {path}: report.md, figures/, results.jsonl.")
+  print(f"Written to {path}: report.html, report.md, figures/.")
 
 
 def _prepare(command: Command) -> None:
@@ -168,7 +168,8 @@ def _run_one(command: Command) -> None:
   from roli_jax.results import tables
 
   if mode == "train":
-    extras.need("grain", "matplotlib")  # not only when all is computed
+    # Not only when all is computed.
+    extras.need("grain", "matplotlib", "plotly")
     from roli_jax import train
     from roli_jax.results import report
 
@@ -176,7 +177,7 @@ def _run_one(command: Command) -> None:
       raise ValueError(f"the run ended before it had results; see {path}")
     if distributed.leads():
       tables.show(report.write(path))
-      print(f"Written to {path}: report.md, figures/, results.jsonl.")
+      print(f"Written to {path}: report.html, report.md, figures/.")
   elif mode == "evaluate":
     from roli_jax import train
     from roli_jax.results import comparison, report
