@@ -84,28 +84,22 @@ def keep_images(
   Args:
     folder: the stage's, below `evaluations` of the run.
     about: the test's rows: clean, and one for each radius.
-    radii: those radii, increasing.
+    radii: those radii, of an attack that finds distances; (): its own.
     source: the split.
     rows: the positions in the split that were tested.
     result: what the test found.
     function: the model.
   """
+  # By the number tested, which decides the positions.
+  clean = folder.parents[2] / f"clean-{about[-1]['split']}-n{len(rows)}.npz"
   is_small = max(source.shape[:2]) <= _SMALL
   rows = rows[: MOST_IMAGES["small" if is_small else "large"]]
   m, images = len(rows), source.pixels(rows)
-  fell = [result.clean[:m] & ~result.robust_at(eps)[:m] for eps in radii]
-  broken = result.clean[:m] & ~result.robust[:m]  # by an image that was kept
-  adv = np.where(_like(broken, images), result.adv[:m], images)
-  tried = images if result.tried is None else result.tried[:m]
-  ended = (tried != images).reshape(m, -1).any(1) & ~result.invalid[:m]
-  ended &= result.robust[:m]
-  adv = np.where(_like(ended, images), tried, adv)
+  adv, is_broken, is_attempt = _attacked(result, images)
   clean_said, clean_sure = _said(function, source, rows, images)
   said, sure = _said(function, source, rows, adv)
   if not distributed.leads():
     return
-  # By position: tests of as many images have the same.
-  clean = folder.parents[2] / f"clean-{about[-1]['split']}-n{len(rows)}.npz"
   folder.mkdir(parents=True, exist_ok=True)
   if not clean.exists():
     _save(
@@ -115,23 +109,50 @@ def keep_images(
       rows=rows,
       classes=np.array(source.classes, str),
     )
-  change = adv - images
-  scale = float(np.abs(change).max()) or 1.0
+  stood = [result.robust_at(eps) for eps in radii] or [result.robust]
+  fell = np.stack([result.clean[:m] & ~flags[:m] for flags in stood])
+  scale = float(np.abs(adv - images).max()) or 1.0
   _save(
     folder / f"images-{about[-1]['split']}-{_name(about[-1])}.npz",
     about=json.dumps(about[1:]),
     clean=clean.name,
-    change=np.rint(127 * change / scale).astype(np.int8),
+    change=np.rint(127 / scale * (adv - images)).astype(np.int8),
     scale=scale,
     said=said,
     sure=sure,
     clean_said=clean_said,
     clean_sure=clean_sure,
     was_right=result.clean[:m],
-    fell=np.stack(fell),
-    # Whether the picture is one within the radius: at each radius.
-    is_there=np.stack([(broken & within) | ended for within in fell]),
+    fell=fell,
+    # At each radius, whether the picture lies within it.
+    is_there=(fell & is_broken) | is_attempt,
     broken_by=result.broken_by[:m],
+  )
+
+
+def _attacked(
+  result: Result, images: Images
+) -> tuple[Images, np.ndarray, np.ndarray]:
+  """Returns what an evaluation made of its first images.
+
+  Args:
+    result: the evaluation's.
+    images: the first m clean ones.
+
+  Returns:
+    The attacked images, clean where there is none; who was broken by them, and
+    of whom they are attempts that broke nothing, both bool [m].
+  """
+  m = len(images)
+  is_broken = result.clean[:m] & ~result.robust[:m]
+  tried = images if result.tried is None else result.tried[:m]
+  is_attempt = result.robust[:m] & ~result.invalid[:m]
+  is_attempt &= (tried != images).reshape(m, -1).any(1)
+  adv = np.where(_like(is_attempt, images), tried, images)
+  return (
+    np.where(_like(is_broken, images), result.adv[:m], adv),
+    is_broken,
+    is_attempt,
   )
 
 

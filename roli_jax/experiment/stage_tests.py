@@ -224,7 +224,7 @@ def add_tests(
       evaluation_files.keep_images(
         root,
         about,
-        test.radii or (float(test.attack.threat.eps),),
+        test.radii,
         source,
         source.some(test.num_images),
         result,

@@ -227,9 +227,9 @@ def intervals(table: Table) -> list[Interval]:
   for *names, middle, interval, _, _, verdict in table.rows:
     if interval:
       low, high = map(float, interval.strip("[]").split(", "))
-      found.append(
-        Interval(", ".join(names), float(middle), low, high, verdict)
-      )
+      *compared, accuracy = filter(None, names)
+      name = f"{', '.join(compared)}: {accuracy}"
+      found.append(Interval(name, float(middle), low, high, verdict))
   return found
 
 

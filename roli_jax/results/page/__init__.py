@@ -1,8 +1,8 @@
 """`report.html`: a run or a sweep on one page that needs nothing beside it.
 
-`answers` says what is read first, `plots` draws figures by plotly, `gallery`
-brings the images that tests have kept, `table` writes tables; here they become
-a page, with the script that sorts, filters and slides.
+`answers` says what is read first and `intervals` draws it, `gallery` brings the
+images that tests have kept, `plots` draws curves by plotly, `table` writes
+tables; here they become a page, with the script that sorts, filters, slides.
 """
 
 import html
@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from roli_jax.files import extras
+from roli_jax.evaluate.checks import VERDICTS
+from roli_jax.files import extras, workdir
 from roli_jax.results import record
 from roli_jax.results.grouping import by_run
-from roli_jax.results.page import answers, gallery, plots, table
+from roli_jax.results.page import answers, gallery, intervals, plots, table
 from roli_jax.results.record import Row
 from roli_jax.results.tables import Table
 
@@ -51,10 +52,10 @@ def write(path: pathlib.Path, tables: Sequence[Table]) -> pathlib.Path:
   parts = {
     "title": html.escape(path.resolve().name),
     "about": html.escape(_about(rows)),
-    "answer": answers.as_html(best),
+    "answer": intervals.answers(best) + _checks(tables),
     "radius": plots.as_html(plots.by_radius(rows)),
     "training": plots.as_html(plots.training(runs, logs)),
-    "differences": plots.as_html(plots.differences(tables)),
+    "differences": intervals.differences(tables),
     "tables": "\n".join(map(table.as_html, tables)),
     "gallery": html.escape(shown.note),
     "data": _plain(shown.data),
@@ -70,9 +71,9 @@ def write(path: pathlib.Path, tables: Sequence[Table]) -> pathlib.Path:
 
 def _runs(path: pathlib.Path, rows: Sequence[Row]) -> Mapping[str, list[Row]]:
   """Returns the rows of each run by its directory below this one."""
-  if not (path / "sweep.json").exists():
+  names = workdir.swept(path)
+  if not names:
     return {"": list(rows)}
-  names = json.loads((path / "sweep.json").read_text())
   return {name: record.where(rows, run=name) for name in names}
 
 
@@ -86,6 +87,25 @@ def _about(rows: Sequence[Row]) -> str:
   seeds = len({row["seed"] for row in rows})
   counts = [f"{runs} runs"] * (runs > 1) + [f"{seeds} seed" + "s" * (seeds > 1)]
   return f"{names['backbone']} on {names['data']}, {', '.join(counts)}"
+
+
+def _checks(tables: Sequence[Table]) -> str:
+  """Returns whether the checks say that the numbers can be trusted."""
+  found = [
+    (row[table.header.index("check")], verdict)
+    for table in tables
+    if "check" in table.header
+    for row in table.rows
+    for verdict in row
+    if verdict in VERDICTS
+  ]
+  if not found:
+    return ""
+  odd = sorted({f"{name}: {v}" for name, v in found if v in ("warn", "fail")})
+  said = "✓ No check of these numbers warns or fails."
+  if odd:
+    said = f"⚠ Checks of these numbers: {', '.join(odd)}."
+  return f"<p>{html.escape(said)} The tables below say what each saw.</p>"
 
 
 def _plain(value: Any) -> str:

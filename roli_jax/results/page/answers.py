@@ -1,7 +1,6 @@
 """What a report is opened for: how accurate is each model, best first."""
 
 import dataclasses
-import html
 from collections.abc import Sequence
 
 from roli_jax import statistics
@@ -15,7 +14,6 @@ from roli_jax.results.grouping import (
   collect,
 )
 from roli_jax.results.record import Row
-from roli_jax.results.tables import percent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,53 +99,3 @@ def _order(answer: Answer) -> tuple[float, float]:
     -found.value if found else 1.0 for found in (answer.robust, answer.clean)
   )
   return robust, clean
-
-
-def as_html(found: Sequence[Answer]) -> str:
-  """Returns a sentence that names the best, and all of them with bars."""
-  if not found:
-    return "<p>This run has no tests: there are no accuracies to show.</p>"
-  best = found[0]
-  attack = best.attack.name if best.attack else "no attack"
-  said = [
-    f"<b>{percent(value.value)} %</b> {what}"
-    for what, value in (
-      ("of clean images", best.clean),
-      (f"under attack ({html.escape(attack)})", best.robust),
-    )
-    if value
-  ]
-  by = "Most robust: " if len(found) > 1 else ""
-  lines = "".join(
-    f"<tr><th scope=row>{html.escape(one.name)}</th>"
-    f"{_cell(one.clean, 'clean')}{_cell(one.robust, 'robust')}"
-    f"<td class=of>{html.escape(one.of)}</td></tr>"
-    for one in found
-  )
-  header = "".join(
-    f"<th scope=col>{html.escape(name)}</th>"
-    for name in ("model", "clean, %", f"{attack}, %", "interval over")
-  )
-  return (
-    f"<p class=lead>{by}<b>{html.escape(best.name)}</b> is right on"
-    f" {' and '.join(said)}.</p>\n"
-    f'<table class="data answers"><thead><tr>{header}</tr></thead>'
-    f"<tbody>{lines}</tbody></table>\n"
-    "<p class=note>Share of test images classified as labelled, the most"
-    " robust model first. Brackets and whiskers: 95% intervals, Student's over"
-    " seeds, or Wilson's over images where there is one seed.</p>"
-  )
-
-
-def _cell(found: Estimate | None, kind: str) -> str:
-  """Returns a table's cell: the number, its interval, and both as a bar."""
-  if found is None:
-    return "<td>not measured</td>"
-  value, low, high = (100 * x for x in (found.value, found.low, found.high))
-  return (
-    f"<td data-key={value:.4f}><b>{value:.1f}</b>"
-    f" <span class=interval>[{low:.1f}, {high:.1f}]</span>"
-    f'<span class="bar {kind}" aria-hidden=true>'
-    f"<i style='width:{value:.2f}%'></i>"
-    f"<s style='left:{low:.2f}%;width:{high - low:.2f}%'></s></span></td>"
-  )

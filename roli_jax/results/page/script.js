@@ -114,9 +114,9 @@ function className(label) {
 }
 
 /** What the model says of an image, and how sure it is. */
-function said(label, sure) {
+function said(label, sure, right) {
   const share = sure === undefined ? "" : `, ${(100 * sure).toFixed(0)} %`;
-  return `says ${className(label)}${share}`;
+  return `${right ? "" : "✗ "}says ${className(label)}${share}`;
 }
 
 function column(head, image, text) {
@@ -141,24 +141,25 @@ function card(frame, i, clean, change) {
     element("span", `image ${view.rows[i]}: ${className(view.labels[i])}`),
     element("strong", MARKS[result] + by));
   const trio = element("div", "", "trio");
-  const saidClean = said(view.said[i], view.sure?.[i]);
+  const saidClean = said(
+    view.said[i], view.sure?.[i], view.said[i] === view.labels[i]);
   trio.append(column(
     "clean", picture(i, "clean", (k) => clean.data[k]), saidClean));
   if (frame?.there[i]) {
     const step = frame.scale / gallery.levels;
     const moved = (k) => (change.data[k] - gallery.none) * step;
     trio.append(
-      column(`change × ${(0.5 / frame.scale).toPrecision(2)}`,
+      column(`change × ${Number((0.5 / frame.scale).toPrecision(2))}`,
         picture(i, "change, amplified",
           (k) => 127.5 + 127.5 * moved(k) / frame.scale), ""),
       column("adversarial",
         picture(i, "adversarial", (k) => clean.data[k] + 255 * moved(k)),
-        said(frame.said[i], frame.sure?.[i])));
+        said(frame.said[i], frame.sure?.[i], result === "stood")));
   } else {
     const why = !frame ? "Move the slider to attack."
       : result === "wrong" ? "Wrong as it is: not attacked."
       : "No image within this radius was found.";
-    trio.append(element("div", why));
+    trio.append(element("div", why, "none"));
   }
   figure.append(header, trio);
   return figure;
@@ -170,7 +171,7 @@ async function show() {
   const number = Number(at("slider").value);
   const frame = number ? view.frames[number - 1] : undefined;
   at("eps").textContent = frame
-    ? `eps ${frame.eps} ${view.norm}` : "eps 0 (clean)";
+    ? `eps ${frame.eps} ${view.norm}`.trim() : "eps 0 (clean)";
   const [kind, by] = at("outcome").value.split("/");
   const label = at("class").value;
   const rows = view.labels.map((_, i) => i).filter((i) =>
@@ -178,9 +179,11 @@ async function show() {
     && (!by || frame?.by[i] === by)
     && (label === "" || String(view.labels[i]) === label));
   const stood = view.labels.filter((_, i) => outcome(frame, i) === "stood");
+  const share = (100 * stood.length / view.labels.length).toFixed(1);
   at("count").textContent =
-    `${stood.length} of ${view.labels.length} images stand at this radius;`
-    + ` ${rows.length} match, ${Math.min(most, rows.length)} shown.`;
+    `${stood.length} of ${view.labels.length} images (${share} %) stand at`
+    + ` ${at("eps").textContent}. ${rows.length} match the choice above,`
+    + ` ${Math.min(most, rows.length)} are shown.`;
   const clean = await sheet(view.sheet);
   const change = frame && await sheet(frame.sheet);
   if (now !== view || number !== Number(at("slider").value)) return;
