@@ -196,12 +196,10 @@ def _data(
     }
     for view in views
   ]
-  radii = sorted(views[0].frames)
-  start = 1 + (radii.index(eps) if eps in radii else len(radii) - 1)
   return {
     "levels": _LEVELS * _STEP,
     "none": _NONE,
-    "start": start,
+    "start": eps,
     "sheets": list(sheets),
     "views": made,
   }

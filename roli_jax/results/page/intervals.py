@@ -86,7 +86,7 @@ def _accuracy(found: Estimate | None, kind: str) -> str:
   return (
     f"<td data-key={value:.4f}><b>{value:.1f}</b>"
     f" <span class=interval>[{low:.1f}, {high:.1f}]</span>"
-    f"{_bar(value, low, high, 0, 100, kind)}</td>"
+    f"{_bar(value, low, high, 0.0, 100.0, kind)}</td>"
   )
 
 
@@ -112,6 +112,6 @@ def _bar(
   def share(length: float) -> float:
     return 100 * length / (end - start)
 
-  drawn = span("i", min(0, value), max(0, value)) + span("s", low, high)
-  zero = span("u", 0, 0) if start < 0 else ""
+  drawn = span("i", min(0.0, value), max(0.0, value)) + span("s", low, high)
+  zero = span("u", 0.0, 0.0) if start < 0 else ""
   return f'<span class="bar {kind}" aria-hidden=true>{drawn}{zero}</span>'

@@ -37,7 +37,7 @@ function prepare(table) {
     button.addEventListener("click", () => sort(table, header));
     header.replaceChildren(button);
   }
-  if (table.tBodies[0].rows.length < 5) return;
+  if (table.tBodies[0].rows.length < 4) return;
   const field = document.createElement("input");
   field.type = "search";
   field.placeholder = "Show rows with …";
@@ -62,6 +62,8 @@ const at = (id) => document.getElementById(id);
 const decoded = new Map();
 let most = PAGE;
 let view;
+let radius = gallery.start; // stays when another model or attack is chosen
+let last = 0;
 
 /** The pixels of a sheet, RGBA. */
 function sheet(number) {
@@ -167,7 +169,7 @@ function card(frame, i, clean, change) {
 
 /** Draws what the controls ask for. */
 async function show() {
-  const now = view;
+  const ticket = ++last;
   const number = Number(at("slider").value);
   const frame = number ? view.frames[number - 1] : undefined;
   at("eps").textContent = frame
@@ -178,17 +180,17 @@ async function show() {
     (!kind || outcome(frame, i) === kind)
     && (!by || frame?.by[i] === by)
     && (label === "" || String(view.labels[i]) === label));
+  const clean = await sheet(view.sheet);
+  const change = frame && await sheet(frame.sheet);
+  if (ticket !== last) return; // what is asked for has changed meanwhile
+  at("cards").replaceChildren(
+    ...rows.slice(0, most).map((i) => card(frame, i, clean, change)));
   const stood = view.labels.filter((_, i) => outcome(frame, i) === "stood");
   const share = (100 * stood.length / view.labels.length).toFixed(1);
   at("count").textContent =
     `${stood.length} of ${view.labels.length} images (${share} %) stand at`
     + ` ${at("eps").textContent}. ${rows.length} match the choice above,`
     + ` ${Math.min(most, rows.length)} are shown.`;
-  const clean = await sheet(view.sheet);
-  const change = frame && await sheet(frame.sheet);
-  if (now !== view || number !== Number(at("slider").value)) return;
-  at("cards").replaceChildren(
-    ...rows.slice(0, most).map((i) => card(frame, i, clean, change)));
   at("more").hidden = rows.length <= most;
 }
 
@@ -218,7 +220,10 @@ function choose() {
   const labels = unique(view.labels).sort((a, b) => a - b);
   choices("class", [["", "all"],
     ...labels.map((label) => [label, className(label)])]);
+  const frame = view.frames.findIndex((one) => one.eps === radius);
   at("slider").max = view.frames.length;
+  at("slider").value =
+    radius === 0 ? 0 : frame < 0 ? view.frames.length : frame + 1;
   most = PAGE;
   return show();
 }
@@ -226,12 +231,14 @@ function choose() {
 if (gallery.views) {
   choices("model",
     unique(gallery.views.map((one) => one.model)).map((one) => [one, one]));
-  at("slider").max = gallery.views[0].frames.length;
-  at("slider").value = gallery.start;
   at("model").addEventListener("change", choose);
   at("attack").addEventListener("change", choose);
-  for (const id of ["outcome", "class", "slider"])
+  for (const id of ["outcome", "class"])
     at(id).addEventListener("input", show);
+  at("slider").addEventListener("input", (event) => {
+    radius = view.frames[event.target.value - 1]?.eps ?? 0;
+    show();
+  });
   at("more").addEventListener("click", () => {
     most += PAGE;
     show();
