@@ -261,7 +261,7 @@ def test_the_slider_moves_through_stored_images(opened, made):
     robust = found[eps].robust
     view.wait_for_function(
       "([text, n]) => document.querySelector('#count').textContent"
-      ".includes(text) && document.querySelectorAll('figure').length === n",
+      ".startsWith(text) && document.querySelectorAll('figure').length === n",
       arg=[f"{robust.sum()} of 40 images", 24],
     )
     assert f"eps {eps:g} linf" in stand.inner_text()
