@@ -98,7 +98,9 @@ def test_who_lacks_an_extra_is_told_its_name(call, tmp_path, monkeypatch):
   assert f'pip install "roli_jax[{extra}]"' in str(error.value)
 
 
-@pytest.mark.parametrize("package", ["grain", "matplotlib", "plotly", "sklearn"])
+@pytest.mark.parametrize(
+  "package", ["grain", "matplotlib", "plotly", "sklearn"]
+)
 def test_a_run_that_lacks_an_extra_does_not_begin(
   package, tmp_path, monkeypatch, capsys
 ):

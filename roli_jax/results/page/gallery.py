@@ -80,8 +80,10 @@ def collect(
       " version that kept none.",
     )
   order = [*(answer.name for answer in best), ""]
-  views.sort(key=lambda v: (order.index(v.listed), -len(v.frames)))
-  eps = best[0].attack.eps if best and best[0].attack else None
+  main = best[0].attack if best else None
+  asked = (main.recipe, main.norm) if main else None
+  views.sort(key=lambda v: (order.index(v.listed), (v.attack, v.norm) != asked))
+  eps = main.eps if main else None
   total = max(len(view.clean["labels"]) for view in views)
   most, data = total, _data(views, total, eps)
   while (length := len(json.dumps(data))) > most_bytes and most > 1:

@@ -56,7 +56,7 @@ addEventListener("DOMContentLoaded", () =>
 
 // The gallery: a view is a model and an attack, its frames are radii.
 
-const PAGE = 24; // cards at once
+const PAGE = innerWidth < 600 ? 6 : 24; // cards at once
 const gallery = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
 const decoded = new Map();
