@@ -17,7 +17,8 @@ test: $(VENV)/ready-test
 	$(VENV)/bin/mypy
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-# What is slow: full-size networks, whole grids, wheels.
+# What is slow: full-size networks, whole grids, wheels, and report.html in a
+# browser, which must be there: apt-get install chromium.
 test-all: $(VENV)/ready-test
 	$(RUN) -m pytest -n 2 --dist loadfile -m slow
 

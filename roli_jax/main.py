@@ -10,7 +10,8 @@ Modes:
   train     all stages of the config's table, tests, report (the default)
   evaluate  restores a checkpoint of the run in --workdir and adds the rows
             that are missing; needs no --config
-  report    draws tables and figures from the rows of the run in --workdir
+  report    draws tables and figures from the rows of the run or sweep in
+            --workdir, and report.html, a page that has it all
   prepare   fetches the data that a run lacks, and says what weights it lacks
   plan      what a run will do and cost, without data or weights: plan.json
   convert   reads weights from elsewhere, or writes ours for elsewhere, with
@@ -152,7 +153,7 @@ def _sweep(command: Command) -> None:
     return
   sweep.run(found, path)
   tables.show(report.write_sweep(path))
-  print(f"Written to {path}: report.md, figures/, results.jsonl.")
+  print(f"Written to {path}: report.html, report.md, figures/.")
 
 
 def _prepare(command: Command) -> None:
@@ -171,7 +172,8 @@ def _run_one(command: Command) -> None:
   from roli_jax.results import tables
 
   if mode == "train":
-    extras.need("grain", "matplotlib")  # not only when all is computed
+    # Not only when all is computed.
+    extras.need("grain", "matplotlib", "plotly")
     from roli_jax import train
     from roli_jax.results import report
 
@@ -179,7 +181,7 @@ def _run_one(command: Command) -> None:
       raise ValueError(f"the run ended before it had results; see {path}")
     if distributed.leads():
       tables.show(report.write(path))
-      print(f"Written to {path}: report.md, figures/, results.jsonl.")
+      print(f"Written to {path}: report.html, report.md, figures/.")
   elif mode == "evaluate":
     from roli_jax import train
     from roli_jax.results import comparison, report
@@ -193,9 +195,12 @@ def _run_one(command: Command) -> None:
       ]
       tables.show(table for table in drawn if table.rows)
   elif mode == "report":
+    from roli_jax.files import workdir
     from roli_jax.results import report
 
-    tables.show(report.write(path))
+    write = report.write_sweep if workdir.swept(path) else report.write
+    tables.show(write(path))
+    print(f"Written to {path}: report.html, report.md, figures/.")
   elif mode == "plan":
     from roli_jax.plan import plan
 

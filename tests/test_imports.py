@@ -127,7 +127,7 @@ def test_the_core_imports_where_only_the_core_is_installed(root):
   hidden = (
     "grain", "ml_collections", "tensorflow_datasets", "jaxtyping", "sklearn",
     "matplotlib", "scipy", "PIL", "safetensors", "pyarrow", "datasets",
-    "huggingface_hub", "tensorboardX", "wandb",
+    "huggingface_hub", "tensorboardX", "wandb", "plotly",
   )  # fmt: skip
   code = f"""
 import importlib.abc, sys

@@ -12,12 +12,12 @@ import pytest
 
 from roli_jax import corruptions, data, main
 from roli_jax.data import decode, glyphs, tfds
-from roli_jax.results import figures
+from roli_jax.results import figures, page
 from tests import cli, pictures
 
 TEST_TOOLS = {
-  "beartype", "hypothesis", "jaxtyping", "mypy", "pytest", "pytest-xdist",
-  "ruff",
+  "beartype", "hypothesis", "jaxtyping", "mypy", "playwright", "pytest",
+  "pytest-xdist", "ruff",
 }  # fmt: skip
 
 
@@ -83,6 +83,7 @@ CALLS = {
     lambda _: jpeg(np.random.default_rng(0), IMAGE, 1),
   ),
   "plots": ("matplotlib", "plots", lambda _: figures._figure(1, 1)),
+  "page": ("plotly", "plots", lambda path: page.write(path, [])),
 }
 
 
@@ -97,7 +98,9 @@ def test_who_lacks_an_extra_is_told_its_name(call, tmp_path, monkeypatch):
   assert f'pip install "roli_jax[{extra}]"' in str(error.value)
 
 
-@pytest.mark.parametrize("package", ["grain", "matplotlib", "sklearn"])
+@pytest.mark.parametrize(
+  "package", ["grain", "matplotlib", "plotly", "sklearn"]
+)
 def test_a_run_that_lacks_an_extra_does_not_begin(
   package, tmp_path, monkeypatch, capsys
 ):
@@ -136,7 +139,7 @@ def test_a_wheel_has_configs_and_weights_and_nothing_else(installed, root):
   ours = {
     str(path.relative_to(root))
     for path in (root / "roli_jax").rglob("*.*")
-    if path.suffix in (".py", ".safetensors")
+    if path.suffix in (".py", ".safetensors", ".html", ".css", ".js")
   }
   configs = {f"roli_jax/{p.relative_to(root)}" for p in root.glob("configs/*")}
   assert found == ours - {stub} | {c for c in configs if c.endswith(".py")}

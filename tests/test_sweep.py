@@ -131,6 +131,12 @@ def test_what_is_complete_is_skipped_and_a_report_written(swept):
   assert not (path / "logs" / "seed=0.txt").exists()
   report = (path / "report.md").read_text()
   assert "linear probe (RoLI)" in report
+  (path / "report.html").unlink()
+  done = cli.run("--mode=report", f"--workdir={path}")
+  assert done.returncode == 0, done.stderr
+  shown = (path / "report.html").read_text()
+  # Each run has kept images, of its own seed.
+  assert "RoLI), seed 0" in shown and "RoLI), seed 1" in shown
   assert (path / "figures" / "runs.png").is_file()
 
 

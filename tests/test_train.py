@@ -45,7 +45,8 @@ def test_a_run_leaves_what_the_contract_says(finished):
   path, done = finished
   names = {p.relative_to(path).as_posix() for p in path.rglob("*.*")}
   assert {
-    "config.json", "results.jsonl", "report.md", "training.jsonl",
+    "config.json", "results.jsonl", "report.md", "report.html",
+    "training.jsonl", "evaluations/clean-test-n500.npz",
     "figures/accuracy.png", "figures/curve.png", "figures/examples.png",
     "figures/training.png",
   } <= names  # fmt: skip

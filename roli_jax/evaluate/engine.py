@@ -65,6 +65,7 @@ class Evaluation:
     self.distance = np.where(self.clean, np.inf, 0.0)
     self.min_distance = self.distance.copy()
     self.adv = examples.images.copy()
+    self.tried: np.ndarray | None = None
     self.invalid, self.strange = np.zeros(n, bool), np.zeros(n, bool)
     self.journal = self._opened(attack, pathlib.Path(save) if save else None)
 
@@ -171,6 +172,7 @@ class Evaluation:
       min_distance=self.min_distance,
       margin=self.margin,
       adv=self.adv,
+      tried=self.tried,
       invalid=self.invalid,
       work=self.work,
       notes=self.notes,
@@ -326,7 +328,10 @@ class Evaluation:
     crafted = self.function.craft(
       attack, key, self.examples[rows], radii[rows].astype(np.float32)
     )
+    if self.tried is None:
+      self.tried = self.examples.images.copy()
     for part, adv, padding in crafted:
+      self.tried[rows[part]] = adv
       work.add(len(adv), padding, attack.passes)
       yes = np.ones(len(adv), bool)
       settle(Ended(rows[part], 0 * rows[part], yes, adv, ~yes))

@@ -36,6 +36,9 @@ class Result:
     notes: where an attack did other than its name says: for few classes.
     checks: tests of whether the accuracy can be trusted, see `checks.Check`.
     seconds: how long it took, in this process and in those before it.
+    tried: where an attack of one call, such as PGD, ended in this process,
+      whether it broke the image or not, float32 [n, h, w, c]; the clean image
+      where none was run, None where all attacks were searches.
   """
 
   clean: np.ndarray
@@ -50,6 +53,7 @@ class Result:
   notes: list[str]
   checks: list[checks.Check]
   seconds: float
+  tried: np.ndarray | None = None
 
   @property
   def passes(self) -> dict[str, int]:

@@ -224,7 +224,10 @@ def _base(values: flags.FlagValues) -> ConfigDict:
     raise ValueError(f"--mode={values.mode} needs --workdir=RUN, or a --config")
   from roli_jax.files import workdir
 
-  return _overridable(workdir.read_config(pathlib.Path(values.workdir)))
+  path = pathlib.Path(values.workdir)
+  if values.mode == "report":
+    path = path.joinpath(*workdir.swept(path)[:1])  # a sweep has its runs' own
+  return _overridable(workdir.read_config(path))
 
 
 def _overridden(config: ConfigDict, words: Sequence[str]) -> dict[str, Any]:

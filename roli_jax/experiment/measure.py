@@ -115,7 +115,7 @@ def run(
   """Runs one test on one split of the run's data.
 
   Without `save`, a split whose pixels take much memory is attacked in pieces,
-  and the result holds no adversarial images.
+  and the result holds the adversarial images of the first piece alone.
 
   Args:
     run: the run.
@@ -212,21 +212,20 @@ def lower(
 
 
 def _joined(results: Sequence[evaluate.Result]) -> evaluate.Result:
-  """Returns the result of all pieces, without adversarial images if several."""
+  """Returns the result of all pieces; `adv` and `tried` are the first one's."""
   if len(results) == 1:
     return results[0]
   arrays = {
     name: np.concatenate([getattr(result, name) for result in results])
     for name, value in vars(results[0]).items()
-    if isinstance(value, np.ndarray) and name != "adv"
+    if isinstance(value, np.ndarray) and name not in ("adv", "tried")
   }
   work: dict[str, batching.Work] = {}
   for result in results:
     for name, one in result.work.items():
       work[name] = work.get(name, batching.Work()) + one
   return dataclasses.replace(
-    results[-1],
-    adv=results[0].adv[:0],
+    results[0],
     work=work,
     notes=list(dict.fromkeys(n for result in results for n in result.notes)),
     checks=checks.worst(result.checks for result in results),

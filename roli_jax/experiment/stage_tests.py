@@ -182,7 +182,8 @@ def add_tests(
   """Runs the tests whose rows are missing, and adds those.
 
   What a long attack (an ensemble, a search) finds beyond a row is written to
-  `evaluations/`, as is its progress, from which a killed run goes on.
+  `evaluations/`, as is its progress, from which a killed run goes on. So are
+  a few images of first seeds.
 
   Args:
     run: the run.
@@ -218,7 +219,23 @@ def add_tests(
       evaluation_files.keep(folder, summary, result, found, save_adv)
     elif attack is not None:
       evaluation_files.keep_checks(root, split, about[-1], result)
+    if isinstance(test, Test) and _keeps_images(run, stage):
+      source = run.data[split]
+      evaluation_files.keep_images(
+        root,
+        about,
+        test.radii,
+        source,
+        source.some(test.num_images),
+        result,
+        measure.on_devices(run, source, predict, variables, stage.seed),
+      )
     _add(results, about, test.values(result), len(result.clean), result.seconds)
+
+
+def _keeps_images(run: Run, stage: Stage) -> bool:
+  """Whether the report shows images of it: of first seeds, of no frontier."""
+  return stage.seed == run.config["seed"] and "-" not in stage.name
 
 
 def _diagnosis(

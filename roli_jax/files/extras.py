@@ -8,6 +8,7 @@ _EXTRA = {  # package -> extra
   "grain": "data",
   "huggingface_hub": "hub",
   "matplotlib": "plots",
+  "plotly": "plots",
   "pyarrow": "data",
   "sklearn": "data",
   "tensorboardX": "track",

@@ -126,6 +126,12 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   return {k: _tuples(v) for k, v in config.items() if k not in _BESIDE}
 
 
+def swept(path: pathlib.Path) -> list[str]:
+  """Returns the names of the runs below a sweep's directory, [] of a run's."""
+  file = path / "sweep.json"
+  return list(json.loads(file.read_text())) if file.is_file() else []
+
+
 def _filled(
   config: Mapping[str, Any], later: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Many runs side by side, paired by seed, and what one run compares beside."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,8 @@ from roli_jax.results.record import Row
 from roli_jax.results.tables import Table, filled, percent, spread
 
 _LEVEL = 0.05  # of error, at which two are called separated
+# The last columns of a table of differences; `_judged` writes their cells.
+_JUDGED = ("mean", "95% Student interval", "each seed", "p_holm", "verdict")
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -162,7 +165,6 @@ def paired(
     (*pair[0], *_judged(points, p_holm))
     for pair, points, p_holm in zip(measured, each, corrected, strict=True)
   ]
-  judged = ("mean", "95% Student interval", "each seed", "p_holm", "verdict")
   count = sum(not math.isnan(p_holm) for p_holm in corrected)
   method = (
     "In points, paired by the seeds that both have. The interval is Student's"
@@ -171,7 +173,7 @@ def paired(
     f" A verdict says what it rests on: p_holm below {_LEVEL:g}, or the"
     " interval only, which chance gives one line in twenty."
   )
-  return Table(title, (*names, *judged), lines, f"{method} {note}".strip())
+  return Table(title, (*names, *_JUDGED), lines, f"{method} {note}".strip())
 
 
 def _points(ours: Values, theirs: Values) -> list[float]:
@@ -196,6 +198,39 @@ def _judged(points: list[float], p_holm: float) -> tuple[str, ...]:
     "" if math.isnan(p_holm) else f"{p_holm:.3g}",
     _verdict(points, low, high, p_holm),
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+  """A line of a table of differences, in points.
+
+  Attributes:
+    name: what is compared.
+    mean: the mean difference.
+    low: the lower end of its 95% interval.
+    high: the upper end.
+    verdict: whether the two are separated.
+  """
+
+  name: str
+  mean: float
+  low: float
+  high: float
+  verdict: str
+
+
+def intervals(table: Table) -> list[Interval]:
+  """Returns the lines of a table of `paired` that have an interval."""
+  found: list[Interval] = []
+  if table.header[-len(_JUDGED) :] != _JUDGED:
+    return found
+  for *names, middle, interval, _, _, verdict in table.rows:
+    if interval:
+      low, high = map(float, interval.strip("[]").split(", "))
+      *compared, accuracy = filter(None, names)
+      name = f"{', '.join(compared)}: {accuracy}"
+      found.append(Interval(name, float(middle), low, high, verdict))
+  return found
 
 
 def _verdict(

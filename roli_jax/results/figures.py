@@ -1,6 +1,5 @@
 """From rows to figures."""
 
-import dataclasses
 import pathlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,9 +17,11 @@ from roli_jax.results.grouping import (
   by_group,
   by_run,
   by_seed,
+  by_step,
   collect,
   kinds,
   measured_curves,
+  told_apart,
 )
 from roli_jax.results.record import Row
 
@@ -37,7 +38,6 @@ _COLOURS = {
   "std": "#edae49",
 }
 _ATTACK_COLOURS = ["#d1495b", "#edae49", "#66a182", "#8d5a97", "#2e4057"]
-_SPLITS = {"train": "training", "val": "adversarial validation"}
 
 
 def write(
@@ -347,17 +347,6 @@ def _colour(group: Group) -> str:
   return _COLOURS["linear" if group.method == "linear" else group.init]
 
 
-def _label(group: Group, groups: Iterable[Group]) -> str:
-  """Returns the group's name, and the settings in which others differ."""
-  alike = [other for other in groups if other.stage == group.stage]
-  parts = [group.name]
-  if len({other.train_size for other in alike}) > 1:
-    parts.append(f"{group.train_size} images")
-  if len({other.steps for other in alike}) > 1:
-    parts.append(f"{group.steps} steps")
-  return "\n".join(parts)
-
-
 def _bars(rows: Sequence[Row]) -> Figure | None:
   """Draws clean and robust accuracy of each group, with whiskers for seeds."""
   tests = record.where(rows, split="test")
@@ -386,8 +375,8 @@ def _bars(rows: Sequence[Row]) -> Figure | None:
             alpha=alpha,
           )
           axis.text(x + side, 2, f"{mean:.1f}", ha="center", fontsize=8)
-    labels = [_label(group, shown) for group in shown]
-    axis.set_xticks(range(len(shown)), labels, fontsize=8)
+    names = ["\n".join(told_apart(group, shown)) for group in shown]
+    axis.set_xticks(range(len(shown)), names, fontsize=8)
     axis.set_title(f"{backbone} backbone, {size} images")
     axis.set_ylim(0, 100)
   axes[0].set_ylabel("test accuracy, %")
@@ -439,29 +428,26 @@ def _evaluations(
 
 def _training(rows: Sequence[Row], log: Sequence[Row]) -> Figure | None:
   """Draws training loss and validation accuracy by step, means over seeds."""
-  groups = {row["cell"]: Group.of(row) for row in rows}
+  held_out = record.where(log, split="val", metric="accuracy")
+  shown = {
+    "training loss": record.where(log, split="train", metric="loss"),
+    "adversarial validation accuracy": [
+      row for row in held_out if row["attack"] != "none"
+    ],
+  }
   figure = _figure(9, 3.8)
   axes = figure.subplots(1, 2)
-  metrics = {"train": "loss", "val": "accuracy"}
-  for axis, (split, metric) in zip(axes, metrics.items(), strict=True):
-    curves: dict[Group, dict[int, list[float]]] = {}
-    for row in record.where(log, split=split, metric=metric):
-      group = groups.get(row["cell"])
-      if group and (split == "train" or row["attack"] != "none"):
-        group = dataclasses.replace(
-          group, stage=row["stage"], steps=row["steps"], lr=row["lr"]
-        )
-        points = curves.setdefault(group, {})
-        points.setdefault(row["step"], []).append(row["value"])
+  for axis, (name, logged) in zip(axes, shown.items(), strict=True):
+    curves = by_step(rows, logged)
     for group, points in curves.items():
       axis.plot(
         list(points),
-        [statistics.mean(values) for values in points.values()],
+        list(points.values()),
         "-" if group.weights == "robust" else "--",
         color=_colour(group),
-        label=f"{_label(group, curves)}, {group.weights}".replace("\n", ", "),
+        label=", ".join([*told_apart(group, curves), group.weights]),
       )
-    axis.set(xlabel="step", ylabel=f"{_SPLITS[split]} {metric}")
+    axis.set(xlabel="step", ylabel=name)
   if not axes[0].lines:
     return None
   axes[0].set_yscale("log")

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from statistics import mean
 from typing import TypeVar
 
 from roli_jax import statistics
@@ -209,3 +210,36 @@ def expected_robustness(points: dict[float, float]) -> float | None:
   if radii[0] != 0:
     return None
   return statistics.expected_robustness(radii, [points[eps] for eps in radii])
+
+
+def told_apart(group: Group, groups: Iterable[Group]) -> list[str]:
+  """Returns the group's name, and the settings in which others differ."""
+  alike = [other for other in groups if other.stage == group.stage]
+  parts = [group.name]
+  if len({other.train_size for other in alike}) > 1:
+    parts.append(f"{group.train_size} images")
+  if len({other.steps for other in alike}) > 1:
+    parts.append(f"{group.steps} steps")
+  return parts
+
+
+def by_step(
+  rows: Iterable[Row], logged: Iterable[Row]
+) -> dict[Group, dict[int, float]]:
+  """Returns the values of a log by group and step, means over seeds.
+
+  Args:
+    rows: the rows of results, which say what group a cell is of.
+    logged: rows of `training.jsonl`, of one metric.
+  """
+  groups = {row["cell"]: Group.of(row) for row in rows}
+  found: dict[Group, dict[int, list[float]]] = {}
+  for row in logged:
+    if group := groups.get(row["cell"]):
+      changes = {field: row[field] for field in ("stage", "steps", "lr")}
+      points = found.setdefault(dataclasses.replace(group, **changes), {})
+      points.setdefault(row["step"], []).append(row["value"])
+  return {
+    group: {step: mean(values) for step, values in points.items()}
+    for group, points in found.items()
+  }

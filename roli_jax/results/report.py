@@ -9,7 +9,7 @@ from statistics import mean
 
 from roli_jax import data
 from roli_jax.evaluate.checks import VERDICTS
-from roli_jax.results import comparison, record
+from roli_jax.results import comparison, page, record
 from roli_jax.results.grouping import (
   CLEAN,
   Attacked,
@@ -337,7 +337,7 @@ def grid(rows: Sequence[Row]) -> Table:
 
 
 def write_sweep(path: pathlib.Path) -> list[Table]:
-  """Writes `report.md` and the figures of a sweep, from its merged rows.
+  """Writes the reports and figures of a sweep, from its merged rows.
 
   Args:
     path: the sweep's directory.
@@ -353,7 +353,7 @@ def write_sweep(path: pathlib.Path) -> list[Table]:
 
 
 def write(path: pathlib.Path) -> list[Table]:
-  """Writes `report.md` and the figures of a run's directory, from its rows.
+  """Writes the reports and figures of a run's directory, from its rows.
 
   Args:
     path: the run's directory.
@@ -381,8 +381,9 @@ def _rows(path: pathlib.Path) -> list[Row]:
 def _written(
   path: pathlib.Path, tables: list[Table], drawn: Iterable[pathlib.Path]
 ) -> list[Table]:
-  """Writes the tables, the figures below them; returns the tables."""
+  """Writes `report.md` and `report.html`; returns the tables."""
   parts = [f"# {path.name}", "", *(table.markdown() for table in tables)]
   parts += [f"![{file.stem}](figures/{file.name})\n" for file in drawn]
   (path / "report.md").write_text("\n".join(parts))
+  page.write(path, tables)
   return tables
