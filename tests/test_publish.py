@@ -187,7 +187,7 @@ def test_both_trackers_have_all_of_a_run(run):
 @pytest.fixture(scope="module")
 def published(run, tmp_path_factory):
   """The directory that was written, what was said, and the hub that has it."""
-  import huggingface_hub
+  from huggingface_hub import constants
 
   out = tmp_path_factory.mktemp("published") / "out"
   with (
@@ -195,8 +195,8 @@ def published(run, tmp_path_factory):
     pytest.MonkeyPatch.context() as patch,
   ):
     # The library has read its variables by now.
-    patch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-    patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(constants, "ENDPOINT", hub.url)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     patch.setenv("HF_TOKEN", hub_server.TOKEN)
     done = cli.run(
       "--mode=publish", f"--workdir={run}", f"--config.output={out}",
