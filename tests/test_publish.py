@@ -1,5 +1,6 @@
 """A trained model for others: in a directory, and on a hub."""
 
+import contextlib
 import csv
 import json
 import os
@@ -13,6 +14,7 @@ import yaml
 from safetensors import numpy as safetensors
 
 from roli_jax import convert, trees
+from roli_jax.experiment import publish_command
 from roli_jax.results import card, record
 from tests import cli, hub_server, web
 
@@ -141,25 +143,29 @@ def test_the_leaderboard_gets_standard_autoattack_alone():
   } <= claim.keys()  # fmt: skip
 
 
-PUBLISH = "--mode=publish"
+def test_the_card_says_how_to_load_what_a_method_adds():
+  meta = {"method": {"name": "vpt", "tokens": 10, "deep": True, "dropout": 0.1}}
+  code = publish_command._use(meta, {"m.safetensors": "", "m.check.npz": "",
+                                     "m.vpt.safetensors": ""})  # fmt: skip
+  assert 'tensors = convert.read("m.vpt.safetensors")' in code
+  assert 'peft.load(bundle, tensors, "vpt", tokens=10, deep=True)' in code
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A finished run whose last stage was searched, and two trackers told."""
+  """A finished run, a search among its tests, that two trackers follow."""
   path = tmp_path_factory.mktemp("publish") / "run"
-  environ = pytest.MonkeyPatch()
-  environ.setenv("WANDB_MODE", "offline")
-  environ.setenv("WANDB_SILENT", "true")
-  words = (f"{cli.GLYPHS}:method=bias,init=ranli", *cli.TINY)
-  fast = (
-    '--config.cells=({"method": "bias", "init": "ranli", "tests":'
+  tests = (
+    '--config.cells=({"method": "linear", "init": "roli", "tests":'
     ' (("apgd_ce", "linf", "0.1", 24),)},)'
   )
-  done = cli.run(
-    *words, fast, f"--workdir={path}", "--config.track=tensorboard,wandb"
-  )
-  environ.undo()
+  words = (f"{cli.GLYPHS}:method=linear", *cli.TINY, tests)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("WANDB_MODE", "offline")
+    patch.setenv("WANDB_SILENT", "true")
+    done = cli.run(
+      *words, f"--workdir={path}", "--config.track=tensorboard,wandb"
+    )
   assert done.returncode == 0, done.stderr
   return path
 
@@ -178,13 +184,32 @@ def test_both_trackers_have_all_of_a_run(run):
   assert list((run / "wandb").rglob("is_0_said*.png"))
 
 
-@pytest.mark.slow
-def test_a_directory_says_all_and_loads_again(run, tmp_path):
-  out = tmp_path / "out"
-  words = (PUBLISH, f"--workdir={run}", f"--config.output={out}")
-  done = cli.run(*words)
+@pytest.fixture(scope="module")
+def published(run, tmp_path_factory):
+  """The directory that was written, what was said, and the hub that has it."""
+  from huggingface_hub import constants
+
+  out = tmp_path_factory.mktemp("published") / "out"
+  with (
+    web.serving(hub_server.Hub) as hub,
+    pytest.MonkeyPatch.context() as patch,
+  ):
+    # The library has read its variables by now.
+    patch.setattr(constants, "ENDPOINT", hub.url)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    patch.setenv("HF_TOKEN", hub_server.TOKEN)
+    done = cli.run(
+      "--mode=publish", f"--workdir={run}", f"--config.output={out}",
+      "--config.repo=me/mine",
+    )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  assert "robustbench.json has no robust accuracy" in done.stdout
+  return out, done.stdout, hub
+
+
+@pytest.mark.slow
+def test_a_directory_says_all(run, published):
+  out, said, _ = published
+  assert "robustbench.json has no robust accuracy" in said
   names = {file.name for file in out.iterdir()}
   assert names == {
     "README.md", "config.json", "glyph_vit.safetensors", "model.safetensors",
@@ -195,25 +220,7 @@ def test_a_directory_says_all_and_loads_again(run, tmp_path):
     assert f"| {name} |" in text, name
   rows = record.read(run / "results.jsonl")
   clean = record.where(rows, split="test", attack="none")[0]["value"]
-  assert f"| clean | {100 * clean:.1f} |" in text
-  assert "AutoAttack" not in text and "APGD_CE" in text
-
-  (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-  seen = np.load(out / "glyph_vit.check.npz")
-  names = {"images": seen["images"]}
-  monkey = pytest.MonkeyPatch()
-  with monkey.context() as patch:
-    patch.chdir(out)
-    exec(code, names)
-  np.testing.assert_allclose(names["logits"], seen["logits"], atol=1e-4)
-  theirs = convert.load(
-    safetensors.load_file(out / "model.safetensors"), "glyph_vit"
-  )
-  for path, leaf in trees.paths(theirs.params).items():
-    np.testing.assert_array_equal(
-      leaf, trees.paths(names["bundle"].params)[path]
-    )
-
+  assert f"| clean | {100 * clean:.1f} |" in text and "APGD_CE" in text
   with (out / "flags-apgd_ce-linf-0.1.csv").open() as file:
     lines = list(csv.DictReader(file))
   robust = record.where(rows, attack="apgd_ce")[0]["value"]
@@ -225,19 +232,29 @@ def test_a_directory_says_all_and_loads_again(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hub_gets_what_the_directory_has(run, hub, tmp_path):
-  out = tmp_path / "out"
-  words = (
-    PUBLISH, f"--workdir={run}", f"--config.output={out}",
-    "--config.repo=me/mine",
-  )  # fmt: skip
-  done = subprocess.run(
-    cli.command(*words), cwd=cli.ROOT, text=True, capture_output=True,
-    env={**cli.environment(), **settings(hub, tmp_path)},
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  for file in out.iterdir():
-    assert hub.files[f"me/mine/{file.name}"] == file.read_bytes()
+def test_its_weights_load_as_the_card_says_and_under_other_names(published):
+  out, _, _ = published
+  text = (out / "README.md").read_text()
+  (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  seen = np.load(out / "glyph_vit.check.npz")
+  names = {"images": seen["images"]}
+  with contextlib.chdir(out):
+    exec(code, names)
+  np.testing.assert_allclose(names["logits"], seen["logits"], atol=1e-4)
+  ours = trees.paths(names["bundle"].params)
+  theirs = convert.load(
+    safetensors.load_file(out / "model.safetensors"), "glyph_vit"
+  )
+  for path, leaf in trees.paths(theirs.params).items():
+    np.testing.assert_array_equal(leaf, ours[path])
+
+
+@pytest.mark.slow
+def test_a_hub_has_what_the_directory_has(published):
+  out, said, hub = published
+  assert f"uploaded: {hub.url}/me/mine/commit/abc" in said
+  kept = {f"me/mine/{file.name}": file.read_bytes() for file in out.iterdir()}
+  assert hub.files == kept
   claim = json.loads((out / "robustbench.json").read_text())
   assert claim["checkpoint"] == f"{hub.url}/me/mine"
 
@@ -252,6 +269,6 @@ def test_a_hub_gets_what_the_directory_has(run, hub, tmp_path):
   ],
 )
 def test_a_mistake_is_told_before_anything_is_written(run, words, message):
-  done = cli.run(PUBLISH, f"--workdir={run}", *words)
+  done = cli.run("--mode=publish", f"--workdir={run}", *words)
   assert done.returncode == 2 and message in done.stderr
   assert not (cli.ROOT / "x").exists()

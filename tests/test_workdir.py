@@ -49,6 +49,7 @@ def test_a_run_of_before_a_field_goes_on_without_it(tmp_path):
   assert workdir.read_config(tmp_path)["data"] == data
   assert workdir.claim(tmp_path, {"data": data}) == []
   assert workdir.claim(tmp_path, {"data": {**data, "download": True}}) == []
+  assert workdir.claim(tmp_path, {"data": data, "track": "wandb"}) == []
   with pytest.raises(ValueError, match=r"data\.layout: '' -> 'classes'"):
     workdir.claim(tmp_path, {"data": {**data, "layout": "classes"}})
 

@@ -23,6 +23,8 @@ _FILES = {
   "config.json": "the model's sizes, mean and std; the run's config",
   "robustbench.json": "what RobustBench's form for new models asks for",
 }
+# What `peft.load` has to be told of a method that adds to a backbone.
+_SIZES = ("reduction", "tokens", "deep")
 _FLAGS = ("clean", "robust", "broken_by", "distance", "margin")
 
 
@@ -164,12 +166,10 @@ def _use(meta: Mapping[str, Any], weights: Mapping[str, str]) -> str:
   lines = [f"from roli_jax import convert{', peft' * bool(others)}", ""]
   lines.append(f'bundle = convert.load("{file}")')
   for added in others:
-    about = dict(meta["method"])
-    name = about.pop("name")
-    about.pop("dropout", None)
-    given = "".join(f", {k}={v!r}" for k, v in about.items())
-    lines.append(f'tensors = convert.read("{added}")')
-    lines.append(f'bundle = peft.load(bundle, tensors, "{name}"{given})')
+    method = meta["method"]
+    sizes = (f", {k}={method[k]!r}" for k in _SIZES if k in method)
+    call = f'peft.load(bundle, tensors, "{method["name"]}"{"".join(sizes)})'
+    lines += [f'tensors = convert.read("{added}")', f"bundle = {call}"]
   lines.append("# images [b, h, w, c] in [0, 1], of any size")
   lines.append(
     "logits = bundle.model.logits(bundle.params, bundle.stats, images)"
