@@ -13,6 +13,7 @@ have found, `result` is what comes out. `checks` tests in each evaluation
 whether its number can be trusted; `diagnosis` does so by attacks of its own.
 """
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -44,6 +45,8 @@ def run(
 ) -> Result:
   """Attacks each image that is classified as labelled, and judges the result.
 
+  Of a targeted attack each image that is not at its target yet; see `Result`.
+
   Of an ensemble such as AutoAttack each attack sees what those before it left.
   Jobs (an image, with a target or a restart) are packed into few fixed sizes
   of batches; who falls leaves at once.
@@ -55,7 +58,8 @@ def run(
       arguments: each call sees that as it is then. -inf masks a class.
     images: [n, h, w, c], floats in the box of the threat model; attacked and
       judged in float32.
-    labels: [n], integers within the logits' width.
+    labels: [n], integers within the logits' width; the targets, of a targeted
+      attack.
     attack: None measures clean accuracy alone.
     params: the first argument of `logits_fn`, a tree of arrays.
     seed: decides the attacks' noise, an int >= 0.
@@ -102,6 +106,8 @@ def run_on(
   images, labels = np.asarray(images), np.asarray(labels)
   indices = np.arange(len(images)) if indices is None else np.asarray(indices)
   inputs.check_inputs(images, labels, indices, attack)
+  if attack is not None:
+    function = dataclasses.replace(function, targeted=attack.targeted)
   inputs.check_function(function, labels, attack)
   examples = Examples(
     images.astype(np.float32),
