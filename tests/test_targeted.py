@@ -39,7 +39,7 @@ def test_it_reaches_targets_within_the_ball(toy, name):
   assert reached.mean() > (0.2 if name in ("fgsm", "square") else 0.4)
 
 
-# Not APGD on cross-entropy, whose history of values begins at 0 towards targets,
+# Not APGD on cross-entropy: towards targets its history of values begins at 0,
 # as in the official code.
 @pytest.mark.parametrize("name", ["pgd", "apgd_dlr", "fab", "square"])
 def test_of_two_classes_to_reach_one_is_to_leave_the_other(toy, name):

@@ -9,7 +9,7 @@ which images it shares a batch with, nor on interruptions.
 arguments that can't be meant, `tracing` and `classifier` put the function on
 the devices, `engine` decides who attacks whom and judges what was found,
 `batching` packs searches into batches, `ledger` keeps what an attack's jobs
-have found, `result` is what comes out. `checks` tests in each evaluation
+have found, `host` calls functions that JAX can't trace, `result` is what comes out. `checks` tests in each evaluation
 whether its number can be trusted; `diagnosis` does so by attacks of its own.
 """
 
@@ -25,6 +25,7 @@ from roli_jax import attacks
 from roli_jax.evaluate import classifier, inputs
 from roli_jax.evaluate.classifier import Examples
 from roli_jax.evaluate.engine import Evaluation
+from roli_jax.evaluate.host import foreign
 from roli_jax.evaluate.result import Result
 from roli_jax.types import PyTree
 
@@ -120,4 +121,4 @@ def run_on(
   return now.result(time.perf_counter() - started)
 
 
-__all__ = ["Result", "run", "run_on"]
+__all__ = ["Result", "foreign", "run", "run_on"]
