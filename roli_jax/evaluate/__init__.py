@@ -9,8 +9,9 @@ which images it shares a batch with, nor on interruptions.
 arguments that can't be meant, `tracing` and `classifier` put the function on
 the devices, `engine` decides who attacks whom and judges what was found,
 `batching` packs searches into batches, `ledger` keeps what an attack's jobs
-have found, `host` calls functions that JAX can't trace, `result` is what comes out. `checks` tests in each evaluation
+have found, `result` is what comes out. `checks` tests in each evaluation
 whether its number can be trusted; `diagnosis` does so by attacks of its own.
+`host` makes functions of those that JAX can't trace.
 """
 
 import dataclasses
