@@ -56,7 +56,7 @@ def foreign(
 
 
 def _called(
-  fn: Callable[..., Any], shape: tuple[int, ...], *args: jax.Array
+  fn: Callable[..., Any], shape: tuple[int, ...], *args: jax.Array | np.ndarray
 ) -> jax.Array:
   """Returns what the function makes of the arrays, float32 of that shape."""
 
