@@ -172,6 +172,14 @@ class Surrogate:
   climb: Callable[..., Float[Array, " b"]]
   loss: Callable[[Float[Array, " b"]], Float[Array, " b"]] = _same
 
+  @property
+  def lowered(self) -> "Surrogate":
+    """What a targeted attack raises: minus the loss of its targets."""
+    return Surrogate(
+      lambda logits, targets: -self.climb(logits, targets),
+      lambda values: -self.loss(-values),
+    )
+
 
 SURROGATES = {
   "ce": Surrogate(log_odds, jax.nn.softplus),

@@ -43,7 +43,8 @@ def build(name: str, threat: ThreatModel, **fields: Any) -> Attack:
     name: one of `ATTACKS`.
     threat: the ball and the box.
     **fields: the attack's own, as its class documents them; `step_size` may be
-      text such as `2/255` or `eps/4`.
+      text such as `2/255` or `eps/4`. With `targeted=True` labels are targets:
+      of fgsm, pgd, apgd_ce, apgd_dlr, fab and square.
 
   Raises:
     ValueError: an unknown name or field, or a value out of its range.

@@ -144,7 +144,8 @@ class Apgd(search.Search[ApgdState]):
     low = fresh["merit"]
     zeros = jnp.zeros_like(low)
     # The official history starts with a zero: all cross-entropies are above.
-    last = low if self.loss == "ce" and not self.num_targets else zeros
+    aims = self.num_targets or self.targeted
+    last = low if self.loss == "ce" and not aims else zeros
     return ApgdState(
       **fresh,
       x=x,
@@ -174,11 +175,16 @@ class Apgd(search.Search[ApgdState]):
     def climb(logits: Logits) -> Float[Array, " b"]:
       if self.num_targets:
         return losses.TOWARDS[self.loss](logits, job.labels, job.targets)
-      return losses.SURROGATES[self.loss].climb(logits, job.labels)
+      raised = losses.SURROGATES[self.loss]
+      raised = raised.lowered if self.targeted else raised
+      return raised.climb(logits, job.labels)
+
+    def succeeds(logits: Logits) -> Bool[Array, " b"]:
+      return self.succeeds(logits, job.labels)
 
     draws = fold(job.keys, state.i)
     value, grads, wrong = search.ascent(
-      climb, classify, state.x, job.labels, draws, self.eot
+      climb, succeeds, classify, state.x, draws, self.eot
     )
     move = self._step_l1 if self.threat.norm == "l1" else self._step
     here = (value.astype(state.x.dtype), grads, wrong)

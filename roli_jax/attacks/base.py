@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roli_jax import trees
+from roli_jax import losses, trees
 from roli_jax.threat import ThreatModel
 from roli_jax.types import (
   Array,
@@ -27,6 +27,14 @@ T = TypeVar("T")
 def static(default: Any) -> Any:
   """A dataclass field of an attack's structure: another value recompiles."""
   return dataclasses.field(default=default, metadata=trees.STATIC)
+
+
+def target_field() -> Any:
+  """The field `targeted`, which leaves the repr as it was before there was one.
+
+  An evaluation's progress on disk is known by that repr; it keeps this beside.
+  """
+  return dataclasses.field(default=False, repr=False, metadata=trees.STATIC)
 
 
 def where(rows: Bool[Array, " b"], yes: T, no: T) -> T:
@@ -95,6 +103,8 @@ class Attack:
       `kl` takes the clean logits in place of labels.
     parts: the attacks that are run in its place, each on the images that the
       ones before it did not break.
+    targeted: whether labels are targets: classes to reach, and not to leave. A
+      field of those attacks that can.
     stop: whether an image that is misclassified is attacked no further.
     is_search: whether it is run step by step, as a `Search`, or by one call.
     is_ensemble: whether it runs several attacks.
@@ -105,6 +115,7 @@ class Attack:
   """
 
   threat: ThreatModel
+  targeted: bool = False
   stop: bool = True
   is_search: ClassVar[bool] = False
   is_ensemble: ClassVar[bool] = False
@@ -161,6 +172,11 @@ class Attack:
       " apgd_ce or apgd_dlr"
     )
 
+  def succeeds(self, logits: Logits, labels: Labels) -> Bool[Array, " b"]:
+    """Returns who is misclassified; or, if it is targeted, at their target."""
+    at_label = losses.correct(logits, labels)
+    return at_label if self.targeted else ~at_label
+
   def run_in(self, evaluation: Any) -> None:
     """Runs `parts` on the images that still stand.
 
@@ -186,7 +202,8 @@ class Attack:
     Args:
       logits_fn: `images -> logits`.
       images: the clean ones, within the box, [b, *image].
-      labels: their classes, [b]; clean logits [b, k] for the loss `kl`.
+      labels: their classes, [b], or targets, if it is targeted; clean logits
+        [b, k] for the loss `kl`.
       keys: one random key for each image, [b].
 
     Returns:

@@ -103,8 +103,8 @@ class Fab(search.Search[FabState]):
   def step(self, classify: Classify, job: Job, state: FabState) -> FabState:
     threat, x0 = self.within(job), jnp.asarray(job.images)
     draws = fold(job.keys, state.i)
-    if self.num_targets:
-      gap, normal = _towards(classify, job, state.x, draws)
+    if self.num_targets or self.targeted:
+      gap, normal = self._towards(classify, job, state.x, draws)
     else:
       gap, normal = _nearest(classify, job, state.x, draws, threat.norm)
     b = len(x0)
@@ -125,7 +125,7 @@ class Fab(search.Search[FabState]):
     x = (state.x + OVERSHOOT * ways[0]) * (1 - bias)
     x = jnp.clip(x + (x0 + OVERSHOOT * ways[1]) * bias, threat.low, threat.high)
 
-    wrong = ~losses.correct(classify(x, draws), job.labels)
+    wrong = self.succeeds(classify(x, draws), job.labels)
     distance = threat.distance(x, x0)
     nearer = wrong & (distance < state.distance)
     adv, best = search.where(nearer, (x, distance), (state.adv, state.distance))
@@ -142,25 +142,29 @@ class Fab(search.Search[FabState]):
       merit=-best,
     )
 
+  def _towards(
+    self, classify: Classify, job: Job, x: Images, draws: Keys
+  ) -> tuple[Float[Array, " b"], Images]:
+    """Returns the target's logit minus the label's, and its gradient in x.
+
+    If it is targeted, minus the best other one. Both are scaled by the same
+    power of two for each image, see `near_one`.
+    """
+
+    def value(x: Images) -> tuple[Float[Array, ""], Float[Array, " b"]]:
+      logits = classify(x, draws)
+      if self.targeted:
+        gap = -losses.margin(logits, job.labels)
+      else:
+        gap = losses.margin_towards(logits, job.labels, job.targets)
+      return gap.sum(), gap
+
+    normal, gap = jax.grad(value, has_aux=True)(x)
+    normal, gap = near_one(base.finite(normal), gap)
+    return gap, normal
+
   def pick(self, job: Job, state: FabState) -> Images:
     return search.where(state.distance <= job.eps, state.adv, job.images)
-
-
-def _towards(
-  classify: Classify, job: Job, x: Images, draws: Keys
-) -> tuple[Float[Array, " b"], Images]:
-  """Returns the target's logit minus the label's, and its gradient in x.
-
-  Both are scaled by the same power of two for each image, see `near_one`.
-  """
-
-  def value(x: Images) -> tuple[Float[Array, ""], Float[Array, " b"]]:
-    gap = losses.margin_towards(classify(x, draws), job.labels, job.targets)
-    return gap.sum(), gap
-
-  normal, gap = jax.grad(value, has_aux=True)(x)
-  normal, gap = near_one(base.finite(normal), gap)
-  return gap, normal
 
 
 def _nearest(

@@ -56,6 +56,7 @@ class Pgd(base.Attack):
       `last`: the last one.
     loss: the surrogate that is raised, a name in `losses.SURROGATES`. `kl`
       takes the clean logits in place of labels.
+    targeted: whether labels are targets, whose loss is lowered.
   """
 
   threat: ThreatModel
@@ -65,11 +66,14 @@ class Pgd(base.Attack):
   random_start: bool = base.static(True)
   keep: str = base.static("sample")
   loss: str = base.static("ce")
+  targeted: bool = base.target_field()
   is_long: ClassVar[bool] = False
 
   def __post_init__(self):
     specs.lookup(dict.fromkeys(KEEP), self.keep, "keep")
     specs.lookup(losses.SURROGATES, self.loss, "loss")
+    if self.targeted and self.loss == "kl":
+      raise ValueError("the loss kl aims at no class: take ce, margin or dlr")
     if isinstance(self.num_steps, int) and self.num_steps < 0:
       raise ValueError(f"num_steps must be >= 0, got {self.num_steps}")
     if self.num_restarts < 1:
@@ -114,7 +118,7 @@ class Pgd(base.Attack):
     labels: Labels | Logits,
     keys: Keys,
   ) -> Images:
-    surrogate = losses.SURROGATES[self.loss]
+    surrogate = self._surrogate
     eps = self.threat.eps
     step_size = eps / 4 if self.step_size is None else self.step_size
     step_size = threat.per_image(step_size, images)
@@ -122,8 +126,10 @@ class Pgd(base.Attack):
     def climb(x: Images) -> tuple[jax.Array, jax.Array]:
       logits = logits_fn(x)
       values = surrogate.climb(logits, labels)
-      # Logits that rank nothing are a break: nothing is higher.
-      kept = jnp.where(losses.is_ranking(logits), values, jnp.inf)
+      # Logits that rank nothing are a break: nothing is higher. They reach no
+      # target.
+      most = -jnp.inf if self.targeted else jnp.inf
+      kept = jnp.where(losses.is_ranking(logits), values, most)
       return values.sum(), kept  # each image's gradient is its own
 
     def step(
@@ -153,6 +159,11 @@ class Pgd(base.Attack):
       best = jax.lax.fori_loop(1, self.num_restarts, restart, best)
     return best[0]
 
+  @property
+  def _surrogate(self) -> losses.Surrogate:
+    raised = losses.SURROGATES[self.loss]
+    return raised.lowered if self.targeted else raised
+
   def _start(self, images: Images, keys: Keys) -> Images:
     if not self.random_start:
       return images
@@ -168,7 +179,7 @@ class Pgd(base.Attack):
     best_x, best_values = best
     wins = values > best_values
     if self.keep == "batch":
-      loss = losses.SURROGATES[self.loss].loss
+      loss = self._surrogate.loss
       higher = loss(values).mean() > loss(best_values).mean()
       wins = jnp.broadcast_to(higher, values.shape)
     return base.where(wins, (x, values), (best_x, best_values))
@@ -184,11 +195,13 @@ class Fgsm(base.Attack):
     loss: the surrogate that is raised, a name in `losses.SURROGATES`.
     random_start: whether the step starts at a uniform draw from the ball, and
       is 1.25 times as long (Wong et al. 2020, FGSM-RS): for training.
+    targeted: whether labels are targets, whose loss is lowered.
   """
 
   threat: ThreatModel
   loss: str = base.static("ce")
   random_start: bool = base.static(False)
+  targeted: bool = base.target_field()
   passes: ClassVar[tuple[int, int]] = (1, 1)
   is_long: ClassVar[bool] = False
 
@@ -215,5 +228,6 @@ class Fgsm(base.Attack):
       random_start=self.random_start,
       keep="last",
       loss=self.loss,
+      targeted=self.targeted,
     )
     return step(logits_fn, images, labels, keys)

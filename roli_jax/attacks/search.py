@@ -39,8 +39,8 @@ Classify = Callable[[Images, Keys], Logits]
 
 # The best image of all jobs so far, its merit, and whether the search is over.
 _BestJob = tuple[Images, Float[Array, " b"], Bool[Array, " b"]]
-# The values that are climbed, their gradients, and who is misclassified: in a
-# draw 1 or 0, over all draws a bool.
+# The values that are climbed, their gradients, and who succeeds: in a draw 1 or
+# 0, over all draws a bool.
 _Draw = tuple[Float[Array, " b"], Images, Float[Array, " b"]]
 Ascent = tuple[Float[Array, " b"], Images, Bool[Array, " b"]]
 
@@ -57,6 +57,9 @@ class Search(base.Attack, Generic[S]):
     stop: whether an image's search ends as soon as it is misclassified.
     eot: draws of a randomised function over which each step averages its loss
       and gradient, >= 1 (expectation over transformation, Athalye et al. 2018).
+    targeted: whether labels are targets: one class for each image, which the
+      caller chooses, to reach. (`num_targets` are chosen by their logits, and
+      aimed at to leave the label.)
   """
 
   threat: ThreatModel
@@ -64,6 +67,7 @@ class Search(base.Attack, Generic[S]):
   num_targets: int = base.static(0)
   stop: bool = base.static(True)
   eot: int = base.static(1)
+  targeted: bool = base.target_field()
   is_search: ClassVar[bool] = True
 
   def __post_init__(self):
@@ -72,6 +76,11 @@ class Search(base.Attack, Generic[S]):
         raise ValueError(f"{field} must be >= 1, got {getattr(self, field)}")
     if self.num_targets < 0:
       raise ValueError(f"num_targets must be >= 0, got {self.num_targets}")
+    if self.targeted and self.num_targets:
+      raise ValueError(
+        "an attack with num_targets chooses its own: with targeted=True take"
+        " apgd_ce, apgd_dlr, fab or square"
+      )
 
   @property
   def length(self) -> int:
@@ -162,18 +171,19 @@ class Search(base.Attack, Generic[S]):
   ) -> Images:
     """Runs the jobs of each image one after the other and returns the best.
 
-    Images that are misclassified as they are come back unchanged.
+    Images that are misclassified as they are, or at their target, come back
+    unchanged.
 
     Args:
       logits_fn: `images -> logits`, or `(images, key) -> logits`.
       images: the clean ones, within the box, [b, *image].
-      labels: their classes, [b].
+      labels: their classes, or targets if it is targeted, [b].
       keys: one random key for each image, [b].
       stochastic: whether `logits_fn` takes a key.
     """
     classify = keyed(logits_fn, stochastic)
     logits = classify(images, keys)
-    right = losses.correct(logits, labels)
+    over = self.succeeds(logits, labels)
     num_classes = logits.shape[-1]
     rivals = losses.rivals(logits, labels, max(1, self.targets(num_classes)))
 
@@ -198,7 +208,7 @@ class Search(base.Attack, Generic[S]):
       )
       return best, merit, over | (state.found & self.stop)
 
-    none = (jnp.asarray(images), jnp.full(labels.shape, -jnp.inf), ~right)
+    none = (jnp.asarray(images), jnp.full(labels.shape, -jnp.inf), over)
     return jax.lax.fori_loop(0, self.jobs(num_classes), run, none)[0]
 
 
@@ -291,29 +301,29 @@ def keyed(logits_fn: Callable[..., Logits], stochastic: bool) -> Classify:
 
 def ascent(
   climb: Callable[[Logits], Float[Array, " b"]],
+  succeeds: Callable[[Logits], Bool[Array, " b"]],
   classify: Classify,
   images: Images,
-  labels: Labels,
   keys: Keys,
   num_draws: int = 1,
 ) -> Ascent:
-  """Returns the value that is climbed, its gradient, and who is misclassified.
+  """Returns the value that is climbed, its gradient, and who succeeds.
 
-  Over several draws it returns means, and whether most draws are misclassified.
+  Over several draws it returns means, and whether most draws succeed.
   (Official AutoAttack averages the gradients alone, and takes the rest from the
   last draw.)
 
   Args:
     climb: `logits -> [b]`, the value of each image.
+    succeeds: `logits -> [b]`, which images are where the attack wants them.
     classify: the function under attack.
     images: where the gradient is taken, [b, *image].
-    labels: their classes.
     keys: one random key for each image.
     num_draws: how many draws of a randomised function, >= 1.
 
   Returns:
     Values [b], gradients in the pixels [b, *image] with 0 in place of values
-    that are not finite, and the mask of misclassified images [b].
+    that are not finite, and the mask of success [b].
   """
 
   def values(
@@ -321,7 +331,7 @@ def ascent(
   ) -> tuple[Float[Array, ""], tuple[Float[Array, " b"], Bool[Array, " b"]]]:
     logits = classify(x, draw_keys)
     value = climb(logits)
-    return value.sum(), (value, ~losses.correct(logits, labels))
+    return value.sum(), (value, succeeds(logits))
 
   def draw(k: int | jax.Array, total: _Draw | None) -> _Draw:
     grads, (value, wrong) = jax.grad(values, has_aux=True)(

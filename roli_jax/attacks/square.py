@@ -102,10 +102,12 @@ class Square(search.Search[SquareState]):
     draws = fold(job.keys, state.i)
 
     def look(k: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-      """The margins, and who is misclassified (1 or 0), of one draw, [b]."""
+      """The margins, and who succeeds (1 or 0), of one draw, [b]."""
       logits = classify(x, fold(draws, k))
-      wrong = ~losses.correct(logits, job.labels)
-      return -losses.margin(logits, job.labels), wrong.astype(x.dtype)
+      wrong = self.succeeds(logits, job.labels)
+      ahead = losses.margin(logits, job.labels)
+      margin = ahead if self.targeted else -ahead
+      return margin, wrong.astype(x.dtype)
 
     total = look(0)
     if self.eot > 1:

@@ -11,8 +11,10 @@ the devices, `engine` decides who attacks whom and judges what was found,
 `batching` packs searches into batches, `ledger` keeps what an attack's jobs
 have found, `result` is what comes out. `checks` tests in each evaluation
 whether its number can be trusted; `diagnosis` does so by attacks of its own.
+`host` makes functions of those that JAX can't trace.
 """
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from roli_jax import attacks
 from roli_jax.evaluate import classifier, inputs
 from roli_jax.evaluate.classifier import Examples
 from roli_jax.evaluate.engine import Evaluation
+from roli_jax.evaluate.host import foreign
 from roli_jax.evaluate.result import Result
 from roli_jax.types import PyTree
 
@@ -44,6 +47,8 @@ def run(
 ) -> Result:
   """Attacks each image that is classified as labelled, and judges the result.
 
+  Of a targeted attack each image that is not at its target yet; see `Result`.
+
   Of an ensemble such as AutoAttack each attack sees what those before it left.
   Jobs (an image, with a target or a restart) are packed into few fixed sizes
   of batches; who falls leaves at once.
@@ -55,7 +60,8 @@ def run(
       arguments: each call sees that as it is then. -inf masks a class.
     images: [n, h, w, c], floats in the box of the threat model; attacked and
       judged in float32.
-    labels: [n], integers within the logits' width.
+    labels: [n], integers within the logits' width; the targets, of a targeted
+      attack.
     attack: None measures clean accuracy alone.
     params: the first argument of `logits_fn`, a tree of arrays.
     seed: decides the attacks' noise, an int >= 0.
@@ -102,6 +108,8 @@ def run_on(
   images, labels = np.asarray(images), np.asarray(labels)
   indices = np.arange(len(images)) if indices is None else np.asarray(indices)
   inputs.check_inputs(images, labels, indices, attack)
+  if attack is not None:
+    function = dataclasses.replace(function, targeted=attack.targeted)
   inputs.check_function(function, labels, attack)
   examples = Examples(
     images.astype(np.float32),
@@ -114,4 +122,4 @@ def run_on(
   return now.result(time.perf_counter() - started)
 
 
-__all__ = ["Result", "run", "run_on"]
+__all__ = ["Result", "foreign", "run", "run_on"]

@@ -102,8 +102,9 @@ def of_outputs(
   few = slice(0, MOST)
   examples, clean = examples[few], clean[few]
   logits = logits[few].astype(np.float64)
+  accuracy = _accuracy(clean, logits.shape[1], examples.indices)
   return [
-    _accuracy(clean, logits.shape[1], examples.indices),
+    *([] if function.targeted else [accuracy]),  # targets are no labels
     _alone(function, examples, logits),
     _logits(logits, examples.indices),
     _scale(logits, examples.indices),

@@ -66,6 +66,7 @@ class Classifier:
       for the function's own. The judge always runs the function as it is, its
       products in float32 at highest precision.
     seed: decides the judge's draws, an int >= 0.
+    targeted: whether labels are targets, for the judge.
   """
 
   programs: tracing.Programs
@@ -75,6 +76,7 @@ class Classifier:
   stochastic: bool = False
   dtype: str | None = None
   seed: int = 0
+  targeted: bool = False
 
   @property
   def sizes(self) -> tuple[int, ...]:
@@ -91,11 +93,17 @@ class Classifier:
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Whether images are classified as labelled, margins, and logits.
 
+    If labels are targets, whether images are classified otherwise.
+
     Returns:
-      bool [n]; the label's logit minus the best other, [n]; logits [n, k].
+      bool [n]; the label's logit minus the best other, or if it is a target the
+      best other minus that, [n]; logits [n, k].
     """
     draws = DRAWS if self.stochastic else 1
-    return self._on_all(_judge, draws, "judge", examples)
+    at_label, margin, logits = self._on_all(_judge, draws, "judge", examples)
+    if self.targeted:
+      return ~at_label, -margin, logits
+    return at_label, margin, logits
 
   def slopes(
     self, examples: Examples

@@ -81,6 +81,7 @@ class Evaluation:
       # A long array's repr leaves most of it out.
       "radii": journal.digest(*map(np.asarray, jax.tree.leaves(attack))),
       "seed": self.function.seed,
+      "targeted": self.function.targeted,
       "images": journal.digest(examples.images, examples.indices),
       "labels": journal.digest(examples.labels.astype(np.int64)),
       "params": journal.digest(*params) if params else None,
@@ -178,6 +179,7 @@ class Evaluation:
       notes=self.notes,
       checks=[*self.checks, *found],
       seconds=seconds + before,
+      targeted=self.function.targeted,
     )
 
   def _radii(self, threat: ThreatModel) -> np.ndarray:

@@ -95,8 +95,9 @@ def check_function(
   if function.programs.no_slope and attack.passes[1]:
     raise ValueError(
       f"{attack.name} climbs gradients, and the function has none"
-      f" ({function.programs.no_slope}); take `square`, or give it a derivative"
-      " with jax.custom_vjp (docs/evaluation.md)"
+      f" ({function.programs.no_slope}); take `square`, or give it a"
+      " derivative: the vjp of evaluate.foreign, or jax.custom_vjp"
+      " (docs/evaluation.md)"
     )
 
 

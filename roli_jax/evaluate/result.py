@@ -13,6 +13,9 @@ from roli_jax.evaluate import batching, checks
 class Result:
   """What became of each image; NumPy arrays, one entry an image.
 
+  Of a targeted attack, whose labels are targets, read "is not at its target"
+  for "is classified as labelled", and "at its target" for "misclassified".
+
   Attributes:
     clean: whether the clean image is classified as labelled, bool [n].
     robust: whether it is, and so are all images that the attacks found, bool
@@ -39,6 +42,7 @@ class Result:
     tried: where an attack of one call, such as PGD, ended in this process,
       whether it broke the image or not, float32 [n, h, w, c]; the clean image
       where none was run, None where all attacks were searches.
+    targeted: whether the attack was.
   """
 
   clean: np.ndarray
@@ -54,6 +58,7 @@ class Result:
   checks: list[checks.Check]
   seconds: float
   tried: np.ndarray | None = None
+  targeted: bool = False
 
   @property
   def passes(self) -> dict[str, int]:
@@ -73,17 +78,23 @@ class Result:
     return self.clean & (self.min_distance > eps)
 
   def summary(self) -> dict[str, Any]:
-    """Totals as plain values; rates come with 95% Wilson intervals."""
+    """Totals as plain values; rates come with 95% Wilson intervals.
+
+    Of a targeted attack `reached` has the rates of images that are at their
+    target: clean, and after the attack.
+    """
 
     def rate(flags: np.ndarray) -> dict[str, float]:
       low, high = statistics.wilson(int(flags.sum()), len(flags))
       return {"value": float(flags.mean()), "low": low, "high": high}
 
+    reached = {"clean": rate(~self.clean), "attacked": rate(~self.robust)}
     names, counts = np.unique(self.broken_by, return_counts=True)
     return {
       "n": len(self.clean),
       "clean": rate(self.clean),
       "robust": rate(self.robust),
+      **({"reached": reached} if self.targeted else {}),
       "broken_by": dict(zip(names.tolist(), counts.tolist(), strict=True)),
       "passes": self.passes,
       "seconds": self.seconds,

@@ -308,7 +308,7 @@ def _untraceable(
     )
   return problem + (
     "\nA network of NumPy, PyTorch or TensorFlow goes through"
-    " jax.pure_callback: docs/evaluation.md has the ten lines."
+    " evaluate.foreign(fn, vjp): docs/evaluation.md has examples."
   )
 
 

@@ -215,7 +215,7 @@ def _joined(results: Sequence[evaluate.Result]) -> evaluate.Result:
   """Returns the result of all pieces; `adv` and `tried` are the first one's."""
   if len(results) == 1:
     return results[0]
-  arrays = {
+  arrays: dict[str, Any] = {
     name: np.concatenate([getattr(result, name) for result in results])
     for name, value in vars(results[0]).items()
     if isinstance(value, np.ndarray) and name not in ("adv", "tried")
