@@ -43,9 +43,13 @@ WIDE_RESNET: Rules = (
 )
 
 
-# A WRN whose stages have sizes of their own, and its shortcuts and last
-# normalisation various names.
 def robust_wrn(shortcut: str, norm: str) -> Rules:
+  """Returns the rules of Huang et al.'s WRNs, of 2021 and of 2022.
+
+  Args:
+    shortcut: the foreign name of a block's shortcut.
+    norm: the foreign name of the last normalisation.
+  """
   return (
     ("backbone/stem", "stem_conv"),
     *_stages(3, 0, "blocks.{}.layer", *_BN_CONV, ("shortcut", shortcut)),
