@@ -11,7 +11,9 @@ Modes:
   evaluate  restores a checkpoint of the run in --workdir and adds the rows
             that are missing; needs no --config
   report    draws tables and figures from the rows of the run in --workdir
-  prepare   fetches the data that a run lacks, and says what weights it lacks
+  prepare   fetches the data and the named weights that a run lacks, and says
+            what other weights it lacks
+  zoo       the table of weights that load by name, and why others don't
   plan      what a run will do and cost, without data or weights: plan.json
   convert   reads weights from elsewhere, or writes ours for elsewhere, with
             --config=convert --config.source= --config.output=
@@ -86,6 +88,8 @@ def run(argv: Sequence[str]) -> int:
       _sweep(command)
     elif command.mode == "prepare":
       _prepare(command)
+    elif command.mode == "zoo":
+      _show_zoo()
     else:
       _run_one(command)
   except (ValueError, ModuleNotFoundError) as error:
@@ -158,6 +162,14 @@ def _prepare(command: Command) -> None:
 
   for line in prepare_command.run(command.config):
     print(line, flush=True)
+
+
+def _show_zoo() -> None:
+  """Prints which published weights load by name."""
+  from roli_jax.experiment import zoo_command
+  from roli_jax.results import tables
+
+  tables.show(zoo_command.run())
 
 
 def _run_one(command: Command) -> None:
