@@ -9,7 +9,8 @@ copy of it. python -m roli_jax.main is the same as roli.
 Modes:
   train     all stages of the config's table, tests, report (the default)
   evaluate  restores a checkpoint of the run in --workdir and adds the rows
-            that are missing; needs no --config
+            that are missing; needs no --config. With --config=evaluate it tests
+            weights as they are: --config.backbone.weights=NAME
   report    draws tables and figures from the rows of the run in --workdir
   prepare   fetches the data and the named weights that a run lacks, and says
             what other weights it lacks
@@ -191,12 +192,14 @@ def _run_one(command: Command) -> None:
       print(f"Written to {path}: report.md, figures/, results.jsonl.")
   elif mode == "evaluate":
     from roli_jax import train
-    from roli_jax.results import comparison, report
+    from roli_jax.experiment import as_is
+    from roli_jax.results import comparison, report, stated
 
-    rows = train.evaluate(config, path)
+    of_a_run = "cells" in config
+    rows = (train if of_a_run else as_is).evaluate(config, path)
     if distributed.leads():
       drawn = [
-        report.accuracies(rows),
+        report.accuracies(rows) if of_a_run else stated.table(rows),
         comparison.corruptions(rows),
         report.quick(path),
       ]

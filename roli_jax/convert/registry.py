@@ -93,9 +93,15 @@ class Checkpoint:
       return self.out_of_scope
     if self.model not in models.MODELS:
       return f"there is no model {self.model}"
-    options = {"act": self.act, "norm_eps": self.norm_eps, "pool": self.pool}
     try:
-      model = models.create(self.model, 2, self.image_size, **options)
+      model = models.create(
+        self.model,
+        2,
+        self.image_size,
+        act=self.act,
+        norm_eps=self.norm_eps,
+        pool=self.pool,
+      )
     except ValueError as error:
       return str(error)
     format = _FORMATS.get(self.name.partition(":")[0])
@@ -144,8 +150,8 @@ def named(name: str) -> Checkpoint:
 def table() -> Mapping[str, Checkpoint]:
   """Returns all checkpoints of `checkpoints.csv`, by name."""
   file = importlib.resources.files(__package__) / "checkpoints.csv"
-  with file.open(encoding="utf-8", newline="") as lines:
-    return {line["name"]: _read(line) for line in csv.DictReader(lines)}
+  lines = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
+  return {line["name"]: _read(line) for line in lines}
 
 
 _KINDS: dict[str, Any] = {

@@ -59,7 +59,7 @@ def _line(
 
 def _counts(why: Mapping[str, str]) -> list[tuple[str, ...]]:
   """Returns for each prefix how many names it has, and how many load."""
-  lines = []
+  lines: list[tuple[str, ...]] = []
   for prefix in registry.PREFIXES:
     reasons = [why[name] for name in why if name.startswith(f"{prefix}:")]
     lines.append((f"{prefix}:", str(len(reasons)), str(reasons.count(""))))
