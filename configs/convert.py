@@ -28,6 +28,10 @@ def get_config() -> ConfigDict:
       "num_classes": 0,  # of a new zero head; 0: the file's classifier
       "image_size": 0,  # that positions are resampled to; 0: the file's
       **common.sizes(),  # of a family; None: what the tensors show
+      # The activation of a ViT or residual network: relu, gelu, silu or
+      # quick_gelu; "": the model's.
+      "act": "",
+      "norm_eps": 0.0,  # what normalisations add to variances; 0: the model's
       # A ViT's feature: token or mean, where names don't tell; "": token.
       "pool": "",
       # Which network in a file that has several: ema, state_dict, ...

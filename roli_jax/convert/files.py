@@ -67,6 +67,8 @@ def load(
   num_classes: int | None = None,
   image_size: int | None = None,
   *,
+  act: str | None = None,
+  norm_eps: float | None = None,
   pool: str | None = None,
   key: str | None = None,
   patch: int | None = None,
@@ -97,6 +99,9 @@ def load(
       zero head of that width.
     image_size: the side that images are resized to inside the model; another
       one than the weights' resamples their positions. None: the weights'.
+    act: the activation of a ViT or a residual network, as of
+      `models.with_options`; no file tells. None: the model's.
+    norm_eps: what its normalisations add to variances; likewise.
     pool: the feature of a ViT: `token`, the class token, or `mean`, the mean
       of the others. None: as the names show, else `token`.
     key: the network of a checkpoint, by its dotted path or a part of it, such
@@ -113,7 +118,7 @@ def load(
   Raises:
     ValueError: the file can't be read, or is refused; its tensors are not the
       model's (both sides are listed), not floats or not finite; it holds no
-      network of that key.
+      network of that key; an option that the model hasn't.
   """
   sizes = {
     "patch": patch,
@@ -136,11 +141,14 @@ def load(
     assert bundle.coverage is not None
     for note in bundle.coverage.notes():
       logging.warning("%s: %s", what, note)
-    return bundle
+    computed = models.with_options(bundle.model, act=act, norm_eps=norm_eps)
+    return dataclasses.replace(bundle, model=computed)
   if model not in (None, found.model.name):
     raise ValueError(f"{what} is a {found.model.name}, not a {model}")
   models.check_sizes(found.model, told, what)
-  return adjusted(found, mean, std, num_classes, image_size, pool, key)
+  return adjusted(
+    found, mean, std, num_classes, image_size, pool, key, act, norm_eps
+  )
 
 
 def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
@@ -205,6 +213,8 @@ def adjusted(
   image_size: int | None = None,
   pool: str | None = None,
   key: str | None = None,
+  act: str | None = None,
+  norm_eps: float | None = None,
 ) -> Bundle:
   """Returns a bundle of ours with the options of `load`.
 
@@ -215,7 +225,9 @@ def adjusted(
     raise ValueError(
       f"there is no network {key!r}: these weights are ours, of one alone"
     )
-  model = models.with_options(found.model, pool=pool)
+  model = models.with_options(
+    found.model, pool=pool, act=act, norm_eps=norm_eps
+  )
   bundle = dataclasses.replace(found, model=model)
   return bundles.fitted(bundle, mean, std, num_classes, image_size)[0]
 

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from roli_jax import models
+from roli_jax.convert import residual_names
+from roli_jax.convert.residual_names import Rules
 from roli_jax.models import zoo
 
 T = TypeVar("T")
-Rules = tuple[tuple[str, str], ...]
 
 _TORCH = {
   "kernel": "weight",
@@ -46,6 +47,7 @@ class Layout:
       layouts: "clip", "same" or none.
     pools: whether files of the layout may hold models that are pooled by a
       mean, which names don't always show.
+    stages: of a pre-activation ResNet, how many there are; 0: any number.
   """
 
   name: str
@@ -57,11 +59,16 @@ class Layout:
   plain: tuple[str, ...] = ()
   kind: str = ""
   pools: bool = False
+  stages: int = 0
 
   def holds(self, backbone: Any) -> bool:
     """Returns whether the backbone is one of the layout's."""
     kinds = (k for k in ("clip", "same") if getattr(backbone, k, False))
-    return isinstance(backbone, self.family) and self.kind == next(kinds, "")
+    return (
+      isinstance(backbone, self.family)
+      and self.kind == next(kinds, "")
+      and self.stages in (0, len(getattr(backbone, "depths", ())))
+    )
 
   def needed(self, tensors: Mapping[str, T]) -> dict[str, T]:
     """Returns the tensors, by key, without those that no pass needs."""
@@ -247,58 +254,6 @@ _CONVNEXT_META: Rules = (
 )
 
 
-def _stages(
-  count: int, first: int, block: str, *names: tuple[str, str]
-) -> Rules:
-  """Returns the rules of a ResNet's stages.
-
-  Args:
-    count: the number of stages.
-    first: the foreign number of the first stage.
-    block: the foreign name of a stage's blocks, its number in braces.
-    *names: our and the foreign names within a block; \\1 is its number.
-  """
-  return tuple(
-    (
-      rf"backbone/stage{i}/block(\d+)/{ours}",
-      rf"{block.format(first + i)}.\1.{theirs}",
-    )
-    for i in range(count)
-    for ours, theirs in names
-  )
-
-
-_BN_CONV: Rules = ((r"norm(\d)", r"bn\2"), (r"conv(\d)", r"conv\2"))
-_DOWNSAMPLE: Rules = (
-  ("shortcut", "downsample.0"),
-  ("shortcut_norm", "downsample.1"),
-)
-_RESNET: Rules = (
-  ("backbone/stem", "conv1"),
-  ("backbone/stem_norm", "bn1"),
-  *_stages(4, 1, "layer{}", *_BN_CONV, *_DOWNSAMPLE),
-  ("head", "fc"),
-)
-_WIDE_RESNET: Rules = (
-  ("backbone/stem", "conv1"),
-  *_stages(3, 1, "block{}.layer", *_BN_CONV, ("shortcut", "convShortcut")),
-  ("backbone/norm", "bn1"),
-  ("head", "fc"),
-)
-_DM_BLOCK: Rules = (
-  ("norm1", "batchnorm_0"),
-  ("norm2", "batchnorm_1"),
-  ("conv1", "conv_0"),
-  ("conv2", "conv_1"),
-  ("shortcut", "shortcut"),
-)
-_DM_WIDE_RESNET: Rules = (
-  ("backbone/stem", "init_conv"),
-  *_stages(3, 0, "layer.{}.block", *_DM_BLOCK),
-  ("backbone/norm", "batchnorm"),
-  ("head", "logits"),
-)
-
 # Of two that a format has for a family the first is the one it writes.
 LAYOUTS = (
   Layout(
@@ -354,18 +309,50 @@ LAYOUTS = (
   ),
   Layout(
     "resnet", ("timm", "torchvision", "ares"), models.ResNet,
-    r"layer1\.0\.conv1\.weight", _RESNET,
+    r"layer1\.0\.conv1\.weight", residual_names.RESNET,
   ),
   Layout(
-    "dm_wide_resnet", ("robustbench",), models.WideResNet,
-    r"init_conv\.weight", _DM_WIDE_RESNET,
+    "dm_wide_resnet", ("robustbench",), models.PreactResNet,
+    r"init_conv\.weight", residual_names.DM_WIDE_RESNET,
+    # What counted the batches that MeanSparse has its statistics of.
+    dropped=(r"(.*\.)?meansparse_\w+\.(flag_update_statistics|batch_num)",),
     kind="same",
+    stages=3,
   ),
   Layout(
-    "wide_resnet", ("robustbench",), models.WideResNet,
-    r"block1\.layer\.0\.conv1\.weight", _WIDE_RESNET,
+    "wide_resnet", ("robustbench",), models.PreactResNet,
+    r"block1\.layer\.0\.conv1\.weight", residual_names.WIDE_RESNET,
     # Some files hold a second first block that no pass goes through.
     dropped=(r"sub_block1\..*",),
+    stages=3,
+  ),
+  Layout(
+    "robust_wrn", ("robustbench",), models.PreactResNet,
+    r"blocks\.0\.layer\.0\.convShortcut\.weight",
+    residual_names.robust_wrn("convShortcut", "bn1"),
+    stages=3,
+  ),
+  Layout(
+    "robust_wrn_norm1", ("robustbench",), models.PreactResNet,
+    r"blocks\.0\.layer\.0\.shortcut\.0\.weight",
+    residual_names.robust_wrn("shortcut.0", "norm1"),
+    stages=3,
+  ),
+  Layout(
+    "preact_resnet", ("robustbench",), models.PreactResNet,
+    r"layer2\.0\.shortcut\.0\.weight", residual_names.PREACT_RESNET,
+    stages=4,
+  ),
+  Layout(
+    "dm_preact_resnet", ("robustbench",), models.PreactResNet,
+    r"conv_2d\.weight", residual_names.DM_PREACT_RESNET,
+    kind="same",
+    stages=4,
+  ),
+  # Has the marks of the two before as well, as their shortcuts lack a norm.
+  Layout(
+    "cifar_resnet", ("robustbench",), models.ResNet,
+    r"layer2\.0\.shortcut\.1\.weight", residual_names.CIFAR_RESNET,
   ),
 )  # fmt: skip
 

@@ -110,8 +110,10 @@ def build_model(run: Run, stage: Stage) -> models.Model:
   else:
     model = run.load(stage.weights).model
     model = convert.with_classes(model, run.num_classes)
-  names = ("attention", "pool", "scan", "remat", "updates_stats")
-  # "" and False are every backbone's defaults: set, they would be refused by
+  names = (
+    "act", "norm_eps", "attention", "pool", "scan", "remat", "updates_stats",
+  )  # fmt: skip
+  # "", 0 and False are every backbone's defaults: set, they would be refused by
   # backbones that lack the option.
   options = {k: v for k in names if (v := backbone.get(k)) not in ("", False)}
   method = build_method(run, stage)

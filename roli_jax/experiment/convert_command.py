@@ -18,8 +18,8 @@ Fact = tuple[str, str, str]  # what, how much, which: a row of the printed table
 _SIZES = (*models.SIZES, "channels")
 # The fields of the config that `convert.load` takes.
 _LOAD_FIELDS = (
-  "model", "format", "mean", "std", "num_classes", "image_size", "pool", "key",
-  *_SIZES,
+  "model", "format", "mean", "std", "num_classes", "image_size", "act",
+  "norm_eps", "pool", "key", *_SIZES,
 )  # fmt: skip
 
 

@@ -129,6 +129,8 @@ def _load(
     model=backbone["name"] or None,
     num_classes=None if keeps_head else splits["train"].num_classes,
     image_size=backbone.get("image_size") or None,
+    act=backbone.get("act") or None,
+    norm_eps=backbone.get("norm_eps") or None,
     pool=backbone.get("pool") or None,
     key=backbone.get("key") or None,
     **backbone_sizes(backbone),

@@ -22,7 +22,13 @@ _SIZES = ("patch", "width", "depth", "heads", "channels")
 _STAGE = {"ema": 0.0, "loss": {"smoothing": 0.0}}
 _LATER: dict[str, Any] = {
   "data": {"layout": "", "download": False},
-  "backbone": {"pool": "", "key": "", **dict.fromkeys(_SIZES)},
+  "backbone": {
+    "act": "",
+    "norm_eps": 0.0,
+    "pool": "",
+    "key": "",
+    **dict.fromkeys(_SIZES),
+  },
   "num_val_images": 0,
   "pretrain": _STAGE,
   "probe": _STAGE,

@@ -12,7 +12,8 @@ from roli_jax.models.heads import linear as linear_head
 from roli_jax.models.hooks import Hooks
 from roli_jax.models.layers import ACTS, ATTENTIONS
 from roli_jax.models.model import INTERPOLATIONS, Model
-from roli_jax.models.resnet import ResNet, WideResNet
+from roli_jax.models.preact import PreactResNet, WideResNet
+from roli_jax.models.resnet import ResNet
 from roli_jax.models.swin import Swin
 from roli_jax.models.text import Text
 from roli_jax.models.vit import POOLS, Vit
@@ -133,7 +134,8 @@ def with_options(
       other tokens.
     act: the activation of a ViT or a residual network: `relu`, `gelu`, `silu`
       or `quick_gelu`.
-    norm_eps: what a ViT's normalisations add to variances, > 0.
+    norm_eps: what normalisations of a ViT or a residual network add to
+      variances, > 0.
     drop_path: the last block's rate of stochastic depth in training, in
       [0, 1), in a ViT, Swin or ConvNeXt.
     scan: whether equal blocks are one loop: compiles faster.
@@ -283,6 +285,7 @@ __all__ = [
   "Entry",
   "Hooks",
   "Model",
+  "PreactResNet",
   "ResNet",
   "Swin",
   "Text",

@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 
 from roli_jax.models.convnext import ConvNext
-from roli_jax.models.resnet import WideResNet
+from roli_jax.models.preact import WideResNet
 from roli_jax.models.swin import Swin
 from roli_jax.models.vit import Vit
 

@@ -1,8 +1,8 @@
 """Residual networks with batch normalisation.
 
 `ResNet`: He et al. 2016, with the stride in the 3 x 3 convolution as in
-torchvision; wide ones have a wider inside. `WideResNet`: Zagoruyko & Komodakis
-2016, pre-activation, for 32 x 32.
+torchvision; wide ones have a wider inside. Those that normalise before they
+convolve are in `preact.py`.
 
 Running statistics are in the collection `batch_stats`, a tree of their own.
 """
@@ -19,16 +19,24 @@ from roli_jax.types import Array, Float
 
 Map = Float[Array, "b _ _ _"]
 
-_BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 
-
-def _norm(x: Map, train: bool, name: str) -> Map:
+def batch_norm(x: Map, name: str, *, train: bool, eps: float) -> Map:
   """Batch normalisation as in PyTorch, in the precision of x.
 
-  Running statistics keep their own. They move if `train`, and are not used.
+  Args:
+    x: the map.
+    name: of the module.
+    train: whether running statistics, which keep their own precision, move;
+      they are then not used.
+    eps: added to variances, > 0.
   """
-  norm = _BatchNorm(use_running_average=not train, dtype=x.dtype, name=name)
-  return norm(x)
+  return nn.BatchNorm(
+    use_running_average=not train,
+    momentum=0.9,
+    epsilon=eps,
+    dtype=x.dtype,
+    name=name,
+  )(x)
 
 
 class Block(nn.Module):
@@ -40,7 +48,7 @@ class Block(nn.Module):
     width: channels after the block.
     inner: channels between the convolutions.
     bottleneck: which kind of block.
-    train: whether running statistics move.
+    norm: normalises, called as `norm(x, name=...)`.
     act: the activation.
     hooks: where a method may enter.
     stride: the stride of the first 3 x 3 convolution.
@@ -49,7 +57,7 @@ class Block(nn.Module):
   width: int
   inner: int
   bottleneck: bool
-  train: bool
+  norm: functools.partial[Map]
   act: layers.Activation
   hooks: Hooks
   stride: int
@@ -64,12 +72,12 @@ class Block(nn.Module):
       if i > 1:
         y = self.act(y)
       y = Conv(width, size, stride, hooks=self.hooks, name=f"conv{i}")(y)
-      y = _norm(y, self.train, f"norm{i}")
+      y = self.norm(y, f"norm{i}")
     if self.hooks.branch:
       y = self.hooks.branch(name="branch")(y)
     if x.shape != y.shape:
       x = Conv(self.width, 1, self.stride, name="shortcut")(x)
-      x = _norm(x, self.train, "shortcut_norm")
+      x = self.norm(x, "shortcut_norm")
     return self.act(x + y)
 
 
@@ -111,7 +119,8 @@ class ResNet(nn.Module):
     small: whether the stem is 3 x 3, without stride or pooling, for images of
       32 pixels a side or less.
     width: the number of channels of the stem.
-    act: the activation. Two robust models of ARES have GELU in ReLU's place.
+    act: the activation. Some robust ones have GELU in ReLU's place.
+    eps: what normalisations add to variances.
     hooks: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
@@ -123,6 +132,7 @@ class ResNet(nn.Module):
   small: bool = False
   width: int = 64
   act: layers.Activation = jax.nn.relu
+  eps: float = 1e-5
   hooks: Hooks = Hooks()
   scan: bool = False
   remat: bool = False
@@ -130,88 +140,19 @@ class ResNet(nn.Module):
   @nn.compact
   def __call__(self, x: Map, *, train: bool = False) -> Float[Array, "b d"]:
     size, stride = (3, 1) if self.small else (7, 2)
+    norm = functools.partial(batch_norm, train=train, eps=self.eps)
     x = Conv(self.width, size, stride, name="stem")(x)
-    x = self.act(_norm(x, train, "stem_norm"))
+    x = self.act(norm(x, "stem_norm"))
     if not self.small:
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     wider = 4 if self.bottleneck else 1
     for i, depth in enumerate(self.depths):
       widths = (self.width * 2**i * wider, self.inner * 2**i)
       block = functools.partial(
-        Block, *widths, self.bottleneck, train, self.act, self.hooks
+        Block, *widths, self.bottleneck, norm, self.act, self.hooks
       )
       stride = 2 if i else 1
       x = Stage(block, depth, stride, self.scan, self.remat, name=f"stage{i}")(
         x
       )
     return x.mean((1, 2))
-
-
-class PreactBlock(nn.Module):
-  """x + two 3 x 3 convolutions, each after its normalisation.
-
-  Attributes:
-    width: channels after the block.
-    train: whether running statistics move.
-    act: the activation.
-    same: how the stride is padded, see `Conv`.
-    hooks: where a method may enter.
-    stride: the stride of the first convolution.
-  """
-
-  width: int
-  train: bool
-  act: layers.Activation
-  same: bool
-  hooks: Hooks
-  stride: int
-
-  @nn.compact
-  def __call__(self, x: Map) -> Map:
-    conv = functools.partial(Conv, hooks=self.hooks)
-    y = self.act(_norm(x, self.train, "norm1"))
-    if x.shape[-1] != self.width:
-      x = Conv(self.width, 1, self.stride, name="shortcut")(y)
-    y = conv(self.width, 3, self.stride, same=self.same, name="conv1")(y)
-    y = self.act(_norm(y, self.train, "norm2"))
-    y = conv(self.width, 3, name="conv2")(y)
-    if self.hooks.branch:
-      y = self.hooks.branch(name="branch")(y)
-    return x + y
-
-
-class WideResNet(nn.Module):
-  """A WRN-depth-factor; its feature is the mean of the last activations.
-
-  Attributes:
-    depth: 6 n + 4.
-    factor: what the widths 16, 32 and 64 are multiplied by.
-    act: the activation; SiLU in those of Gowal et al. 2020.
-    same: how strides are padded, see `Conv`.
-    hooks: where a method may enter.
-    scan: see `layers.repeat`.
-    remat: see `layers.repeat`.
-  """
-
-  depth: int
-  factor: int
-  act: layers.Activation = jax.nn.relu
-  same: bool = False
-  hooks: Hooks = Hooks()
-  scan: bool = False
-  remat: bool = False
-
-  @nn.compact
-  def __call__(self, x: Map, *, train: bool = False) -> Float[Array, "b d"]:
-    x = Conv(16, 3, name="stem")(x)
-    depth = (self.depth - 4) // 6
-    for i in range(3):
-      width = 16 * 2**i * self.factor
-      block = functools.partial(
-        PreactBlock, width, train, self.act, self.same, self.hooks
-      )
-      stride = 2 if i else 1
-      x = Stage(block, depth, stride, self.scan, self.remat, name=f"stage{i}")(
-        x
-      )
-    return self.act(_norm(x, train, "norm")).mean((1, 2))

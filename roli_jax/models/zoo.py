@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import linen as nn
 
 from roli_jax.models import layers
@@ -16,6 +17,7 @@ from roli_jax.models.families import (
   Normalisation,
   Sizes,
 )
+from roli_jax.models.preact import PreactResNet
 from roli_jax.models.resnet import ResNet
 
 CLIP = (
@@ -67,8 +69,49 @@ _RESNETS: dict[str, tuple[tuple[int, ...], bool, int]] = {
   "resnet34": ((3, 4, 6, 3), False, 64),
   "resnet50": ((3, 4, 6, 3), True, 64),
   "resnet101": ((3, 4, 23, 3), True, 64),
+  "resnet152": ((3, 8, 36, 3), True, 64),
   "wide_resnet50_2": ((3, 4, 6, 3), True, 128),
+  "wide_resnet50_4": ((3, 4, 6, 3), True, 256),
 }
+# Of images of 32 x 32; the width of the stem.
+_CIFAR_RESNETS = {
+  "cifar_resnet18": ("resnet18", 64),
+  "cifar_resnet18_w128": ("resnet18", 128),
+  "cifar_resnet50": ("resnet50", 64),
+}
+_WRNS = {
+  "wrn": (
+    (28, 4), (28, 10), (34, 10), (34, 15), (34, 20), (40, 2), (70, 16),
+  ),
+  "dm_wrn": (
+    (28, 10), (34, 10), (34, 20), (70, 16), (82, 8), (94, 16), (106, 16),
+  ),
+}  # fmt: skip
+_RA_WRN: dict[str, Any] = {
+  "depths": (30, 31, 10), "widths": (216, 432, 864), "width": 96,
+  "act": jax.nn.silu, "same": True, "squeeze": 4,
+}  # fmt: skip
+# Attributes of `PreactResNet`. Those without a number of their own stages are
+# the 18 layers of He et al. 2016.
+_RESNET18: dict[str, Any] = {
+  "depths": (2, 2, 2, 2), "widths": (64, 128, 256, 512), "width": 64,
+}  # fmt: skip
+_PREACTS: dict[str, dict[str, Any]] = {
+  "preact_resnet18": _RESNET18,
+  "preact_resnet18_v1": {**_RESNET18, "raw": True, "last_norm": False},
+  "dm_preact_resnet18": {
+    **_RESNET18, "act": jax.nn.silu, "same": True, "raw": True, "reach": 3,
+  },
+  # Of Huang et al. 2021 and 2022: few blocks, or few channels, at the end.
+  "wrn_34_r": {"depths": (5, 5, 5), "widths": (320, 640, 512)},
+  "wrn_a4": {
+    "depths": (27, 28, 13), "widths": (160, 448, 384), "act": jax.nn.silu,
+  },
+  # Of Peng et al. 2023.
+  "ra_wrn_70_16": _RA_WRN,
+  # Of Amini et al. 2024.
+  "meansparse_ra_wrn_70_16": {**_RA_WRN, "sparse": True},
+}  # fmt: skip
 
 
 def _family(
@@ -103,6 +146,19 @@ _GLYPHS: dict[str, Callable[..., nn.Module]] = {
     ResNet, (2, 2), False, inner=16, small=True, width=16
   ),
   "glyph_wrn": _family("wrn", {"depth": 16, "width": 1}),
+  "glyph_preact": functools.partial(
+    PreactResNet, (2, 1, 1, 1), (8, 16, 16, 16), 8, raw=True, last_norm=False
+  ),
+  "glyph_ra_wrn": functools.partial(
+    PreactResNet,
+    (2, 1, 1),
+    (16, 16, 24),
+    8,
+    jax.nn.silu,
+    same=True,
+    squeeze=4,
+    sparse=True,
+  ),
 }
 
 MODELS: dict[str, Entry] = {
@@ -131,8 +187,30 @@ MODELS: dict[str, Entry] = {
     f"{family}_{depth}_{width}": Entry(
       _family(family, {"depth": depth, "width": width}), CIFAR, 32
     )
-    for family in ("wrn", "dm_wrn")
-    for depth, width in ((28, 10), (34, 10), (70, 16))
+    for family, sizes in _WRNS.items()
+    for depth, width in sizes
+  },
+  **{
+    f"meansparse_dm_wrn_{depth}_{width}": Entry(
+      _family("dm_wrn", {"depth": depth, "width": width}, sparse=True),
+      CIFAR,
+      32,
+    )
+    for depth, width in ((70, 16), (94, 16))
+  },
+  **{
+    name: Entry(functools.partial(PreactResNet, **attributes), CIFAR, 32)
+    for name, attributes in _PREACTS.items()
+  },
+  **{
+    name: Entry(
+      functools.partial(
+        ResNet, *_RESNETS[like][:2], inner=width, small=True, width=width
+      ),
+      CIFAR,
+      32,
+    )
+    for name, (like, width) in _CIFAR_RESNETS.items()
   },
   # As ARES trained it; a file does not tell it from the one with ReLU.
   "wide_resnet50_2_gelu": Entry(
