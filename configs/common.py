@@ -190,6 +190,8 @@ def backbone(name: str, weights: str, origin: str = "") -> dict:
     "pool": "",
     # Which network in such a file, as `ema`; "": as `convert.load` chooses.
     "key": "",
+    # Whether it is an error that something of a file has to be assumed.
+    "strict": False,
     # bfloat16: of training and attacks; parameters, pixels and the judge of
     # attacks keep float32.
     "dtype": "float32",

@@ -34,7 +34,6 @@ class Coverage:
     ignored: keys of tensors that no pass needs, by rule.
     normalised_by: where mean and standard deviation are from.
     others: the networks in the file that were not taken, "" without any.
-    assumed: what the file can't tell, a sentence each.
   """
 
   layout: str
@@ -45,15 +44,13 @@ class Coverage:
   ignored: tuple[str, ...]
   normalised_by: str
   others: str = ""
-  assumed: tuple[str, ...] = ()
 
   def notes(self) -> list[str]:
     """Returns what a user of the weights has to know, a sentence each."""
-    notes = list(self.assumed)
-    if self.others:
-      taken = self.wrapped or "."
-      notes.append(f"{taken} is taken; key= takes another: {self.others}")
-    return notes
+    if not self.others:
+      return []
+    taken = self.wrapped or "."
+    return [f"{taken} is taken; key= takes another: {self.others}"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +65,8 @@ class Bundle:
     extras: tensors of that file that no pass needs, by their keys, so that
       they can be written again.
     coverage: what became of that file's tensors; None for a file of ours.
+    assumed: what that file couldn't tell and nobody has told, by the argument
+      of `convert.load` that would; kept in files of ours.
   """
 
   model: models.Model
@@ -76,6 +75,7 @@ class Bundle:
   layout: str = ""
   extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   coverage: Coverage | None = None
+  assumed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write(bundle: Bundle, path: pathlib.Path, half: bool = False) -> None:
@@ -108,6 +108,8 @@ def write(bundle: Bundle, path: pathlib.Path, half: bool = False) -> None:
     check_arrays(leaves, f"{path.name}, in float16")
   leaves |= trees.paths({"extras": bundle.extras})
   about = {**models.to_spec(bundle.model), "layout": bundle.layout}
+  if bundle.assumed:
+    about["assumed"] = dict(bundle.assumed)
   metadata = {"format": FORMAT, "model": json.dumps(about)}
   write_tensors(leaves, path, metadata)
 
@@ -148,6 +150,7 @@ def from_tensors(
     tree.get("stats", {}),
     about.get("layout", ""),
     tree.get("extras", {}),
+    assumed=about.get("assumed", {}),
   )
   check(bundle, what)
   return bundle

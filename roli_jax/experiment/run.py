@@ -133,6 +133,7 @@ def _load(
     norm_eps=backbone.get("norm_eps") or None,
     pool=backbone.get("pool") or None,
     key=backbone.get("key") or None,
+    strict=backbone.get("strict", False),
     **backbone_sizes(backbone),
   )
 
