@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import functools
 import importlib.resources
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -86,6 +87,21 @@ class Checkpoint:
     names = ("act", "norm_eps", "pool", "key", "mean", "std", "image_size")
     facts = {name: getattr(self, name) for name in names}
     return {"model": self.model or None, **facts}
+
+  def stated(self, row: Mapping[str, Any]) -> float | None:
+    """Returns what is stated of what a row of results has measured, if known.
+
+    Args:
+      row: its `attack`, and but for clean images `norm` and `eps`.
+    """
+    if row["attack"] == "none":
+      return self.clean
+    if (row["attack"], row["norm"]) != ("autoattack", self.norm):
+      return None
+    same = self.eps and math.isclose(
+      row["eps"], specs.number(self.eps), rel_tol=1e-6
+    )
+    return self.robust if same else None
 
   def why_not(self) -> str:
     """Returns why it doesn't load, "" if it does; reads no file."""

@@ -5,15 +5,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from roli_jax import data, models, specs, step
+from roli_jax import data, models, step
 from roli_jax.convert import registry
-from roli_jax.experiment import program, stage_tests
+from roli_jax.experiment import facts, program, stage_tests
 from roli_jax.experiment.run import Run, build_run
 from roli_jax.experiment.stages import Stage, in_paths
 from roli_jax.results import record, stated
-from roli_jax.results.grouping import AS_IS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +19,7 @@ class _AsIs(Stage):
 
   @property
   def cell(self) -> str:
-    return f"{in_paths(self.weights)}-{AS_IS}-seed{self.seed}"
+    return f"{in_paths(self.weights)}-{stated.AS_IS}-seed{self.seed}"
 
   @property
   def row(self) -> dict[str, Any]:
@@ -41,7 +38,7 @@ class _Results(record.Record):
     self._checkpoint = checkpoint
 
   def add(self, row: Mapping[str, Any]) -> None:
-    super().add({**row, "stated": _stated(self._checkpoint, row)})
+    super().add({**row, "stated": self._checkpoint.stated(row)})
 
 
 def evaluate(config: Mapping[str, Any], path: pathlib.Path) -> list[record.Row]:
@@ -72,11 +69,12 @@ def evaluate(config: Mapping[str, Any], path: pathlib.Path) -> list[record.Row]:
   run = dataclasses.replace(run, config={**run.config, "backbone": named})
   predict = step.make_predict(program.for_devices(run, bundle.model))
   stage = _AsIs(
-    name=AS_IS, weights=weights, method="", init="", head_init="",
+    name=stated.AS_IS, weights=weights, method="", init="", head_init="",
     train_size=0, seed=config["seed"], num_steps=0, epoch_steps=0, lr=0.0,
     loss="",
   )  # fmt: skip
   path.mkdir(parents=True, exist_ok=True)
+  facts.add_assumed(weights, bundle.assumed, path)
   results = _Results(path / "results.jsonl", checkpoint)
   variables = (bundle.params, bundle.stats)
   stage_tests.add_tests(run, stage, results, predict, variables, chosen)
@@ -132,15 +130,3 @@ def _check_data(run: Run, model: models.Model, weights: str) -> None:
   ):
     if have != want:
       raise ValueError(f"{weights} is of {want} {what}, {name} has {have}")
-
-
-def _stated(
-  checkpoint: registry.Checkpoint, row: Mapping[str, Any]
-) -> float | None:
-  """Returns what is stated of what a row has measured, if it is known."""
-  if row["attack"] == "none":
-    return checkpoint.clean
-  same = (row["attack"], row.get("norm")) == ("autoattack", checkpoint.norm)
-  if same and np.isclose(row["eps"], specs.number(checkpoint.eps)):
-    return checkpoint.robust
-  return None

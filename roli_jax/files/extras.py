@@ -6,6 +6,7 @@ _EXTRA = {  # package -> extra
   "PIL": "data",
   "datasets": "hub",
   "grain": "data",
+  "huggingface_hub": "hub",
   "matplotlib": "plots",
   "pyarrow": "data",
   "sklearn": "data",
@@ -17,8 +18,8 @@ def need(*packages: str) -> None:
   """Imports packages that an extra brings, to be called before their import.
 
   Args:
-    *packages: `PIL`, `datasets`, `grain`, `matplotlib`, `pyarrow`, `sklearn`
-      or `tensorflow_datasets`, as they are imported.
+    *packages: `PIL`, `datasets`, `grain`, `huggingface_hub`, `matplotlib`,
+      `pyarrow`, `sklearn` or `tensorflow_datasets`, as they are imported.
 
   Raises:
     ModuleNotFoundError: one is not installed; the message has the extra.
