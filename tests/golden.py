@@ -46,7 +46,7 @@ def value(key: str, shape, dtype: str, prefix: str = "") -> np.ndarray:
   if not dtype.startswith("float"):
     return np.zeros(shape, dtype)
   n = _normal(prefix + key, shape)
-  if leaf == "running_var":
+  if leaf in ("running_var", "threshold"):
     out = np.exp(0.1 * n)
   elif leaf == "running_mean":
     out = 0.1 * n

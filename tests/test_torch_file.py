@@ -237,6 +237,37 @@ def test_later_pickles_are_read_too(path, protocol):
   assert torch_file.read(path) == {"a": [1.5, "ü", {2}], "args": {"b": b"c"}}
 
 
+def lambda_of_dill(source):
+  """A function as dill 0.3.1 writes it: `lambda: eval(source)`."""
+  code = call("dill._dill._load_type", value("CodeType"))
+  code += value((0, 1, 67, source.encode(), "<lambda>")) + b"R"
+  rest = (value("<lambda>"), value(None), value(()), value({}))
+  module = name("robustness.train.__dict__")
+  made = call("dill._dill._create_function", code, module, *rest)
+  return made + value({"__kwdefaults__": None}) + b"b"
+
+
+@both
+def test_code_beside_weights_is_passed_over_and_never_made(save, path):
+  """As in MadryLab's checkpoints, which hold their schedule, or settings."""
+  canary = path.with_name("canary")
+  function = lambda_of_dill(f"open({str(canary)!r}, 'w')")
+  settings = name("cox.utils.Parameters") + b")\x81" + mapping(lr=value(0.1))
+  save(
+    path,
+    mapping(
+      model=mapping(w=tensor()),
+      schedule=mapping(lr_lambdas=function, called=function + b")R"),
+      main=name("__builtin__.__main__"),
+      args=settings + b"b",
+    ),
+  )
+  read = torch_file.read(path)
+  np.testing.assert_array_equal(read["model"]["w"], SIX.reshape(2, 3))
+  assert read["args"] == {"lr": 0.1} and not canary.exists()
+  assert not any(map(callable, read["schedule"].values()))
+
+
 # Hostile files.
 
 

@@ -263,6 +263,8 @@ def to_state_dict(bundle: Bundle, format: str) -> dict[str, np.ndarray]:
   }
   for key in [k for k in state if k.endswith(".running_var")]:
     counter = key.replace("running_var", COUNTER)
+    if key.replace("running_var", "weight") not in state:
+      continue  # no batch normalisation, which alone counts
     state[counter] = bundle.extras.get(counter, np.zeros((), np.int64))
   if format != "roli":
     return state

@@ -58,6 +58,10 @@ class _Name(str):
   """The name of a class or function: compared, and never imported."""
 
 
+class _Code:
+  """Stands for code that a pickle holds: it is not kept, and never made."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Storage:
   """The memory of tensors: bytes, and the dtype of the values in them."""
@@ -182,7 +186,8 @@ def _name(module: Any, name: Any) -> _Name:
   """Returns the name of a class or function, if weights may need it."""
   module = "__builtin__" if module == "builtins" else _as(str, module)
   found = _Name(f"{module}.{_as(str, name)}")
-  if found not in _CALLS and found not in _HELD:
+  known = found in _CALLS or found in _HELD or _OF_CODE.fullmatch(found)
+  if not known:
     raise Refused(
       f"names {found!r:.80}, which no weights need; if you trust it, {AGAIN}"
     )
@@ -190,16 +195,21 @@ def _name(module: Any, name: Any) -> _Name:
 
 
 def _call(called: Any, args: Any) -> Any:
-  """Returns what our own function for a name makes of the arguments."""
-  if _as(_Name, called) not in _CALLS:
+  """Returns what our own function for a name makes of the arguments.
+
+  Code that is asked for, by dill's names or by what these gave, is never made.
+  """
+  if isinstance(called, _Code) or _OF_CODE.fullmatch(_as(_Name, called)):
+    return _Code()
+  if called not in _CALLS:
     raise Refused(f"calls {called!r}, which no weights need; {AGAIN}")
   return _CALLS[called](*_as(tuple, args))
 
 
 def _build(target: Any, state: Any) -> None:
   """Gives an object its attributes, or a number's type its byte order."""
-  if isinstance(target, collections.OrderedDict):
-    return  # a state dict's `_metadata`: the versions of its layers
+  if isinstance(target, collections.OrderedDict | _Code):
+    return  # of a state dict `_metadata`: the versions of its layers
   if isinstance(target, dict):
     target.update(_dict(_as(dict, state).items()))
   elif isinstance(target, np.ndarray) and target.base is None:
@@ -309,12 +319,19 @@ def _scalar(dtype: Any, data: Any) -> np.generic:
   return np.frombuffer(_bytes(data), _as(np.dtype, dtype), 1)[0]
 
 
+# How dill, with which MadryLab's robustness saves, writes functions and what
+# they are made of: a schedule of learning rates as a lambda, say.
+_OF_CODE = re.compile(
+  r"dill\.(_dill|dill)\._(create_(function|code|cell|type)|load_type)"
+  r"|__builtin__\.__main__|[\w.]+\.__dict__"
+)
+
 # Objects that hold settings, and are read as dicts of them.
 _SETTINGS = (
-  "argparse.Namespace", "omegaconf.base.ContainerMetadata",
-  "omegaconf.base.Metadata", "omegaconf.dictconfig.DictConfig",
-  "omegaconf.listconfig.ListConfig", "omegaconf.nodes.AnyNode",
-  "types.SimpleNamespace", "yacs.config.CfgNode",
+  "argparse.Namespace", "cox.utils.Parameters",
+  "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata",
+  "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig",
+  "omegaconf.nodes.AnyNode", "types.SimpleNamespace", "yacs.config.CfgNode",
 )  # fmt: skip
 
 _CALLS: dict[str, Callable[..., Any]] = {

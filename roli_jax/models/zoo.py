@@ -150,14 +150,7 @@ _GLYPHS: dict[str, Callable[..., nn.Module]] = {
     PreactResNet, (2, 1, 1, 1), (8, 16, 16, 16), 8, raw=True, last_norm=False
   ),
   "glyph_ra_wrn": functools.partial(
-    PreactResNet,
-    (2, 1, 1),
-    (16, 16, 24),
-    8,
-    jax.nn.silu,
-    same=True,
-    squeeze=4,
-    sparse=True,
+    PreactResNet, (2, 1, 1), (16, 24, 32), 8, jax.nn.silu, same=True, squeeze=4
   ),
 }
 
