@@ -39,14 +39,14 @@ def find(model: str, weights: str, hint: str = "") -> pathlib.Path:
   """Returns the file that a config means by a model and its weights.
 
   Args:
-    model: a name in `models.MODELS` or `models.FAMILIES`.
+    model: a name in `models.MODELS` or `models.FAMILIES`; "": any.
     weights: the name of shipped weights (`robust`), or a path.
     hint: how to get the weights, for the message; "" for none.
 
   Raises:
     ValueError: there are no such weights; the message lists those there are.
   """
-  names = shipped(model)
+  names = shipped(model) if model else {}
   if weights in names:
     return names[weights]
   path = pathlib.Path(weights).expanduser()
@@ -55,7 +55,8 @@ def find(model: str, weights: str, hint: str = "") -> pathlib.Path:
     return inside if inside.exists() else path
   shipped_ones = f"; {model} comes with {', '.join(names)}" if names else ""
   how = f"; {hint}" if hint else ""
-  raise ValueError(f"no weights of {model} at {weights!r}{shipped_ones}{how}")
+  of = f" of {model}" if model else ""
+  raise ValueError(f"no weights{of} at {weights!r}{shipped_ones}{how}")
 
 
 def load(

@@ -7,7 +7,7 @@ from typing import Any
 
 from roli_jax import data, models, step
 from roli_jax.convert import registry
-from roli_jax.experiment import facts, program, stage_tests
+from roli_jax.experiment import build, facts, program, stage_tests
 from roli_jax.experiment.run import Run, build_run
 from roli_jax.experiment.stages import Stage, in_paths
 from roli_jax.results import record, stated
@@ -67,7 +67,8 @@ def evaluate(config: Mapping[str, Any], path: pathlib.Path) -> list[record.Row]:
   _check_data(run, bundle.model, weights)
   named = {**run.config["backbone"], "name": bundle.model.name}
   run = dataclasses.replace(run, config={**run.config, "backbone": named})
-  predict = step.make_predict(program.for_devices(run, bundle.model))
+  model = models.with_options(bundle.model, **build.model_options(run))
+  predict = step.make_predict(program.for_devices(run, model))
   stage = _AsIs(
     name=stated.AS_IS, weights=weights, method="", init="", head_init="",
     train_size=0, seed=config["seed"], num_steps=0, epoch_steps=0, lr=0.0,
