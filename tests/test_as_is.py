@@ -2,10 +2,19 @@
 
 import pytest
 
+from roli_jax import convert
 from roli_jax.convert.registry import Checkpoint
 from roli_jax.results import record, report, stated
 from tests import cli
-from tests.test_names import MODEL, NAME, content, home, known, server
+from tests.test_names import (
+  MODEL,
+  NAME,
+  content,
+  home,
+  known,
+  random_bundle,
+  server,
+)
 
 __all__ = ["content", "home", "known", "server"]
 
@@ -47,7 +56,6 @@ def test_from_a_name_to_a_row_beside_what_is_stated(
   "words, said",
   [
     (("--config.backbone.weights=",), "weights= is missing"),
-    (("--config.data.name=letters",), "of 10 classes, letters has"),
     (("--config.threat.norm=l3",), "l3"),
     (("--config.attack=corruptions:none",), "set of corruptions"),
   ],
@@ -60,6 +68,15 @@ def test_what_can_not_be_meant_is_told(words, said, home, known, content):
   done = cli.run("--mode=evaluate", *WORDS, *words, cwd=home)
   assert done.returncode == 2 and said in done.stderr
   assert len(done.stderr.splitlines()) <= 6
+
+
+def test_weights_of_other_classes_are_refused(home, known):
+  known(classes=None)
+  file = home / "weights/robustbench/digits/Linf/Toy.pt"
+  file.parent.mkdir(parents=True)
+  convert.save(random_bundle(num_classes=7), file)
+  done = cli.run("--mode=evaluate", *WORDS, cwd=home)
+  assert done.returncode == 2 and "of 7 classes, digits has 10" in done.stderr
 
 
 def test_weights_without_a_threat_model_want_one(home, known):
