@@ -1,6 +1,7 @@
 """Published weights by name: what is known of them, fetched, held to it."""
 
 import hashlib
+import json
 import re
 
 import jax
@@ -196,13 +197,22 @@ def test_the_hub_is_asked_by_its_library(home, server, content, monkeypatch):
   monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
   commit, name = "a" * 40, "hf:owner/repo/x.bin"
   server.files["/owner/repo/resolve/main/x.bin"] = content
+  server.files["/owner/repo/resolve/main/config.json"] = json.dumps(
+    {
+      "architecture": "vit_tiny",
+      "global_pool": "token",
+      "pretrained_cfg": {"mean": [0.5], "std": [0.5], "input_size": [1, 8, 8]},
+    }
+  ).encode()
   server.headers = {"ETag": '"toy"', "X-Repo-Commit": commit}
   first, there = origins.fetch(registry.named(name))
   assert first == f"fetching {name}"
   place = there.rpartition(" ")[2]
   assert place.startswith(str(home / "hub")) and commit in place
   asked = len(server.asked)
-  assert convert.load(name, MODEL).assumed["act"] == "gelu"
+  bundle = convert.load(name, MODEL)
+  assert bundle.model.mean == (0.5,)  # as its repository says
+  assert bundle.assumed == {"act": "gelu", "norm_eps": "1e-06"}
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
   assert [*origins.fetch(registry.named(name))] == [there]
   with pytest.raises(ValueError, match="can't be had") as error:

@@ -149,6 +149,7 @@ def load(
   if registry.is_name(source):
     checkpoint = registry.named(what)
     path = named.find(checkpoint)
+    checkpoint = named.described(checkpoint, path)
     bundle = _load(path, named.arguments(checkpoint, told), f"{what}, {path}")
     bundle = named.checked(bundle, checkpoint, told)
   else:

@@ -1,6 +1,7 @@
 """Published weights by name: what their names bring, and what is checked."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from roli_jax.convert.registry import Checkpoint
 
 # What a file may hold too, and is then compared.
 _NORMALISATION = ("mean", "std")
+_POOLS = {"token": "token", "avg": "mean"}  # timm's words, and ours
 
 
 def find(checkpoint: Checkpoint) -> pathlib.Path:
@@ -25,6 +27,29 @@ def find(checkpoint: Checkpoint) -> pathlib.Path:
   if reason := checkpoint.why_not():
     raise ValueError(f"{checkpoint.name} can't be loaded: {reason}")
   return origins.find(checkpoint)
+
+
+def described(checkpoint: Checkpoint, path: pathlib.Path) -> Checkpoint:
+  """Returns a checkpoint of no known model with what its repository says.
+
+  Args:
+    checkpoint: any; one of the table's stays as it is.
+    path: its file; timm writes mean, deviation, size and pooling beside it.
+  """
+  file = path.parent / origins.CONFIG
+  by_hand = path == origins.place(checkpoint)
+  if checkpoint.model or by_hand or not file.is_file():
+    return checkpoint
+  config = json.loads(file.read_text(encoding="utf-8"))
+  about = {**config, **config.get("pretrained_cfg", {})}
+  facts: dict[str, Any] = {
+    k: tuple(about[k]) for k in _NORMALISATION if k in about
+  }
+  if "input_size" in about:
+    facts["image_size"] = about["input_size"][-1]
+  if about.get("architecture", "").startswith(("vit_", "deit")):
+    facts["pool"] = _POOLS.get(about.get("global_pool", ""))
+  return dataclasses.replace(checkpoint, **facts)
 
 
 def arguments(

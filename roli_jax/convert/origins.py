@@ -1,5 +1,6 @@
 """Where the files of named checkpoints come from, and where they lie."""
 
+import contextlib
 import pathlib
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ _DRIVE = (
   "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
 )
 _PAGE = "page:"  # and an address that only a person can fetch from
+CONFIG = "config.json"  # what many repositories say of their weights
 # What a repository's file of weights is called, if the name doesn't say.
 _FILES = (
   "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
@@ -120,6 +122,9 @@ def _from_hub(checkpoint: Checkpoint) -> None:
   from huggingface_hub import errors
 
   repo, files, revision = _repository(checkpoint.origin)
+  if not checkpoint.model:
+    with contextlib.suppress(errors.EntryNotFoundError):
+      huggingface_hub.hf_hub_download(repo, CONFIG, revision=revision)
   for file in files:
     try:
       huggingface_hub.hf_hub_download(repo, file, revision=revision)

@@ -22,7 +22,7 @@ def run() -> list[Table]:
   note = (
     "Accuracies in percent, as stated: robust under AutoAttack, or the mean"
     " over corruptions. Any other hf:OWNER/REPO[/FILE][@REV] or timm:ID is read"
-    " as a file of which nothing is known."
+    " as a file of which only its repository's config.json tells."
   )
   header = ("names that begin with", "of", "load")
   return [*tables, Table("How many load", header, _counts(why), note)]
