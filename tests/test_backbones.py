@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from roli_jax import convert, keys, models, peft, trees
+from roli_jax.models import zoo
 from tests import golden
 from tests.covering import mostly_slow
 
@@ -37,8 +38,10 @@ EACH = [
 ]
 RELU = ("resnet50", "wide_resnet50_2", "cifar_wide_resnet_28_10")
 
-# Parameters with a head of 1,000 classes (10 for the WRNs) and without, as
-# timm, torchvision and open_clip count them; running statistics apart.
+# Parameters with a head of 1,000 classes (10 where images are CIFAR's) and
+# without, as timm, torchvision, open_clip, MadryLab's robustness and
+# RobustBench's classes count them; running statistics apart, and among them
+# those of MeanSparse with its thresholds.
 SIZES = {
   "vit_ti16": (5_717_416, 5_524_416, 0),
   "vit_ti32": (6_131_560, 5_938_560, 0),
@@ -62,14 +65,36 @@ SIZES = {
   "resnet34": (21_797_672, 21_284_672, 17_024),
   "resnet50": (25_557_032, 23_508_032, 53_120),
   "resnet101": (44_549_160, 42_500_160, 105_344),
+  "resnet152": (60_192_808, 58_143_808, 151_424),
   "wide_resnet50_2": (68_883_240, 66_834_240, 68_224),
+  "wide_resnet50_4": (223_439_144, 221_390_144, 98_432),
   "wide_resnet50_2_gelu": (68_883_240, 66_834_240, 68_224),
+  "cifar_resnet18": (11_173_962, 11_168_832, 9_600),
+  "cifar_resnet18_w128": (44_662_922, 44_652_672, 19_200),
+  "cifar_resnet50": (23_520_842, 23_500_352, 53_120),
+  "preact_resnet18": (11_172_170, 11_167_040, 7_808),
+  "preact_resnet18_v1": (11_171_146, 11_166_016, 6_784),
+  "dm_preact_resnet18": (12_548_426, 12_543_296, 7_808),
+  "wrn_28_4": (5_849_050, 5_846_480, 7_200),
   "wrn_28_10": (36_479_194, 36_472_784, 17_952),
   "wrn_34_10": (46_160_474, 46_154_064, 22_432),
+  "wrn_34_15": (103_819_674, 103_810_064, 33_632),
+  "wrn_34_20": (184_531_674, 184_518_864, 44_832),
+  "wrn_40_2": (2_243_546, 2_242_256, 5_408),
   "wrn_70_16": (266_796_506, 266_786_256, 78_880),
   "dm_wrn_28_10": (36_479_194, 36_472_784, 17_952),
   "dm_wrn_34_10": (46_160_474, 46_154_064, 22_432),
+  "dm_wrn_34_20": (184_531_674, 184_518_864, 44_832),
   "dm_wrn_70_16": (266_796_506, 266_786_256, 78_880),
+  "dm_wrn_82_8": (79_125_466, 79_120_336, 46_624),
+  "dm_wrn_94_16": (365_915_610, 365_905_360, 107_552),
+  "dm_wrn_106_16": (415_475_162, 415_464_912, 121_888),
+  "wrn_34_r": (68_116_698, 68_111_568, 29_472),
+  "wrn_a4": (147_291_738, 147_287_888, 87_456),
+  "ra_wrn_70_16": (267_240_802, 267_232_152, 114_240),
+  "meansparse_ra_wrn_70_16": (267_240_802, 267_232_152, 285_718),
+  "meansparse_dm_wrn_70_16": (266_796_506, 266_786_256, 197_284),
+  "meansparse_dm_wrn_94_16": (365_915_610, 365_905_360, 269_000),
   "clip_vit_b16": (86_568_424, 85_799_424, 0),
   "tiny32": (1_531_624, 1_402_624, 0),
 }
@@ -78,13 +103,14 @@ SIZES = {
 # Of each family one; `make test-all` has all.
 COUNTED = (
   "vit_b16", "deit_s16", "swin_t", "convnext_t", "resnet18", "wrn_28_10",
-  "dm_wrn_28_10", "clip_vit_b16",
+  "dm_wrn_28_10", "clip_vit_b16", "dm_preact_resnet18",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", mostly_slow(SIZES, *COUNTED))
 def test_parameter_counts_are_the_originals(name):
-  model = models.create(name, 10 if "wrn" in name else 1000)
+  of_cifar = models.MODELS[name].normalisation == zoo.CIFAR
+  model = models.create(name, 10 if of_cifar else 1000)
   params, stats = jax.eval_shape(model.init, keys.root(0))
   whole, backbone, running = SIZES[name]
   assert trees.size(params) == whole

@@ -268,8 +268,33 @@ def test_acts_and_eps_are_kept_where_they_are_not_the_names():
   ):
     with pytest.raises(ValueError, match=message):
       models.create("vit_b16", 3, **options)
+  preact = models.create("preact_resnet18", 3, act="silu", norm_eps=1e-3)
+  assert models.from_spec(models.to_spec(preact)) == preact
   with pytest.raises(ValueError, match="swin_t has no option 'norm_eps'"):
     models.create("swin_t", 3, norm_eps=1e-5)
+
+
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_what_a_file_does_not_tell_is_said(is_ours, tmp_path):
+  """A residual network's activation and eps, of the same tensors."""
+  bundle, path = made("glyph_resnet"), tmp_path / "x.safetensors"
+  convert.save(bundle, path, None if is_ours else "timm")
+  both = {"mean": (0.5,), "std": (0.5,)}
+  plain = convert.load(path, "glyph_resnet", **both)
+  told = convert.load(path, "glyph_resnet", act="gelu", norm_eps=1e-3, **both)
+  assert told.model == models.with_options(
+    plain.model, act="gelu", norm_eps=1e-3
+  )
+  same(told, plain)
+  images = np.random.default_rng(0).random((1, 8, 8, 1), np.float32)
+  a, b = (
+    jax.jit(x.model.logits)(x.params, x.stats, images) for x in (plain, told)
+  )
+  assert np.abs(a - b).max() > 1e-3
+  convert.save(told, path)
+  assert convert.load(path).model == told.model
+  with pytest.raises(ValueError, match="did you mean 'relu'"):
+    convert.load(path, act="rleu")
 
 
 def words(**sizes):

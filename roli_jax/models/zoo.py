@@ -147,10 +147,14 @@ _GLYPHS: dict[str, Callable[..., nn.Module]] = {
   ),
   "glyph_wrn": _family("wrn", {"depth": 16, "width": 1}),
   "glyph_preact": functools.partial(
-    PreactResNet, (2, 1, 1, 1), (8, 16, 16, 16), 8, raw=True, last_norm=False
-  ),
-  "glyph_ra_wrn": functools.partial(
-    PreactResNet, (2, 1, 1), (16, 24, 32), 8, jax.nn.silu, same=True, squeeze=4
+    PreactResNet,
+    (3, 1, 1, 1),
+    (8, 16, 16, 16),
+    8,
+    jax.nn.silu,
+    same=True,
+    raw=True,
+    reach=3,
   ),
 }
 

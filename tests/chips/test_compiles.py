@@ -26,7 +26,7 @@ FACTORS = {
   "target": TARGETS,
   "backbone": (
     "glyph_vit_token", "glyph_clip", "glyph_swin", "glyph_convnext",
-    "glyph_resnet", "glyph_wrn",
+    "glyph_resnet", "glyph_wrn", "glyph_preact",
   ),
   "method": tuple(peft.METHODS),
   "loss": (
@@ -57,7 +57,8 @@ def can_be(case):
   """Whether the config's rules allow it."""
   has_tokens = case["backbone"] in ("glyph_vit_token", "glyph_clip",
                                     "glyph_swin")  # fmt: skip
-  has_statistics = case["backbone"] in ("glyph_resnet", "glyph_wrn")
+  has_statistics = case["backbone"] in ("glyph_resnet", "glyph_wrn",
+                                        "glyph_preact")  # fmt: skip
   return (
     (case["method"] != "vpt" or has_tokens)
     and (case["loss"] != "twins" or has_statistics)

@@ -14,7 +14,7 @@ from roli_jax import convert, keys, models, trees
 from tests.covering import covering, mostly_slow
 
 TOYS = [name for name in models.MODELS if name.startswith("glyph")]
-NORMALISED = ["glyph_resnet", "glyph_wrn"]  # by batch
+NORMALISED = ["glyph_resnet", "glyph_wrn", "glyph_preact"]  # by batch
 # The formats that have names for each family.
 FORMATS = [
   ("glyph_vit_token", "timm"),
@@ -30,6 +30,7 @@ FORMATS = [
   ("glyph_resnet", "timm"),
   ("glyph_resnet", "torchvision"),
   ("glyph_wrn", "robustbench"),
+  ("glyph_preact", "robustbench"),
 ]
 
 
@@ -125,7 +126,9 @@ def test_half_precision_errs_by_less_than_two_percent(name):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", NORMALISED)
+@pytest.mark.parametrize(
+  "name", mostly_slow(NORMALISED, "glyph_resnet", "glyph_wrn")
+)
 def test_statistics_move_where_they_are_told_to(name, scan):
   model, params, stats = made(name)
   moves = models.with_options(model, updates_stats=True, scan=scan)

@@ -55,7 +55,7 @@ def small(backbone):
 
 SMALL = {
   "vit": models.Vit(patch=4, width=8, depth=2, num_heads=2, hidden=16),
-  "wrn": models.WideResNet(10, 1),
+  "wrn": models.WideResNet(10, 1, squeeze=4),
 }
 
 
