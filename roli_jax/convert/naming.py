@@ -306,13 +306,25 @@ def _nearest(
 ) -> tuple[str, Faults]:
   """Returns the model with the fewest faults of a network, and those."""
   found: dict[str, Faults] = {}
-  for name in models.MODELS:
-    if layout.holds(_example(name)):
-      model = headed(layout, name, 2, network, pool, {})
-      found[name] = _faults(network, layout, model)
-      if not found[name]:
-        break
+  for name in _candidates(network, layout):
+    model = headed(layout, name, 2, network, pool, {})
+    found[name] = _faults(network, layout, model)
+    if not found[name]:
+      break
   return min(found.items(), key=lambda item: _count(item[1]))
+
+
+def _candidates(network: Network, layout: Layout) -> list[str]:
+  """Returns the models of a layout: of as many blocks, if there are any.
+
+  Blocks are counted in no time, where a model's shapes take a second or more.
+  """
+  known = {name: _example(name) for name in models.MODELS}
+  known = {name: x for name, x in known.items() if layout.holds(x)}
+  if layout.family not in (models.ResNet, models.PreactResNet):
+    return [*known]
+  depths = sizes.depths(layout, network)
+  return [name for name in known if known[name].depths == depths] or [*known]
 
 
 def _faults(network: Network, layout: Layout, model: models.Model) -> Faults:

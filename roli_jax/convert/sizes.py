@@ -44,9 +44,27 @@ def read(layout: Layout, network: Network, family: str) -> dict[str, Any]:
     network: its tensors.
     family: a name in `models.FAMILIES`, of the layout's.
   """
+  return _READERS[family](_shape_in(layout, network))
+
+
+def depths(layout: Layout, network: Network) -> tuple[int, ...]:
+  """The number of blocks of each stage of a residual network.
+
+  Args:
+    layout: a residual network's layout of names.
+    network: its tensors.
+  """
+  return tuple(_stages(_shape_in(layout, network), "conv1/kernel"))
+
+
+def _shape_in(layout: Layout, network: Network) -> Shape:
+  """The shape of a leaf, from the tensor that holds it."""
 
   def shape(path: str) -> tuple[int, ...]:
-    key = layout.key(path)
+    try:
+      key = layout.key(path)
+    except ValueError:  # the layout has names for as many stages only
+      return ()
     tensor = network.tensors.get(key)
     is_kernel = path.endswith("/kernel")
     if tensor is None or (is_kernel and tensor.ndim != 4):
@@ -54,7 +72,7 @@ def read(layout: Layout, network: Network, family: str) -> dict[str, Any]:
     (leaf,) = layout.inward(key, [path], tensor, [tensor.shape])
     return leaf.shape
 
-  return _READERS[family](shape)
+  return shape
 
 
 def _count(shape: Shape, path: str) -> int:
@@ -106,11 +124,11 @@ def _convnext(shape: Shape) -> dict[str, Any]:
 def _wrn(shape: Shape) -> dict[str, Any]:
   stem = shape("backbone/stem/kernel")
   first = shape("backbone/stage0/block0/conv1/kernel")
-  blocks = _count(shape, "backbone/stage0/block{}/conv1/kernel")
-  if not (stem and first):
+  blocks = _stages(shape, "conv1/kernel")
+  if not (stem and first) or len(set(blocks)) > 1:  # no WRN, all equally deep
     return {}
   width = first[3] // 16
-  return {"depth": 6 * blocks + 4, "width": width, "channels": stem[2]}
+  return {"depth": 6 * blocks[0] + 4, "width": width, "channels": stem[2]}
 
 
 _READERS: dict[str, Callable[[Shape], dict[str, Any]]] = {

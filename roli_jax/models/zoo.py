@@ -187,6 +187,7 @@ MODELS: dict[str, Entry] = {
     for family, sizes in _WRNS.items()
     for depth, width in sizes
   },
+  # After the plain ones, which a file of their sizes is taken for.
   **{
     f"meansparse_dm_wrn_{depth}_{width}": Entry(
       _family("dm_wrn", {"depth": depth, "width": width}, sparse=True),
