@@ -139,7 +139,7 @@ def test_names_outside_of_the_table():
   for wrong in ("hf:owner", "hf:a/b/../../c", "ares:ResNet5"):
     with pytest.raises(ValueError, match=r"expected hf:|did you mean"):
       registry.named(wrong)
-  assert not any(map(registry.is_name, ("a/b.pth", "robust", "x:y")))
+  assert not any(map(registry.is_name, ("a/b.pth", "robust", "ares", "x:y")))
 
 
 def test_the_zoo_is_printed_with_all_names_and_reasons():

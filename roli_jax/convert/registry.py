@@ -131,7 +131,9 @@ class Checkpoint:
 
 def is_name(text: Any) -> bool:
   """Returns whether it is a name of a checkpoint, and not a path."""
-  return isinstance(text, str) and text.partition(":")[0] in PREFIXES
+  return isinstance(text, str) and text.startswith(
+    tuple(f"{prefix}:" for prefix in PREFIXES)
+  )
 
 
 def named(name: str) -> Checkpoint:
