@@ -169,8 +169,9 @@ def backbone(name: str, weights: str, origin: str = "") -> dict:
 
   Args:
     name: the model's name, in `models.MODELS` or `models.FAMILIES`.
-    weights: the name of shipped weights, or a path: a file or directory that
-      --mode=convert made, or a file that it could read.
+    weights: the name of shipped weights, or of published ones as --mode=zoo
+      lists them, or a path: a file or directory that --mode=convert made, or a
+      file that it could read.
     origin: how to get the weights, for the message to users who lack them.
   """
   return {
@@ -189,6 +190,8 @@ def backbone(name: str, weights: str, origin: str = "") -> dict:
     "pool": "",
     # Which network in such a file, as `ema`; "": as `convert.load` chooses.
     "key": "",
+    # Whether it is an error that something of a file has to be assumed.
+    "strict": False,
     # bfloat16: of training and attacks; parameters, pixels and the judge of
     # attacks keep float32.
     "dtype": "float32",
@@ -315,6 +318,13 @@ def pgd(num_steps: int) -> ConfigDict:
       "eot": config_dict.placeholder(int),
     }
   )
+
+
+def autoattack() -> ConfigDict:
+  """The standard AutoAttack, at its own budget."""
+  attack = pgd(0)
+  attack.update(name="autoattack", num_steps=config_dict.placeholder(int))
+  return attack
 
 
 def choose(options: dict, name: str, what: str):

@@ -18,7 +18,9 @@ from roli_jax.configs import common
 def get_config() -> ConfigDict:
   return ConfigDict(
     {
-      "source": "",  # a file, or a directory with a bundle or a checkpoint
+      # A file, a directory with a bundle or a checkpoint, or a name that
+      # --mode=zoo lists.
+      "source": "",
       "output": "",  # a directory
       "model": "",  # its name, or its family's; "": found by shapes
       "format": "",  # timm, torchvision, ...; "": found by names
@@ -36,6 +38,7 @@ def get_config() -> ConfigDict:
       "pool": "",
       # Which network in a file that has several: ema, state_dict, ...
       "key": "",
+      "strict": False,  # whether it is an error that something is assumed
       "cpu_devices": 1,
     }
   )

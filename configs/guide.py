@@ -24,7 +24,7 @@ roli and roli_peft are ours: 50 epochs of LP, then 50 of the method from that
 head, at rates of our own choice that nothing has tuned.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from roli_jax.configs import common
 
@@ -78,13 +78,6 @@ def _apgd() -> ConfigDict:
   """From the image itself, first step 2 eps, halved by the loss."""
   attack = common.pgd(10)
   attack.update(name="apgd_ce", random_start=False)
-  return attack
-
-
-def _autoattack() -> ConfigDict:
-  """The standard one, at its own budget."""
-  attack = common.pgd(0)
-  attack.update(name="autoattack", num_steps=config_dict.placeholder(int))
   return attack
 
 
@@ -149,7 +142,7 @@ def get_config(text: str = "") -> ConfigDict:
       "threat": {"norm": "linf", "eps": "4/255"},
       "attack": _apgd(),
       "val_attack": _apgd(),
-      "eval_attack": _autoattack(),
+      "eval_attack": common.autoattack(),
       "eval_batch_size": 64,
       "probe": _stage(50, arg.loss, probe_lr, PROBE_DECAY, 1.0),
       "adapt": _stage(epochs, arg.loss, lr, DECAY, head),

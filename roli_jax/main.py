@@ -9,10 +9,13 @@ copy of it. python -m roli_jax.main is the same as roli.
 Modes:
   train     all stages of the config's table, tests, report (the default)
   evaluate  restores a checkpoint of the run in --workdir and adds the rows
-            that are missing; needs no --config
+            that are missing; needs no --config. With --config=evaluate it tests
+            weights as they are: --config.backbone.weights=NAME
   report    draws tables and figures from the rows of the run or sweep in
             --workdir, and report.html, a page that has it all
-  prepare   fetches the data that a run lacks, and says what weights it lacks
+  prepare   fetches the data and the named weights that a run lacks, and says
+            what other weights it lacks
+  zoo       the table of weights that load by name, and why others don't
   plan      what a run will do and cost, without data or weights: plan.json
   convert   reads weights from elsewhere, or writes ours for elsewhere, with
             --config=convert --config.source= --config.output=
@@ -90,6 +93,8 @@ def run(argv: Sequence[str]) -> int:
       _sweep(command)
     elif command.mode == "prepare":
       _prepare(command)
+    elif command.mode == "zoo":
+      _show_zoo()
     else:
       _run_one(command)
   except (ValueError, ModuleNotFoundError) as error:
@@ -164,6 +169,14 @@ def _prepare(command: Command) -> None:
     print(line, flush=True)
 
 
+def _show_zoo() -> None:
+  """Prints which published weights load by name."""
+  from roli_jax.experiment import zoo_command
+  from roli_jax.results import tables
+
+  tables.show(zoo_command.run())
+
+
 def _run_one(command: Command) -> None:
   """Does what the modes do that compute, in this process."""
   mode, path, config = command.mode, command.workdir, command.config
@@ -184,12 +197,14 @@ def _run_one(command: Command) -> None:
       print(f"Written to {path}: report.html, report.md, figures/.")
   elif mode == "evaluate":
     from roli_jax import train
-    from roli_jax.results import comparison, report
+    from roli_jax.experiment import as_is
+    from roli_jax.results import comparison, report, stated
 
-    rows = train.evaluate(config, path)
+    of_a_run = "cells" in config
+    rows = (train if of_a_run else as_is).evaluate(config, path)
     if distributed.leads():
       drawn = [
-        report.accuracies(rows),
+        report.accuracies(rows) if of_a_run else stated.table(rows),
         comparison.corruptions(rows),
         report.quick(path),
       ]

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_MOST_NAMES = 100  # that a message lists
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _EXPRESSION = re.compile(rf"(eps|{_NUMBER})(?:\s*([*/])\s*({_NUMBER}))?")
 
@@ -24,6 +25,8 @@ def _hint(name: str, known: Iterable[str]) -> str:
   names = sorted(known)
   near = difflib.get_close_matches(name, names, n=1)
   meant = f"; did you mean {near[0]!r}?" if near else ";"
+  if len(names) > _MOST_NAMES:
+    return f"{meant} there are {len(names)}"
   return f"{meant} there are {', '.join(names)}"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from roli_jax import convert, keys, models
-from roli_jax.convert import files, plain, torch_file
+from roli_jax.convert import contents, plain, torch_file
 from tests import cli
 from tests import test_torch_file as by_hand
 
@@ -276,7 +276,7 @@ def test_a_pipe_is_no_file(tmp_path):
 
   os.mkfifo(tmp_path / "w")
   with pytest.raises(ValueError, match="no file"):
-    files.opened(tmp_path / "w")
+    contents.of(tmp_path / "w")
 
 
 def test_a_saved_page_ends_the_command_in_one_line(tmp_path):

@@ -139,7 +139,7 @@ def test_a_wheel_has_configs_and_weights_and_nothing_else(installed, root):
   ours = {
     str(path.relative_to(root))
     for path in (root / "roli_jax").rglob("*.*")
-    if path.suffix in (".py", ".safetensors", ".html", ".css", ".js")
+    if path.suffix in (".csv", ".py", ".safetensors", ".html", ".css", ".js")
   }
   configs = {f"roli_jax/{p.relative_to(root)}" for p in root.glob("configs/*")}
   assert found == ours - {stub} | {c for c in configs if c.endswith(".py")}

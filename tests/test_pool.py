@@ -93,12 +93,11 @@ def test_each_way_to_pool_is_timms(cls, norm, pool):
 def test_without_a_word_it_is_what_names_tell(cls, norm, pool):
   bundle = load(state_of(cls, norm))
   np.testing.assert_allclose(logits(bundle), TIMM[cls, norm, pool], atol=2e-5)
-  notes = bundle.coverage.notes()
   if (cls, norm) == (True, "norm"):  # both have these names
-    assert len(notes) == 1 and "pool=mean" in notes[0]
-    assert not load(state_of(cls, norm), pool="token").coverage.notes()
+    assert bundle.assumed["pool"] == "token"
+    assert "pool" not in load(state_of(cls, norm), pool="token").assumed
   else:
-    assert not notes
+    assert "pool" not in bundle.assumed
 
 
 @pytest.mark.parametrize("cls, norm, pool", covering(TIMM))
@@ -214,12 +213,14 @@ def test_a_run_takes_the_words_too(pool, key, tmp_path, monkeypatch):
   config.backbone.update(weights=str(file), pool=pool, key=key)
   said = []
   monkeypatch.setattr(
-    convert.files.logging, "warning", lambda *words: said.append(words)
+    convert.assumptions.logging, "warning", lambda *words: said.append(words)
   )
   run = build_run(config.to_dict())
   (stage,) = expand_stages(run)
   assert build_model(run, stage).backbone.pool == (pool or "token")
-  assert len(said) == (0 if pool else 2)  # of the pool, and of the network
+  # Of what is assumed; and of the network, unless a word chooses it.
+  assert len(said) == (1 if key else 2)
+  assert ("pool=token" in str(said)) == (not pool)
   config.backbone.key = "best"
   with pytest.raises(ValueError, match=r"no network 'best'.*ema, net"):
     build_run(config.to_dict()).load(str(file))

@@ -15,6 +15,7 @@ CONFIGS = (
   "bench",
   "cifar_roli",
   "convert",
+  "evaluate",
   "guide",
   "pretrain",
   "roli",

@@ -15,6 +15,7 @@ class Server(http.server.ThreadingHTTPServer):
     breaks: how many bytes it sends of each of the next answers before it hangs
       up; once they are used up it sends all.
     ranges: whether it can send a file from its middle on.
+    headers: sent with each answer.
     asked: (path, first byte) of each request.
   """
 
@@ -29,6 +30,7 @@ class Server(http.server.ThreadingHTTPServer):
     self.files: dict[str, bytes] = {}
     self.breaks: list[int] = []
     self.ranges = True
+    self.headers: dict[str, str] = {}
     self.asked: list[tuple[str, int]] = []
 
   @property
@@ -38,6 +40,19 @@ class Server(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
   server: Server
+
+  def do_HEAD(self) -> None:
+    content = self.server.files.get(self.path)
+    if content is None:
+      return self.send_error(404, "EntryNotFound")
+    self.send_response(200)
+    self.send_header("Content-Length", str(len(content)))
+    self._end()
+
+  def _end(self) -> None:
+    for name, value in self.server.headers.items():
+      self.send_header(name, value)
+    self.end_headers()
 
   def do_GET(self) -> None:
     match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -56,7 +71,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     else:
       self.send_response(200)
     self.send_header("Content-Length", str(len(content)))
-    self.end_headers()
+    self._end()
     breaks = self.server.breaks
     self.wfile.write(content[: breaks.pop(0)] if breaks else content)
 

@@ -1,10 +1,10 @@
 """Pretrained weights: from files to models, and back."""
 
 from roli_jax.convert.bundle import Bundle, Coverage, with_classes
+from roli_jax.convert.contents import from_stage
 from roli_jax.convert.files import (
   adjusted,
   find,
-  from_stage,
   load,
   read,
   save,

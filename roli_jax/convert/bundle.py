@@ -34,7 +34,6 @@ class Coverage:
     ignored: keys of tensors that no pass needs, by rule.
     normalised_by: where mean and standard deviation are from.
     others: the networks in the file that were not taken, "" without any.
-    assumed: what the file can't tell, a sentence each.
   """
 
   layout: str
@@ -45,15 +44,13 @@ class Coverage:
   ignored: tuple[str, ...]
   normalised_by: str
   others: str = ""
-  assumed: tuple[str, ...] = ()
 
   def notes(self) -> list[str]:
     """Returns what a user of the weights has to know, a sentence each."""
-    notes = list(self.assumed)
-    if self.others:
-      taken = self.wrapped or "."
-      notes.append(f"{taken} is taken; key= takes another: {self.others}")
-    return notes
+    if not self.others:
+      return []
+    taken = self.wrapped or "."
+    return [f"{taken} is taken; key= takes another: {self.others}"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +66,8 @@ class Bundle:
       they can be written again.
     coverage: what became of that file's tensors; None for a file of ours.
     classes: the names of the head's classes; empty where no file told them.
+    assumed: what that file couldn't tell and nobody has told, by the argument
+      of `convert.load` that would; kept in files of ours.
   """
 
   model: models.Model
@@ -78,6 +77,7 @@ class Bundle:
   extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   coverage: Coverage | None = None
   classes: tuple[str, ...] = ()
+  assumed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write(bundle: Bundle, path: pathlib.Path, half: bool = False) -> None:
@@ -110,6 +110,8 @@ def write(bundle: Bundle, path: pathlib.Path, half: bool = False) -> None:
     check_arrays(leaves, f"{path.name}, in float16")
   leaves |= trees.paths({"extras": bundle.extras})
   about = {**models.to_spec(bundle.model), "layout": bundle.layout}
+  if bundle.assumed:
+    about["assumed"] = dict(bundle.assumed)
   metadata = {
     "format": FORMAT,
     "model": json.dumps(about),
@@ -155,6 +157,7 @@ def from_tensors(
     about.get("layout", ""),
     tree.get("extras", {}),
     classes=tuple(json.loads(metadata.get("classes", "[]"))),
+    assumed=about.get("assumed", {}),
   )
   check(bundle, what)
   return bundle

@@ -3,28 +3,28 @@
 import dataclasses
 import importlib.resources
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from absl import logging
 
 from roli_jax import models
-from roli_jax.convert import bundle as bundles
 from roli_jax.convert import (
-  kinds,
+  assumptions,
+  contents,
+  named,
   naming,
   networks,
-  plain,
+  registry,
   state_dict,
   text,
   torch_file,
 )
+from roli_jax.convert import bundle as bundles
 from roli_jax.convert.bundle import Bundle
-from roli_jax.files import checkpoint
 from roli_jax.types import PyTree
 
+_SIZES = (*models.SIZES, "channels")
 _TORCH = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
 
 
@@ -39,14 +39,14 @@ def find(model: str, weights: str, hint: str = "") -> pathlib.Path:
   """Returns the file that a config means by a model and its weights.
 
   Args:
-    model: a name in `models.MODELS` or `models.FAMILIES`.
+    model: a name in `models.MODELS` or `models.FAMILIES`; "": any.
     weights: the name of shipped weights (`robust`), or a path.
     hint: how to get the weights, for the message; "" for none.
 
   Raises:
     ValueError: there are no such weights; the message lists those there are.
   """
-  names = shipped(model)
+  names = shipped(model) if model else {}
   if weights in names:
     return names[weights]
   path = pathlib.Path(weights).expanduser()
@@ -55,7 +55,8 @@ def find(model: str, weights: str, hint: str = "") -> pathlib.Path:
     return inside if inside.exists() else path
   shipped_ones = f"; {model} comes with {', '.join(names)}" if names else ""
   how = f"; {hint}" if hint else ""
-  raise ValueError(f"no weights of {model} at {weights!r}{shipped_ones}{how}")
+  of = f" of {model}" if model else ""
+  raise ValueError(f"no weights{of} at {weights!r}{shipped_ones}{how}")
 
 
 def load(
@@ -76,18 +77,20 @@ def load(
   depth: int | Sequence[int] | None = None,
   heads: int | Sequence[int] | None = None,
   channels: int | None = None,
+  strict: bool = False,
 ) -> Bundle:
-  """Returns the bundle of a file, ours or another framework's.
+  """Returns the bundle of published weights, or of any file of weights.
 
-  What names and shapes don't determine is assumed; a warning and
-  `bundle.coverage.notes()` list the assumptions, and the other networks that
-  the file holds.
+  What names and shapes don't determine is assumed: a warning says so, and
+  `bundle.assumed`. `bundle.coverage.notes()` lists the other networks that the
+  file holds.
 
   Args:
-    source: a safetensors file, ours or not, a PyTorch checkpoint or a .npz,
-      which are recognised by their content; a directory that holds our bundle,
-      or a checkpoint of one of our runs; or a state dict: names to arrays,
-      perhaps in dicts and lists.
+    source: the name of published weights, see `registry`, which bring all that
+      follows with them; a safetensors file, ours or not, a PyTorch checkpoint
+      or a .npz, which are recognised by their content; a directory that holds
+      our bundle, or a checkpoint of one of our runs; or a state dict: names to
+      arrays, perhaps in dicts and lists.
     model: a name in `models.MODELS` or `models.FAMILIES`; None: recognised by
       shapes.
     format: a name in `convert.FORMATS`; None: recognised by names. Not used
@@ -114,41 +117,72 @@ def load(
     heads: likewise; those of a `vit` show nowhere, and must be told for a file
       that isn't ours.
     channels: likewise.
+    strict: whether it is an error that something has to be assumed.
 
   Raises:
-    ValueError: the file can't be read, or is refused; its tensors are not the
-      model's (both sides are listed), not floats or not finite; it holds no
-      network of that key; an option that the model hasn't.
+    ValueError: the file is not there, can't be read, or is refused; its tensors
+      are not the model's (both sides are listed), not floats or not finite; it
+      holds no network of that key; an option that the model hasn't; under
+      `strict`, an assumption.
   """
-  sizes = {
+  options = {
+    "model": model,
+    "format": format,
+    "mean": mean,
+    "std": std,
+    "num_classes": num_classes,
+    "image_size": image_size,
+    "act": act,
+    "norm_eps": norm_eps,
+    "pool": pool,
+    "key": key,
     "patch": patch,
     "width": width,
     "depth": depth,
     "heads": heads,
     "channels": channels,
   }
-  told = {name: size for name, size in sizes.items() if size is not None}
-  found: Any = source
+  told = {name: value for name, value in options.items() if value is not None}
   what = "the state dict"
   if isinstance(source, str | pathlib.Path):
-    path = pathlib.Path(source).expanduser()
-    found, what = opened(path), str(path)
+    what = str(source)
+  if registry.is_name(source):
+    checkpoint = registry.named(what)
+    path = named.find(checkpoint)
+    checkpoint = named.described(checkpoint, path)
+    bundle = _load(path, named.arguments(checkpoint, told), f"{what}, {path}")
+    bundle = named.checked(bundle, checkpoint, told)
+  else:
+    bundle = _load(source, told, what)
+  assumptions.tell(bundle, what, strict)
+  return bundle
+
+
+def _load(source: Any, told: dict[str, Any], what: str) -> Bundle:
+  """Returns the bundle of a file or state dict; see `load`.
+
+  Args:
+    source: as of `load`, but no name.
+    told: the arguments of `load` that were given.
+    what: what the source is called in messages.
+  """
+  found: Any = source
+  if isinstance(source, str | pathlib.Path):
+    found = contents.of(pathlib.Path(source).expanduser())
+  chosen = {k: told[k] for k in ("act", "norm_eps") if k in told}
+  others = {k: v for k, v in told.items() if k not in chosen}
   if not isinstance(found, Bundle):
-    bundle = state_dict.to_bundle(
-      found, model, format, mean, std, num_classes, image_size, pool, key, what,
-      **told,
-    )  # fmt: skip
-    assert bundle.coverage is not None
-    for note in bundle.coverage.notes():
-      logging.warning("%s: %s", what, note)
-    computed = models.with_options(bundle.model, act=act, norm_eps=norm_eps)
-    return dataclasses.replace(bundle, model=computed)
-  if model not in (None, found.model.name):
-    raise ValueError(f"{what} is a {found.model.name}, not a {model}")
-  models.check_sizes(found.model, told, what)
-  return adjusted(
-    found, mean, std, num_classes, image_size, pool, key, act, norm_eps
-  )
+    bundle = state_dict.to_bundle(found, what=what, **others)
+    model = models.with_options(bundle.model, **chosen)
+    bundle = dataclasses.replace(bundle, model=model)
+    return dataclasses.replace(bundle, assumed=assumptions.of(bundle, told))
+  others.pop("format", None)
+  name = others.pop("model", found.model.name)
+  if name != found.model.name:
+    raise ValueError(f"{what} is a {found.model.name}, not a {name}")
+  sizes = {k: others.pop(k) for k in _SIZES if k in others}
+  models.check_sizes(found.model, sizes, what)
+  return adjusted(found, **others, **chosen)
 
 
 def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
@@ -165,7 +199,7 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   Raises:
     ValueError: the file can't be read, or is refused.
   """
-  found = opened(pathlib.Path(path).expanduser())
+  found = contents.of(pathlib.Path(path).expanduser())
   if isinstance(found, Bundle):
     return naming.leaves(found.params, found.stats)
   return networks.arrays(found)
@@ -196,7 +230,7 @@ def text_tower(
   if isinstance(source, Mapping):
     return text.to_text(source, num_heads, act)
   path = pathlib.Path(source).expanduser()
-  found = opened(path)
+  found = contents.of(path)
   if isinstance(found, Bundle):
     raise ValueError(
       f"{path} is a bundle of ours, which has no text tower: name the file that"
@@ -228,95 +262,13 @@ def adjusted(
   model = models.with_options(
     found.model, pool=pool, act=act, norm_eps=norm_eps
   )
-  bundle = dataclasses.replace(found, model=model)
+  told = {
+    "act": act, "norm_eps": norm_eps, "pool": pool, "mean": mean, "std": std,
+    "image_size": image_size,
+  }  # fmt: skip
+  assumed = {k: v for k, v in found.assumed.items() if told.get(k) is None}
+  bundle = dataclasses.replace(found, model=model, assumed=assumed)
   return bundles.fitted(bundle, mean, std, num_classes, image_size)[0]
-
-
-def opened(path: pathlib.Path) -> Bundle | Any:
-  """Returns our bundle, or the checkpoint of another framework, of a file.
-
-  Raises:
-    ValueError: the file can't be read, or is refused.
-  """
-  if not path.exists():
-    raise ValueError(f"there are no weights at {path}")
-  if path.is_dir():
-    return _from_directory(path)
-  kind = kinds.of(path)
-  if kind == "torch":
-    return torch_file.read(path)
-  if kind == "npz":
-    return plain.npz(path)
-  tensors, metadata = plain.safetensors(path)
-  if metadata.get("format") == bundles.FORMAT:
-    return bundles.from_tensors(tensors, metadata, str(path))
-  return tensors
-
-
-def _from_directory(path: pathlib.Path) -> Bundle | Any:
-  """Returns a directory's bundle, or the best checkpoint of a run's stage."""
-  files = sorted(path.glob("*.safetensors"))
-  # What a method has added may lie beside the model that it is for.
-  known = models.MODELS.keys() | models.FAMILIES.keys()
-  files = [file for file in files if file.stem in known] or files
-  if len(files) == 1:
-    return opened(files[0])
-  return from_stage(path, _plain, files)
-
-
-def _plain(model: models.Model, meta: Mapping[str, Any]) -> models.Model:
-  """Returns the model, if no method has added anything to its checkpoint."""
-  if not meta["adds"]:
-    return model
-  raise ValueError(
-    f"the checkpoint is of {meta['method']['name']}, which has added to its"
-    " backbone; --mode=convert with it as --config.source folds LoRA into the"
-    " kernels, and writes adapters and prompts beside the bare backbone"
-  )
-
-
-def from_stage(
-  path: pathlib.Path,
-  enter: Callable[[models.Model, Mapping[str, Any]], models.Model],
-  files: Sequence[pathlib.Path] = (),
-) -> Bundle:
-  """Returns the checkpoint in a directory: of a step, or a stage's best.
-
-  Args:
-    path: the directory of a step or stage, or one above a single stage.
-    enter: returns the model with what its method adds, from the plain model
-      and the checkpoint's metadata.
-    files: the files of weights in the directory, for the message.
-
-  Raises:
-    ValueError: there isn't one stage; leaves that are not the model's.
-  """
-  stages = checkpoint.find(path)
-  if checkpoint.step_of(path) is not None:
-    stages = [path.parent]
-  if len(stages) != 1:
-    if not (files or stages):
-      kinds.refuse_directory(path)
-    have = ", ".join(str(p) for p in (files or stages)[:4]) or "neither"
-    raise ValueError(
-      f"expected one .safetensors file in {path}, or the checkpoints of one"
-      f" stage; there is {have}"
-    )
-  with checkpoint.manager(stages[0], reading=True) as checkpoints:
-    step = checkpoint.step_of(path)
-    step = checkpoints.best_step() if step is None else step
-    meta = checkpoint.restore_meta(checkpoints, step)
-    model = enter(models.from_spec(meta["model"]), meta)
-    like = jax.eval_shape(model.init, jax.random.key(0))
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like
-    )
-    restored = checkpoint.restore(checkpoints, step, model=like)["model"]
-  params, stats = jax.tree.map(np.asarray, restored)
-  bundle = Bundle(model, params, stats)
-  bundles.check(bundle, str(path))
-  return bundle
 
 
 def save(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,7 @@ from roli_jax.convert.bundle import Bundle, Coverage
 from roli_jax.convert.name_maps import FORMATS, LAYOUTS, Layout
 from roli_jax.convert.networks import COUNTER, Network
 
-# Assumptions where neither names nor shapes tell.
-_SIDE = (
-  "image_size={}: no tensor of a {} tells the side of the images that it was"
-  " trained on"
-)
-_POOL = (
-  "pool=token: names don't tell whether a ViT's feature is the class token or,"
-  " as under timm's global_pool='avg', fc_norm=False, the mean of the others"
-  " (pool=mean)"
-)
+OF_FILE = "of the file"  # `Coverage.normalised_by` of a file that holds them
 
 
 def to_bundle(
@@ -79,29 +70,10 @@ def to_bundle(
     resampled=tuple(k for k, p in keys.items() if set(p) & set(resampled)),
     dropped=tuple(sorted(dropped)),
     ignored=tuple(sorted({*network.tensors.keys() - needed, *network.extras})),
-    normalised_by=_normalised_by(mean, network, named),
+    normalised_by=_normalised_by(mean, network, format, named),
     others=others,
-    assumed=tuple(_assumed(layout, whole, pool, image_size)),
   )
   return dataclasses.replace(bundle, coverage=coverage)
-
-
-def _assumed(
-  layout: Layout, model: models.Model, pool: str | None, image_size: int | None
-) -> Iterator[str]:
-  """Yields a sentence for each thing that the file can't tell, and nobody has.
-
-  Args:
-    layout: the file's layout of names.
-    model: the model as it is assumed.
-    pool: what the user says of its feature, or None.
-    image_size: what the user says of its images, or None.
-  """
-  if pool is None and layout.pools and model.backbone.pool == "token":
-    yield _POOL
-  family = models.FAMILIES.get(model.name)
-  if image_size is None and family and family.image_size:
-    yield _SIDE.format(model.image_size, model.name)
 
 
 def _others(found: list[Network], network: Network) -> list[Network]:
@@ -206,12 +178,25 @@ def _chosen(
 
 
 def _normalised_by(
-  mean: Sequence[float | int] | None, network: Network, format: str
+  mean: Sequence[float | int] | None,
+  network: Network,
+  given: str | None,
+  format: str,
 ) -> str:
+  """Returns where mean and deviation are from, in words.
+
+  Args:
+    mean: the given mean, or None.
+    network: whose file may hold them.
+    given: the given format, whose own images are then meant, or None.
+    format: that format, or the one that was recognised.
+  """
   if mean is not None:
     return "as given"
   if network.mean is not None:
-    return "of the file"
+    return OF_FILE
+  if given and FORMATS[given]:
+    return f"those of {given}, as given"
   return f"of the format {format}: check that they are the file's"
 
 

@@ -64,7 +64,9 @@ def beside(place: pathlib.Path) -> Iterator[pathlib.Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def fetch(url: str, digest: str, place: pathlib.Path) -> None:
+def fetch(
+  url: str, digest: str, place: pathlib.Path, size: int | None = None
+) -> None:
   """Downloads a file, unless it is there.
 
   What has come lies beside the place as `NAME.part`, and the next call asks for
@@ -72,30 +74,43 @@ def fetch(url: str, digest: str, place: pathlib.Path) -> None:
 
   Args:
     url: where the file comes from.
-    digest: its MD5 or SHA-256, in hex. What is there already is not checked.
+    digest: its MD5 or SHA-256, in hex, or the beginning of a SHA-256; "": not
+      known. What is there already is not checked.
     place: the path that it gets, in a directory that is there.
+    size: in bytes; None: not known.
 
   Raises:
-    ValueError: it is not there, or another file by its digest (what came is
-      then removed); no connection, or one that breaks again and again; no
-      space. The message says what to do.
+    ValueError: it is not there, or another file by its digest or size (what
+      came is then removed); no connection, or one that breaks again and again;
+      no space. The message says what to do.
   """
   if place.exists():
     return
   part = place.with_name(f"{place.name}.part")
   # Killed before it was moved: a server has nothing more to send then.
-  if not (part.exists() and _digest(part, digest) == digest):
+  whole = digest and part.exists() and not _wrong(part, digest, size)
+  if not whole:
     _receive(url, part, place)
-    found = _digest(part, digest)
-    if found != digest:
+    if wrong := _wrong(part, digest, size):
       part.unlink()
       raise ValueError(
-        f"{url} came with the checksum {found}, not {digest}:\n"
+        f"{url} came with {wrong}:\n"
         "  it was damaged on its way, or is another file by now. It is removed;"
         " the same command\n"
         f"  tries again, or put the right file at {place}."
       )
   part.replace(place)
+
+
+def _wrong(file: pathlib.Path, digest: str, size: int | None) -> str:
+  """Returns what tells that it is another file, "" if nothing does."""
+  found = file.stat().st_size
+  if size not in (None, found):
+    return f"{found:,} bytes, not {size:,}"
+  checksum = _digest(file, digest) if digest else ""
+  if not checksum.startswith(digest):
+    return f"the checksum {checksum}, not {digest}"
+  return ""
 
 
 def _digest(file: pathlib.Path, like: str) -> str:

@@ -34,10 +34,22 @@ GUIDE_EVAL = ("stretch:224",)
 
 def resize(rng: Rng, image: Picture, side: int) -> Picture:
   """Resizes the shorter side to `side`; bilinear, antialiased by PIL."""
+  return _resized(image, *_shorter(image, side))
+
+
+def resize_bicubic(rng: Rng, image: Picture, side: int) -> Picture:
+  """Resizes the shorter side to `side`; bicubic, antialiased by PIL."""
+  from PIL import Image
+
+  return image.resize(_shorter(image, side), Image.Resampling.BICUBIC)
+
+
+def _shorter(image: Picture, side: int) -> tuple[int, int]:
+  """Returns width and height of an image whose shorter side is `side`."""
   width, height = image.size
   if width <= height:
-    return _resized(image, side, int(side * height / width))
-  return _resized(image, int(side * width / height), side)
+    return side, int(side * height / width)
+  return int(side * width / height), side
 
 
 def stretch(rng: Rng, image: Picture, side: int) -> Picture:
@@ -209,6 +221,7 @@ TRANSFORMS: dict[Callable[..., Any], str] = {
   random_crop: "random_crop:224",
   random_resized_crop: "random_resized_crop:224",
   resize: "resize:256",
+  resize_bicubic: "resize_bicubic:256",
   rotate: "rotate:2",
   stretch: "stretch:224",
 }

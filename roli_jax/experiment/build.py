@@ -110,16 +110,22 @@ def build_model(run: Run, stage: Stage) -> models.Model:
   else:
     model = run.load(stage.weights).model
     model = convert.with_classes(model, run.num_classes)
+  options = model_options(run)
+  method = build_method(run, stage)
+  if method.train_mode and run.switches["droppath_rate"]:
+    options["drop_path"] = run.switches["droppath_rate"]
+  return method.apply_to(models.with_options(model, **options))
+
+
+def model_options(run: Run) -> dict[str, Any]:
+  """Returns what the config tells `models.with_options`."""
+  backbone = run.config["backbone"]
   names = (
     "act", "norm_eps", "attention", "pool", "scan", "remat", "updates_stats",
   )  # fmt: skip
   # "", 0 and False are every backbone's defaults: set, they would be refused by
   # backbones that lack the option.
-  options = {k: v for k in names if (v := backbone.get(k)) not in ("", False)}
-  method = build_method(run, stage)
-  if method.train_mode and run.switches["droppath_rate"]:
-    options["drop_path"] = run.switches["droppath_rate"]
-  return method.apply_to(models.with_options(model, **options))
+  return {k: v for k in names if (v := backbone.get(k)) not in ("", False)}
 
 
 def build_method(run: Run, stage: Stage) -> peft.Method:

@@ -22,7 +22,7 @@ else:
   ConfigDict = Any  # ml_collections is loaded where a config is read
 
 MODES = (
-  "train", "evaluate", "report", "plan", "prepare", "convert", "publish",
+  "train", "evaluate", "report", "plan", "prepare", "convert", "publish", "zoo",
   "bench", "sweep",
 )  # fmt: skip
 
@@ -39,7 +39,7 @@ class Command:
     mode: one of `MODES`.
     workdir: the run's directory, given or named after the config.
     config: the resolved config, as nested dicts; {} in a sweep, and for --help
-      without a config.
+      and in the mode zoo without a config.
     swept: in a sweep, the words that its cells' configs come from, `--config=`
       first; otherwise ().
     flags: the other flags: `help`, `sweep_print`, `coordinator`,
@@ -167,8 +167,8 @@ def _parse(words: Sequence[str]) -> Command:
   rest = [_lengthen(word, given.mode) for word in rest]
   config: dict[str, Any] = {}
   swept: tuple[str, ...] = ()
-  if given.help and not given.config:
-    pass
+  if (given.help or given.mode == "zoo") and not given.config:
+    _parse_all(_flags(), rest)
   elif given.mode == "sweep":
     fields = [word for word in rest if _FIELD.match(word)]
     _parse_all(_flags(), [word for word in rest if word not in fields])

@@ -9,7 +9,16 @@ import jax
 import numpy as np
 
 from roli_jax import models, peft, trees
-from roli_jax.convert import Bundle, files, networks, state_dict
+from roli_jax.convert import (
+  Bundle,
+  assumptions,
+  contents,
+  files,
+  networks,
+  origins,
+  registry,
+  state_dict,
+)
 from roli_jax.convert import bundle as bundles
 from roli_jax.types import Images, Params, PyTree
 
@@ -19,7 +28,7 @@ _SIZES = (*models.SIZES, "channels")
 # The fields of the config that `convert.load` takes.
 LOAD_FIELDS = (
   "model", "format", "mean", "std", "num_classes", "image_size", "act",
-  "norm_eps", "pool", "key", *_SIZES,
+  "norm_eps", "pool", "key", "strict", *_SIZES,
 )  # fmt: skip
 
 
@@ -47,7 +56,11 @@ def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, list[Fact]]:
   source = pathlib.Path(config["source"]).expanduser()
   output = pathlib.Path(config["output"]).expanduser()
   given = {k: config[k] for k in LOAD_FIELDS if config[k]}
-  whole, method = _read(source, given)
+  if registry.is_name(config["source"]):
+    source = origins.find(registry.named(config["source"]))
+    whole, method = files.load(config["source"], **given), peft.linear()
+  else:
+    whole, method = _read(source, given)
   plain = whole
   if whole.params.peft:
     plain = peft.merge(whole, method) if method.scale else peft.without(whole)
@@ -82,6 +95,7 @@ def _read(
   if name != found.model.name:
     raise ValueError(f"{source} is a {found.model.name}, not a {name}")
   given.pop("format", None)
+  given.pop("strict", None)  # a checkpoint of ours assumes nothing
   told = {size: given.pop(size) for size in _SIZES if size in given}
   models.check_sizes(found.model, told, str(source))
   return files.adjusted(found, **given), method
@@ -153,6 +167,8 @@ def _facts(bundle: Bundle) -> list[Fact]:
     ("mean", " ".join(f"{x:g}" for x in model.mean), normalised_by),
     ("std", " ".join(f"{x:g}" for x in model.std), ""),
   ]
+  if bundle.assumed:
+    facts.append(("assumed", "", assumptions.said(bundle.assumed)))
   if about is None:
     return facts
   wrapped = f"under {about.wrapped!r}" if about.wrapped else ""
@@ -188,7 +204,7 @@ def _check_same(bundle: Bundle, again: Bundle, source: pathlib.Path) -> Fact:
     raise RuntimeError("the file that was written reads back otherwise")
   if bundle.coverage is None:
     return ("read back", "bit for bit", f"{len(before)} leaves")
-  found = networks.find(files.opened(source), str(source))
+  found = networks.find(contents.of(source), str(source))
   name = bundle.coverage.wrapped
   theirs = next(x for x in found if x.name == name).tensors
   back = state_dict.to_state_dict(again, state_dict.format_of(again))

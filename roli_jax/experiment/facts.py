@@ -1,7 +1,8 @@
-"""`facts.json`: sizes of methods and notes on data, for reports."""
+"""`facts.json`: sizes of methods, notes on data and weights, for reports."""
 
+import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
 from roli_jax import data, trees
 from roli_jax.experiment.program import build_program
@@ -11,7 +12,7 @@ from roli_jax.files import workdir
 from roli_jax.results import report, tables
 
 
-def write(run: Run, stages: Iterable[Stage], path: pathlib.Path) -> None:
+def write(run: Run, stages: Sequence[Stage], path: pathlib.Path) -> None:
   """Writes `facts.json`; prints it too where the images lie in files.
 
   Args:
@@ -26,7 +27,9 @@ def write(run: Run, stages: Iterable[Stage], path: pathlib.Path) -> None:
     trained, _ = program.method.split(params)
     sizes[stage.method] = (trees.size(trained), trees.size(params))
   splits = {split: run.data[split] for split in data.SPLITS}
+  weights = {stage.weights for stage in stages if stage.name != "pretrain"}
   facts = {
+    "assumed": {name: dict(run.load(name).assumed) for name in sorted(weights)},
     "backbone": run.config["backbone"]["name"],
     "in_files": isinstance(splits["train"], data.Files),
     "parameters": sizes,
@@ -38,3 +41,19 @@ def write(run: Run, stages: Iterable[Stage], path: pathlib.Path) -> None:
   workdir.write_json(path / "facts.json", facts)
   if facts["in_files"] or facts["notes"]:
     tables.show(report.facts(path))
+
+
+def add_assumed(
+  weights: str, assumed: Mapping[str, str], path: pathlib.Path
+) -> None:
+  """Adds what is assumed of weights to `facts.json`, which need not be there.
+
+  Args:
+    weights: their name or path.
+    assumed: as a bundle has it.
+    path: the directory of the rows.
+  """
+  file = path / "facts.json"
+  facts = json.loads(file.read_text()) if file.is_file() else {}
+  facts.setdefault("assumed", {})[weights] = dict(assumed)
+  workdir.write_json(file, facts)

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from roli_jax import convert, data
+from roli_jax.convert import origins, registry
 
 
 def run(config: Mapping[str, Any]) -> Iterator[str]:
-  """Fetches the data, then looks for the weights, which have to be converted.
+  """Fetches the data and weights that have a name, and looks for others.
 
   Args:
     config: any nested mapping with the sections `data` and `backbone` of
@@ -29,7 +30,11 @@ def run(config: Mapping[str, Any]) -> Iterator[str]:
   if "pretrain" in config:
     return  # it makes its weights
   backbone = config["backbone"]
-  names = [cell.get("weights", backbone["weights"]) for cell in config["cells"]]
+  cells = config.get("cells", ({},))
+  names = [cell.get("weights", backbone["weights"]) for cell in cells]
   for weights in dict.fromkeys(names):
+    if registry.is_name(weights):
+      yield from origins.fetch(registry.named(weights))
+      continue
     file = convert.find(backbone["name"], weights, hint=backbone["origin"])
     yield f"{backbone['name']}'s weights are there: {file}"

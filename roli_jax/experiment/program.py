@@ -58,12 +58,12 @@ def check_run(run: Run, stages: Iterable[Stage]) -> None:
 
 def build_predict(run: Run, stage: Stage) -> Callable[..., Any]:
   """Returns `(variables, images) -> logits` of the stage's model."""
-  return step.make_predict(_on_devices(run, build.build_model(run, stage)))
+  return step.make_predict(for_devices(run, build.build_model(run, stage)))
 
 
 def build_both(run: Run, stage: Stage) -> Callable[..., Any]:
   """Returns `(variables, images) -> (features, logits)` of that model."""
-  return step.make_both(_on_devices(run, build.build_model(run, stage)))
+  return step.make_both(for_devices(run, build.build_model(run, stage)))
 
 
 # TPUs whose on-chip memory holds a head's scores of 64 images, as docs/chips.md
@@ -71,7 +71,7 @@ def build_both(run: Run, stage: Stage) -> Callable[..., Any]:
 _ROOMY = ("TPU v5 lite", "TPU v6 lite")
 
 
-def _on_devices(run: Run, model: models.Model) -> models.Model:
+def for_devices(run: Run, model: models.Model) -> models.Model:
   """Returns the model as the run's devices compute it.
 
   By the devices of the mesh, which a plan only describes, and unless the config
@@ -132,7 +132,7 @@ def _compile(run: Run, stage: Stage) -> Program:
   params, stats = jax.eval_shape(model.init, keys.root(0))
   tx = build.build_optimizer(run, stage, method.labels(params))
   train_step = step.make_train_step(
-    models.with_options(_on_devices(run, model), dtype=run.compute_dtype),
+    models.with_options(for_devices(run, model), dtype=run.compute_dtype),
     method,
     criterion,
     attack,

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from roli_jax import convert, data, models, sharding, specs
+from roli_jax.convert import registry
 from roli_jax.experiment import compat
 from roli_jax.experiment.stages import Stage, expand
 from roli_jax.threat import ThreatModel
@@ -116,20 +117,23 @@ def _load(
   Args:
     backbone: the section of the config.
     splits: the data set, for its number of classes.
-    weights: the name of shipped weights, or a path.
+    weights: the name of shipped or of published weights, or a path.
     keeps_head: whether the head is the file's, not a new one as wide as the
       data set.
   """
-  file = convert.find(backbone["name"], weights, hint=backbone["origin"])
+  source: Any = weights
+  if not registry.is_name(weights):
+    source = convert.find(backbone["name"], weights, hint=backbone["origin"])
   return convert.load(
-    file,
-    model=backbone["name"],
+    source,
+    model=backbone["name"] or None,
     num_classes=None if keeps_head else splits["train"].num_classes,
     image_size=backbone.get("image_size") or None,
     act=backbone.get("act") or None,
     norm_eps=backbone.get("norm_eps") or None,
     pool=backbone.get("pool") or None,
     key=backbone.get("key") or None,
+    strict=backbone.get("strict", False),
     **backbone_sizes(backbone),
   )
 

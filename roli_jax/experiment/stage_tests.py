@@ -87,13 +87,14 @@ def rows(
   """Returns the rows of a measurement, without what was measured."""
   about = {
     **stage.row,
-    "init": stage.init,
-    "head_init": stage.head_init,
-    "method": stage.method,
+    # None where nobody trains.
+    "init": stage.init or None,
+    "head_init": stage.head_init or None,
+    "method": stage.method or None,
     "backbone": run.config["backbone"]["name"],
     "weights": stage.weights,
     "data": run.config["data"]["name"],
-    "train_size": stage.train_size,
+    "train_size": stage.train_size or None,
     "split": split,
     "metric": "accuracy",
     "seed": stage.seed,

@@ -109,12 +109,16 @@ class Stage:
     return record.directory(self.row)
 
 
+def in_paths(weights: str) -> str:
+  """Returns the name of weights as paths have it, without slashes."""
+  return re.sub(r"[^\w.]+", "_", weights)
+
+
 def _cell_name(fields: Mapping[str, Any]) -> str:
   """Returns the name of the cell and seed of a stage with these fields."""
   head_init = fields["head_init"]
   parts = (
-    # A path's slashes would make directories of it.
-    re.sub(r"[^\w.]+", "_", fields["weights"]),
+    in_paths(fields["weights"]),
     fields["method"],
     fields["init"],
     *([head_init] if head_init != "kaiming_fan_out" else []),

@@ -30,6 +30,7 @@ _LATER: dict[str, Any] = {
     "norm_eps": 0.0,
     "pool": "",
     "key": "",
+    "strict": False,
     **dict.fromkeys(_SIZES),
   },
   "num_val_images": 0,

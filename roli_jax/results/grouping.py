@@ -12,6 +12,8 @@ from roli_jax.results.record import Row
 
 Values = dict[int, float]  # accuracies in [0, 1], by seed
 
+AS_IS = "as_is"  # the stage of weights that nobody has trained here
+
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 Part = TypeVar("Part", bound="_PartOfRow")
@@ -42,6 +44,8 @@ class Group(_PartOfRow):
   @property
   def name(self) -> str:
     """As people call it: `full RanLI small head`."""
+    if self.stage == AS_IS:
+      return "as it is"
     inits = {"ranli": "RanLI", "roli": "RoLI", "std": "std"}
     name = f"{self.method} {inits[self.init]}"
     if self.stage != "adapt":

@@ -9,8 +9,9 @@ from statistics import mean
 
 from roli_jax import data
 from roli_jax.evaluate.checks import VERDICTS
-from roli_jax.results import comparison, page, record
+from roli_jax.results import comparison, page, record, stated
 from roli_jax.results.grouping import (
+  AS_IS,
   CLEAN,
   Attacked,
   Group,
@@ -277,6 +278,9 @@ def facts(path: pathlib.Path) -> list[Table]:
   if not file.is_file():
     return []
   known = json.loads(file.read_text())
+  assumed = _assumed(known.get("assumed", {}))
+  if "parameters" not in known:  # of weights that no run has trained
+    return filled([assumed])
   sizes = []
   by_size = sorted(known["parameters"].items(), key=lambda item: item[1])
   for method, (trained, total) in by_size:
@@ -284,7 +288,21 @@ def facts(path: pathlib.Path) -> list[Table]:
     sizes.append((method, f"{trained:,}", f"{total - trained:,}", share))
   title = f"Parameters of {known['backbone']} and its head"
   header = ("method", "trained", "frozen", "percent trained")
-  return [Table(title, header, sizes), *_manifest(known)]
+  return [Table(title, header, sizes), *filled([assumed]), *_manifest(known)]
+
+
+def _assumed(by_weights: Row) -> Table:
+  """Returns what files of weights couldn't tell, and nobody has."""
+  lines = [
+    (weights, fact, value)
+    for weights, assumed in by_weights.items()
+    for fact, value in assumed.items()
+  ]
+  return Table(
+    "Assumed of weights, since their files can't tell",
+    ("weights", "what", "assumed"),
+    lines,
+  )
 
 
 def _manifest(known: Row) -> list[Table]:
@@ -365,9 +383,11 @@ def write(path: pathlib.Path) -> list[Table]:
 
   rows, evaluated = _rows(path), kept(path)
   log = record.read(path / "training.jsonl")
-  drawn = figures.write(rows, log, path / "figures", evaluated)
+  trained = [row for row in rows if row["stage"] != AS_IS]
+  drawn = figures.write(trained, log, path / "figures", evaluated)
   checked = filled([quick(path)])
-  made = [*tables(rows), *evaluations(evaluated), *facts(path), *checked]
+  made = [*tables(trained), *filled([stated.table(rows)])]
+  made += [*evaluations(evaluated), *facts(path), *checked]
   return _written(path, made, drawn)
 
 

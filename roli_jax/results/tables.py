@@ -50,11 +50,11 @@ def show(tables: Iterable[Table]) -> None:
 
   # A file has no width; rich would take it for 80 columns.
   width = None if sys.stdout.isatty() else 160
-  console = rich.console.Console(width=width, highlight=False)
+  console = rich.console.Console(width=width, highlight=False, markup=False)
   for table in tables:
     shown = rich.table.Table(title=table.title, caption=table.note or None)
     for name in table.header:
-      shown.add_column(name)
+      shown.add_column(name, overflow="fold")  # nothing is cut off
     for row in table.rows:
       shown.add_row(*row)
     console.print(shown)
