@@ -9,7 +9,7 @@ RUN = $(VENV)/bin/python
 
 demo: $(VENV)/ready
 	$(RUN) -m roli_jax.main --config=configs/glyphs_roli.py --workdir=runs/demo
-	$(RUN) -m roli_jax.photographs --workdir=runs/demo
+	$(RUN) -m roli_jax.experiment.photographs --workdir=runs/demo
 
 test: $(VENV)/ready-test
 	$(VENV)/bin/ruff check .

@@ -4,8 +4,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from roli_jax import evaluate, photographs
+from roli_jax import evaluate
 from roli_jax.evaluate import batching
+from roli_jax.experiment import photographs
 from roli_jax.results import figures
 from roli_jax.results.tables import Table
 

@@ -1,6 +1,6 @@
 """What the shipped backbones say of photographs, before and after an attack.
 
-  python -m roli_jax.photographs --workdir=DIR [IMAGE ...]
+  python -m roli_jax.experiment.photographs --workdir=DIR [IMAGE ...]
 
 Photographs are those of scikit-learn and matplotlib, or files of your own. Each
 is cut to a square of 32 x 32. There is no label: the attack has won where the
