@@ -1,6 +1,7 @@
 """A web server in a thread, which breaks off, or can't resume, when told to."""
 
 import contextlib
+import hashlib
 import http.server
 import re
 import threading
@@ -50,6 +51,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self._end()
 
   def _end(self) -> None:
+    # The hub's cache takes files of one ETag for the same.
+    etag = hashlib.md5(self.path.encode()).hexdigest()
+    self.send_header("ETag", f'"{etag}"')
     for name, value in self.server.headers.items():
       self.send_header(name, value)
     self.end_headers()
