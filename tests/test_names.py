@@ -192,8 +192,13 @@ def test_what_is_no_such_file_leaves_nothing(
 
 def test_the_hub_is_asked_by_its_library(home, server, content, monkeypatch):
   """Whose settings HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are."""
-  constants = pytest.importorskip("huggingface_hub.constants")
+  from huggingface_hub import constants
+
   monkeypatch.setattr(constants, "ENDPOINT", server.url)
+  # Made of the other where the library is imported.
+  _, _, template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{")
+  url = f"{server.url}/{{{template}"
+  monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
   monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
   commit, name = "a" * 40, "hf:owner/repo/x.bin"
   server.files["/owner/repo/resolve/main/x.bin"] = content

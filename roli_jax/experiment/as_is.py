@@ -91,10 +91,11 @@ def _completed(
     ValueError: a threat model that neither says.
   """
   about_data = dict(config["data"])
-  in_files = about_data["name"] not in data.IN_MEMORY
-  if checkpoint.preprocessing and in_files:
-    for field in ("train_transforms", "eval_transforms"):
-      about_data[field] = about_data[field] or checkpoint.preprocessing
+  chosen = about_data["eval_transforms"] or checkpoint.preprocessing
+  if chosen and about_data["name"] not in data.IN_MEMORY:
+    # Nothing trains here, and the two have to be of one size.
+    both = ("train_transforms", "eval_transforms")
+    about_data |= dict.fromkeys(both, chosen)
   threat = _threat(config, checkpoint)
   return {**config, "threat": threat, "data": about_data}
 

@@ -66,7 +66,8 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def keep_images(
-  folder: pathlib.Path,
+  root: pathlib.Path,
+  directory: str,
   about: Sequence[Mapping[str, Any]],
   radii: Sequence[float],
   source: data.Source,
@@ -82,7 +83,8 @@ def keep_images(
   pass an image: a result holds no logits.
 
   Args:
-    folder: the stage's, below `evaluations` of the run.
+    root: the directory `evaluations` of the run.
+    directory: the stage's, below it.
     about: the test's rows: clean, and one for each radius.
     radii: those radii, of an attack that finds distances; (): its own.
     source: the split.
@@ -91,7 +93,7 @@ def keep_images(
     function: the model.
   """
   # By the number tested, which decides the positions.
-  clean = folder.parents[2] / f"clean-{about[-1]['split']}-n{len(rows)}.npz"
+  clean = root / f"clean-{about[-1]['split']}-n{len(rows)}.npz"
   is_small = max(source.shape[:2]) <= _SMALL
   rows = rows[: MOST_IMAGES["small" if is_small else "large"]]
   m, images = len(rows), source.pixels(rows)
@@ -100,6 +102,7 @@ def keep_images(
   said, sure = _said(function, source, rows, adv)
   if not distributed.leads():
     return
+  folder = root / directory
   folder.mkdir(parents=True, exist_ok=True)
   if not clean.exists():
     _save(

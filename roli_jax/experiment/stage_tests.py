@@ -195,7 +195,8 @@ def add_tests(
     chosen: the tests.
     split: `train`, `val` or `test`.
   """
-  root = results.path.parent / "evaluations" / stage.directory
+  evaluations = results.path.parent / "evaluations"
+  root = evaluations / stage.directory
   for test in chosen:
     about = rows(run, stage, split, test)
     if all(row in results for row in about):
@@ -223,7 +224,8 @@ def add_tests(
     if isinstance(test, Test) and _keeps_images(run, stage):
       source = run.data[split]
       evaluation_files.keep_images(
-        root,
+        evaluations,
+        stage.directory,
         about,
         test.radii,
         source,

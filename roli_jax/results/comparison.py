@@ -207,7 +207,7 @@ class Interval:
   Attributes:
     name: what is compared.
     mean: the mean difference.
-    low: the lower end of its 95% interval.
+    low: the lower end of its 95% Student interval.
     high: the upper end.
     verdict: whether the two are separated.
   """

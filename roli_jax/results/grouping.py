@@ -5,7 +5,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from statistics import mean
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 from roli_jax import statistics
 from roli_jax.results.record import Row
@@ -41,11 +41,17 @@ class Group(_PartOfRow):
   steps: int
   lr: float
 
+  @classmethod
+  def of(cls, row: Row) -> "Group":
+    """Returns the row's; what weights as they are lack is 0 or ""."""
+    kinds = get_type_hints(cls)
+    return cls(**{field: row.get(field) or kinds[field]() for field in kinds})
+
   @property
   def name(self) -> str:
     """As people call it: `full RanLI small head`."""
     if self.stage == AS_IS:
-      return "as it is"
+      return f"{self.weights}, as it is"
     inits = {"ranli": "RanLI", "roli": "RoLI", "std": "std"}
     name = f"{self.method} {inits[self.init]}"
     if self.stage != "adapt":

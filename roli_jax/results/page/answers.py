@@ -18,7 +18,7 @@ from roli_jax.results.record import Row
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """An accuracy with its 95% interval, all in [0, 1].
+  """An accuracy with its interval of 95%, all in [0, 1].
 
   Attributes:
     value: the accuracy, the mean over seeds.

@@ -34,8 +34,8 @@ def answers(found: Sequence[Answer]) -> str:
     f" {' and '.join(said)}.</p>"
     f"{_table(('model', 'clean, %', f'{attack}, %'), lines)}"
     "<p class=note>Test images classified as labelled, the most robust model"
-    " first. In brackets, and as whiskers: 95% intervals, Student's over seeds,"
-    " or Wilson's over images where there is one seed.</p>"
+    " first. In brackets, and as whiskers: intervals of 95%, Student's over"
+    " seeds, or Wilson's over images where there is one seed.</p>"
   )
 
 
