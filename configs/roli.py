@@ -108,11 +108,6 @@ ARES_Swin_base_patch4_window7_224_AT.pth
 Convert it, --mode=convert --config=configs/convert.py --config.source=THAT.pth
 --config.output=weights, and give --config.backbone.weights=weights."""
 
-TINY_ORIGIN = """\
-none come with the package yet. Pretrain it on images of yours,
---config=configs/pretrain.py:dataset=folder --config.data.root=IMAGES, and give
---config.backbone.weights=WORKDIR/tiny32_robust.safetensors."""
-
 OTHER_ORIGIN = """\
 convert a file of it, --mode=convert --config=configs/convert.py
 --config.source=FILE --config.output=weights, and give
@@ -193,7 +188,7 @@ def _make_small(config: ConfigDict) -> None:
   num_steps are 0.
   """
   config.cpu_devices = common.CPU_DEVICES
-  config.backbone.weights, config.backbone.origin = "robust", TINY_ORIGIN
+  config.backbone.weights = "robust"
   if config.data.name != "folder":  # which may have fewer
     config.data.train_size = 2000
   config.num_val_images, config.num_images = 500, 1000

@@ -100,7 +100,7 @@ def test_the_table_of_models_names_all(root):
 
 
 def test_what_it_says_of_the_example_holds(readme):
-  assert len(re.findall(r"^python -m roli_jax\.main", readme, re.M)) == 26
+  assert len(re.findall(r"^python -m roli_jax\.main", readme, re.M)) == 28
   for config in re.findall(r"--config=configs/(\w+)\.py", readme):
     assert config in CONFIGS
   for config, text in re.findall(
