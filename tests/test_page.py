@@ -54,7 +54,7 @@ def made(toy, tmp_path_factory):
   def keep(result, attack, *radii):
     told = [about(attack=attack, eps=eps) for eps in radii]
     evaluation_files.keep_images(
-      path / "evaluations" / FOLDER, [{}, *told], radii if radii[1:] else (),
+      path / "evaluations", FOLDER, [{}, *told], radii if radii[1:] else (),
       source, source.some(0), result, function,
     )  # fmt: skip
     return result
