@@ -182,7 +182,7 @@ def get_config(text: str = "", dataset: str = "cub") -> ConfigDict:
 
 
 def _make_small(config: ConfigDict) -> None:
-  """Makes the run one for two cores, of under an hour.
+  """Makes the run small enough for two cores.
 
   All of a data set: data.train_size, num_val_images, num_images and the stages'
   num_steps are 0.
