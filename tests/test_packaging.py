@@ -12,7 +12,8 @@ import pytest
 
 from roli_jax import corruptions, data, main
 from roli_jax.data import decode, glyphs, tfds
-from roli_jax.results import figures, page
+from roli_jax.results import page
+from roli_jax.results.pictures import empty
 from tests import cli, pictures
 
 TEST_TOOLS = {
@@ -82,7 +83,7 @@ CALLS = {
     "data",
     lambda _: jpeg(np.random.default_rng(0), IMAGE, 1),
   ),
-  "plots": ("matplotlib", "plots", lambda _: figures._figure(1, 1)),
+  "plots": ("matplotlib", "plots", lambda _: empty(1, 1)),
   "page": ("plotly", "plots", lambda path: page.write(path, [])),
 }
 

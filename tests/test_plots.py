@@ -7,7 +7,7 @@ import pytest
 from roli_jax import evaluate
 from roli_jax.evaluate import batching
 from roli_jax.experiment import photographs
-from roli_jax.results import figures
+from roli_jax.results import figures, pictures
 from roli_jax.results.tables import Table
 
 
@@ -78,9 +78,9 @@ def test_a_notebook_shows_a_table_as_markdown():
 def test_photographs_are_attacked_and_drawn(tmp_path, monkeypatch):
   """Those of the requirements, and of a user's own; on what ships."""
   drawn = []
-  draw = figures.side_by_side
+  draw = pictures.side_by_side
   monkeypatch.setattr(
-    figures, "side_by_side", lambda *given: drawn.append(given) or draw(*given)
+    pictures, "side_by_side", lambda *given: drawn.append(given) or draw(*given)
   )
   own = tmp_path / "own.png"
   PIL.Image.new("RGB", (50, 40), "green").save(own)

@@ -20,7 +20,7 @@ from roli_jax import attacks, convert, keys, specs
 from roli_jax.data import decode, transforms
 from roli_jax.experiment import products
 from roli_jax.files import extras
-from roli_jax.results import figures
+from roli_jax.results import pictures
 from roli_jax.threat import ThreatModel
 
 BACKBONE = "tiny32"
@@ -76,7 +76,7 @@ def attacked(bundle: convert.Bundle, images: np.ndarray) -> dict[str, Any]:
     images: [n, h, w, 3] in [0, 1].
 
   Returns:
-    What `figures.examples` takes beside the images.
+    What `pictures.examples` takes beside the images.
   """
   threat = ThreatModel("linf", specs.number(EPS))
   pgd = attacks.build("pgd", threat, num_steps=20, step_size="eps/4")
@@ -98,12 +98,12 @@ def attacked(bundle: convert.Bundle, images: np.ndarray) -> dict[str, Any]:
 
 
 def run(
-  pictures: Sequence[decode.Picture], folder: pathlib.Path
+  photographs: Sequence[decode.Picture], folder: pathlib.Path
 ) -> pathlib.Path:
   """Attacks the shipped backbones on photographs, and draws what came out.
 
   Args:
-    pictures: the photographs, at least one.
+    photographs: at least one.
     folder: where `photographs.png` is written.
 
   Returns:
@@ -112,12 +112,12 @@ def run(
   found = {}
   for weights in sorted(convert.shipped(BACKBONE), reverse=True):
     bundle = convert.load(convert.find(BACKBONE, weights))
-    images = pixels(pictures, bundle.model.image_size)
+    images = pixels(photographs, bundle.model.image_size)
     title = f"{BACKBONE}, {weights} pretraining: what it says (linf, {EPS})"
     found[title] = attacked(bundle, images)
   folder.mkdir(parents=True, exist_ok=True)
   file = folder / "photographs.png"
-  figures.side_by_side(images, found).savefig(file, dpi=120)
+  pictures.side_by_side(images, found).savefig(file, dpi=120)
   return file
 
 
@@ -132,13 +132,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("image", nargs="*", type=pathlib.Path)
   given = parser.parse_args(argv)
   extras.need("PIL", "matplotlib")
-  pictures = []
+  photographs = []
   for file in given.image:
     try:
-      pictures.append(decode.decode(file))
+      photographs.append(decode.decode(file))
     except Exception as error:  # of any type
       parser.error(f"{file} can't be read: {error}")
-  written = run(pictures or samples(), given.workdir / "figures")
+  written = run(photographs or samples(), given.workdir / "figures")
   print(f"Written: {written}.")
 
 

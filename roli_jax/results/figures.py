@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from roli_jax.files import extras
 from roli_jax.results import comparison, record
 from roli_jax.results.grouping import (
   CLEAN,
@@ -23,12 +22,13 @@ from roli_jax.results.grouping import (
   measured_curves,
   told_apart,
 )
+from roli_jax.results.pictures import empty, examples
 from roli_jax.results.record import Row
 
 if TYPE_CHECKING:
-  from matplotlib.figure import Figure, FigureBase
+  from matplotlib.figure import Figure
 else:  # matplotlib is an extra, and slow to import
-  Figure = FigureBase = Any
+  Figure = Any
 
 # Of a group, by its method or else its init; the same in every figure.
 _COLOURS = {
@@ -86,87 +86,6 @@ def write_sweep(
   return _save({"runs": _runs(tests), "frontier": _frontier(tests)}, folder)
 
 
-def examples(
-  images: np.ndarray,
-  adv: np.ndarray,
-  labels: np.ndarray,
-  clean_said: np.ndarray,
-  adv_said: np.ndarray,
-  *,
-  eps: float | int,
-  title: str = "",
-) -> Figure:
-  """Draws clean images, what was added to them, and what came out.
-
-  Args:
-    images: [n, h, w, c] in [0, 1], n at least 1.
-    adv: the adversarial images, of the same shape.
-    labels: [n], classes or their names.
-    clean_said: [n], the class that the model predicts of each clean image.
-    adv_said: [n], the class that it predicts of each adversarial image.
-    eps: the change of a pixel that is drawn black or white, in units of
-      [0, 1]; grey is no change.
-    title: a line above the figure; "" for none.
-
-  Returns:
-    The figure.
-  """
-  figure = _figure(1.1 * len(images) + 1, 4.2)
-  _draw_examples(
-    figure, images, adv, labels, clean_said, adv_said, eps=eps, title=title
-  )
-  return figure
-
-
-def side_by_side(images: np.ndarray, attacked: Mapping[str, dict]) -> Figure:
-  """Draws what was found against several models, one below the other.
-
-  Args:
-    images: [n, h, w, c] in [0, 1], n at least 1.
-    attacked: the other arguments of `examples`, by the title of the model.
-
-  Returns:
-    The figure.
-  """
-  figure = _figure(1.3 * len(images) + 1, 4.6 * len(attacked))
-  parts = figure.subfigures(len(attacked), squeeze=False)[:, 0]
-  for part, (title, found) in zip(parts, attacked.items(), strict=True):
-    _draw_examples(part, images, **found, title=title)
-  return figure
-
-
-def _draw_examples(
-  figure: FigureBase,
-  images: np.ndarray,
-  adv: np.ndarray,
-  labels: np.ndarray,
-  clean_said: np.ndarray,
-  adv_said: np.ndarray,
-  *,
-  eps: float | int,
-  title: str,
-) -> None:
-  """Draws what `examples` draws, into a figure or a part of one."""
-  axes = figure.subplots(3, len(images), squeeze=False)
-  added = (adv - images) / (2 * eps) + 0.5
-  kinds = {"clean": images, f"change (±{eps:.2g})": added, "adversarial": adv}
-  for line, (name, shown) in zip(axes, kinds.items(), strict=True):
-    for axis, image in zip(line, shown, strict=True):
-      axis.imshow(np.clip(image, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
-      axis.set(xticks=[], yticks=[])
-    line[0].set_ylabel(name)
-  for line, guesses in ((0, clean_said), (2, adv_said)):
-    for axis, label, guess in zip(axes[line], labels, guesses, strict=True):
-      right = label == guess
-      between = " " if len(f"{guess}{label}") < 8 else "\n"
-      # Once an image: where it fell, what it is stands above.
-      truth = "" if right or line else f"{between}(is {label})"
-      axis.set_title(
-        f"{guess}{truth}", color="black" if right else "#d1495b", fontsize=9
-      )
-  figure.suptitle(title, fontsize=9)
-
-
 def broken(summaries: Sequence[Row], names: Sequence[str]) -> Figure:
   """Draws what became of images: a bar an evaluation, its parts the attacks.
 
@@ -177,7 +96,7 @@ def broken(summaries: Sequence[Row], names: Sequence[str]) -> Figure:
   Returns:
     The figure.
   """
-  figure = _figure(9, 1.4 + 0.5 * len(summaries))
+  figure = empty(9, 1.4 + 0.5 * len(summaries))
   axis = figure.subplots()
   known = {name: None for one in summaries for name in one["broken_by"]}
   order = ["", *(n for n in known if n not in ("", "clean")), "clean"]
@@ -218,7 +137,7 @@ def by_radius(
   Returns:
     The figure.
   """
-  figure = _figure(5.5, 4)
+  figure = empty(5.5, 4)
   axis = figure.subplots()
   for name, points in lines.items():
     style = "o-" if len(points) < 20 else "-"
@@ -267,7 +186,7 @@ def _runs(tests: Sequence[Row]) -> Figure | None:
   if not runs:
     return None
   shown = kinds(tests)
-  figure = _figure(8, 1.6 + 0.45 * len(runs))
+  figure = empty(8, 1.6 + 0.45 * len(runs))
   axis = figure.subplots()
   for i, kind in enumerate(shown):
     label = kind.name
@@ -312,7 +231,7 @@ def _frontier(tests: Sequence[Row]) -> Figure | None:
           stars[name] = clean, robust
   if not lines:
     return None
-  figure = _figure(6, 4.6)
+  figure = empty(6, 4.6)
   axis = figure.subplots()
   ends = {0.0: "probe", 1.0: "fine-tuned"}
   for name, points in lines.items():
@@ -335,14 +254,6 @@ def _frontier(tests: Sequence[Row]) -> Figure | None:
   return figure
 
 
-def _figure(width: float | int, height: float | int) -> Figure:
-  """Returns an empty figure of this size, in inches."""
-  extras.need("matplotlib")
-  from matplotlib import figure
-
-  return figure.Figure(figsize=(width, height), layout="constrained")
-
-
 def _colour(group: Group) -> str:
   return _COLOURS["linear" if group.method == "linear" else group.init]
 
@@ -355,7 +266,7 @@ def _bars(rows: Sequence[Row]) -> Figure | None:
   groups = {g: own for g, own in by_group(tests).items() if not g.is_member}
   attack = attacks(tests)[0]
   panels = collect(groups, lambda group: (group.weights, group.train_size))
-  figure = _figure(2 + 1.3 * len(groups), 4.4)
+  figure = empty(2 + 1.3 * len(groups), 4.4)
   widths = [len(shown) for shown in panels.values()]
   (axes,) = figure.subplots(
     1, len(widths), sharey=True, squeeze=False, width_ratios=widths
@@ -395,7 +306,7 @@ def _curve(rows: Sequence[Row]) -> Figure | None:
     return None
   main = attacks(tests)[0]
   norms = sorted({curve.norm for curve in curves})
-  figure = _figure(5.5 * len(norms), 4)
+  figure = empty(5.5 * len(norms), 4)
   (axes,) = figure.subplots(1, len(norms), sharey=True, squeeze=False)
   for axis, norm in zip(axes, norms, strict=True):
     for curve, points in curves.items():
@@ -435,7 +346,7 @@ def _training(rows: Sequence[Row], log: Sequence[Row]) -> Figure | None:
       row for row in held_out if row["attack"] != "none"
     ],
   }
-  figure = _figure(9, 3.8)
+  figure = empty(9, 3.8)
   axes = figure.subplots(1, 2)
   for axis, (name, logged) in zip(axes, shown.items(), strict=True):
     curves = by_step(rows, logged)
