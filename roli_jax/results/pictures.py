@@ -8,9 +8,9 @@ import numpy as np
 from roli_jax.files import extras
 
 if TYPE_CHECKING:
-  from matplotlib.figure import Figure, FigureBase
+  from matplotlib.figure import Figure
 else:  # matplotlib is an extra, and slow to import
-  Figure = FigureBase = Any
+  Figure = Any
 
 
 def examples(
@@ -22,6 +22,7 @@ def examples(
   *,
   eps: float | int,
   title: str = "",
+  into: Any = None,
 ) -> Figure:
   """Draws clean images, what was added to them, and what came out.
 
@@ -34,46 +35,12 @@ def examples(
     eps: the change of a pixel that is drawn black or white, in units of
       [0, 1]; grey is no change.
     title: a line above the figure; "" for none.
+    into: the part of a figure, of matplotlib, to draw in; None: a new figure.
 
   Returns:
-    The figure.
+    The figure, or the part.
   """
-  figure = empty(1.1 * len(images) + 1, 4.2)
-  _draw_examples(
-    figure, images, adv, labels, clean_said, adv_said, eps=eps, title=title
-  )
-  return figure
-
-
-def side_by_side(images: np.ndarray, attacked: Mapping[str, dict]) -> Figure:
-  """Draws what was found against several models, one below the other.
-
-  Args:
-    images: [n, h, w, c] in [0, 1], n at least 1.
-    attacked: the other arguments of `examples`, by the title of the model.
-
-  Returns:
-    The figure.
-  """
-  figure = empty(1.3 * len(images) + 1, 4.6 * len(attacked))
-  parts = figure.subfigures(len(attacked), squeeze=False)[:, 0]
-  for part, (title, found) in zip(parts, attacked.items(), strict=True):
-    _draw_examples(part, images, **found, title=title)
-  return figure
-
-
-def _draw_examples(
-  figure: FigureBase,
-  images: np.ndarray,
-  adv: np.ndarray,
-  labels: np.ndarray,
-  clean_said: np.ndarray,
-  adv_said: np.ndarray,
-  *,
-  eps: float | int,
-  title: str,
-) -> None:
-  """Draws what `examples` draws, into a figure or a part of one."""
+  figure = into or empty(1.1 * len(images) + 1, 4.2)
   axes = figure.subplots(3, len(images), squeeze=False)
   added = (adv - images) / (2 * eps) + 0.5
   kinds = {"clean": images, f"change (±{eps:.2g})": added, "adversarial": adv}
@@ -92,6 +59,24 @@ def _draw_examples(
         f"{guess}{truth}", color="black" if right else "#d1495b", fontsize=9
       )
   figure.suptitle(title, fontsize=9)
+  return figure
+
+
+def side_by_side(images: np.ndarray, attacked: Mapping[str, dict]) -> Figure:
+  """Draws what was found against several models, one below the other.
+
+  Args:
+    images: [n, h, w, c] in [0, 1], n at least 1.
+    attacked: the other arguments of `examples`, by the title of the model.
+
+  Returns:
+    The figure.
+  """
+  figure = empty(1.3 * len(images) + 1, 4.6 * len(attacked))
+  parts = figure.subfigures(len(attacked), squeeze=False)[:, 0]
+  for part, (title, found) in zip(parts, attacked.items(), strict=True):
+    examples(images, **found, title=title, into=part)
+  return figure
 
 
 def empty(width: float | int, height: float | int) -> Figure:
