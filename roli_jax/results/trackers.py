@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import pathlib
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -46,18 +47,22 @@ class _TensorBoard:
   def __init__(
     self, path: pathlib.Path, config: Mapping[str, Any], sent: dict[str, Any]
   ):
-    import tensorboardX
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
 
     del config, sent  # its files need neither
-    self._writers: dict[str, Any] = {}
-    self._open = tensorboardX.SummaryWriter
+    # SummaryWriter would write in a thread, and flush before that thread has.
+    self._writers: dict[str, event_file_writer.EventsWriter] = {}
+    self._open = event_file_writer.EventsWriter
+    self._event = event_pb2.Event
+    self._summary = summary
     self._root = path / "tensorboard"
 
   def scalar(self, stage: str, name: str, value: float, step: int) -> None:
-    self._writer(stage).add_scalar(name, value, step)
+    self._write(stage, step, self._summary.scalar(name, value))
 
   def picture(self, name: str, image: np.ndarray) -> None:
-    self._writer("").add_image(name, image, 0, dataformats="HWC")
+    self._write("", 0, self._summary.image(name, image, dataformats="HWC"))
 
   def flush(self) -> None:
     for writer in self._writers.values():
@@ -67,15 +72,15 @@ class _TensorBoard:
     for writer in self._writers.values():
       writer.close()
 
-  def _writer(self, stage: str) -> Any:
+  def _write(self, stage: str, step: int, summary: Any) -> None:
     if stage not in self._writers:
       folder = self._root / stage
+      folder.mkdir(parents=True, exist_ok=True)
       # Files are named by the second: a later one must not overwrite it.
       number = len([*folder.glob("events*")])
-      self._writers[stage] = self._open(
-        str(folder), filename_suffix=f".{number}"
-      )
-    return self._writers[stage]
+      self._writers[stage] = self._open(str(folder / "events"), f".{number}")
+    event = self._event(step=step, wall_time=time.time(), summary=summary)
+    self._writers[stage].write_event(event)
 
 
 class _Wandb:
