@@ -164,7 +164,7 @@ def sizes() -> dict:
   }
 
 
-def backbone(name: str, weights: str, origin: str = "") -> dict:
+def backbone(name: str, weights: str) -> dict:
   """A pretrained backbone and how it is computed.
 
   Args:
@@ -172,12 +172,10 @@ def backbone(name: str, weights: str, origin: str = "") -> dict:
     weights: the name of shipped weights, or of published ones as --mode=zoo
       lists them, or a path: a file or directory that --mode=convert made, or a
       file that it could read.
-    origin: how to get the weights, for the message to users who lack them.
   """
   return {
     "name": name,
     "weights": weights,
-    "origin": origin,
     # The side that images are resized to inside the model; 0: the weights'.
     "image_size": 0,
     **sizes(),

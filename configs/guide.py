@@ -68,11 +68,6 @@ TESTS = (
   ("corruptions:guide", "", "3", 0),  # severity 3
 )
 
-ORIGIN = """\
-convert a file of it, --mode=convert --config=configs/convert.py
---config.source=FILE --config.output=weights/{backbone}, or give
---config.backbone.weights=DIR."""
-
 
 def _apgd() -> ConfigDict:
   """From the image itself, first step 2 eps, halved by the loss."""
@@ -118,9 +113,7 @@ def get_config(text: str = "") -> ConfigDict:
     common.choose(dict.fromkeys(PEFT), method, "method")
   family = arg.backbone.removeprefix("robust_").partition(".")[0]
   name = MODELS.get(family, family)
-  backbone = common.backbone(
-    name, f"weights/{arg.backbone}", ORIGIN.format(backbone=arg.backbone)
-  )
+  backbone = common.backbone(name, f"weights/{arg.backbone}")
   # As in the Guide, whose training moves them.
   backbone["updates_stats"] = name.startswith("resnet")
   lr, head = {

@@ -101,17 +101,17 @@ TOKENS = {"cub": 20}
 RECIPES["folder"] = RECIPES["stanforddogs"]
 EPOCHS["folder"] = EPOCHS["stanforddogs"]
 
-ORIGIN = """\
-the robust Swin-B of ARES 2.0 is
-  ml.cs.tsinghua.edu.cn/~xiaoyang/aresbench/ckpt-imagenet/\
-ARES_Swin_base_patch4_window7_224_AT.pth
-Convert it, --mode=convert --config=configs/convert.py --config.source=THAT.pth
---config.output=weights, and give --config.backbone.weights=weights."""
-
-OTHER_ORIGIN = """\
-convert a file of it, --mode=convert --config=configs/convert.py
---config.source=FILE --config.output=weights, and give
---config.backbone.weights=weights."""
+# Robust backbones, by our models: published weights by their names, or what
+# ships. For another, --config.backbone.weights= says which.
+WEIGHTS = {
+  "swin_b": "ares:Swin_base_patch4_window7_224",
+  "swin_s": "ares:Swin_small_patch4_window7_224",
+  "vit_b16": "ares:ViT_base_patch16_224",
+  "vit_s16": "ares:ViT_small_patch16_224",
+  "convnext_b": "ares:ConvNext_Base",
+  "resnet50": "ares:ResNet50",
+  "tiny32": "robust",
+}
 
 
 def _stage(
@@ -147,7 +147,6 @@ def get_config(text: str = "", dataset: str = "cub") -> ConfigDict:
   switches = common.compat(arg.compat, arg.backbone, method, tuned)
   if arg.backbone.startswith("swin"):
     switches["droppath_rate"] = 0.5
-  origin = ORIGIN if arg.backbone == "swin_b" else OTHER_ORIGIN
   methods = common.methods()
   methods["vpt"]["tokens"] = TOKENS.get(arg.dataset, 10)
   config = ConfigDict(
@@ -156,7 +155,7 @@ def get_config(text: str = "", dataset: str = "cub") -> ConfigDict:
       "cpu_devices": 1,
       "mesh": common.mesh(),
       "data": common.data(arg.dataset, 0),
-      "backbone": common.backbone(arg.backbone, "ares", origin),
+      "backbone": common.backbone(arg.backbone, WEIGHTS.get(arg.backbone, "")),
       "head_init": "kaiming_fan_out",
       "peft": methods,
       "compat": switches,
@@ -188,7 +187,6 @@ def _make_small(config: ConfigDict) -> None:
   num_steps are 0.
   """
   config.cpu_devices = common.CPU_DEVICES
-  config.backbone.weights = "robust"
   if config.data.name != "folder":  # which may have fewer
     config.data.train_size = 2000
   config.num_val_images, config.num_images = 500, 1000

@@ -98,8 +98,8 @@ def test_weights_are_found_by_name_or_path(bundle, tmp_path):
   convert.save(bundle, path)
   assert convert.find("glyph_vit", str(path)) == path
   assert convert.find("glyph_vit", "robust").is_file()
-  with pytest.raises(ValueError, match=r"robust, standard; fetch it"):
-    convert.find("glyph_vit", "robst", hint="fetch it")
+  with pytest.raises(ValueError, match=r"robust, standard; give a file"):
+    convert.find("glyph_vit", "robst")
 
 
 # Accuracy on all 3,700 test letters: clean, and under PGD-20 at eps 0.1.

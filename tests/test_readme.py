@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from configs import cifar_roli, glyphs_roli
+from configs import cifar_roli, glyphs_roli, roli
 from roli_jax import convert, main, models
+from roli_jax.convert import registry
 
 CONFIGS = (
   "glyphs_roli",
@@ -140,7 +141,12 @@ def test_an_interval_says_what_it_is(root):
     assert kinds <= {"Student ", "Wilson "}, (path.name, kinds)
 
 
-def test_recipes_name_the_backbones_they_need():
-  config = cifar_roli.get_config()
-  assert config.backbone.name == "swin_b" and "ARES" in config.backbone.origin
+def test_recipes_name_the_weights_they_need():
+  for name, weights in roli.WEIGHTS.items():
+    config = cifar_roli.get_config(f"backbone={name}")
+    assert (config.backbone.name, config.backbone.weights) == (name, weights)
+    if name != "tiny32":  # which ships
+      checkpoint = registry.named(weights)
+      assert checkpoint.model == name and not checkpoint.why_not()
+  assert cifar_roli.get_config().backbone.name == "swin_b"
   assert np.isclose(8 / 255, eval(config.threat.eps))

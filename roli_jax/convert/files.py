@@ -35,16 +35,15 @@ def shipped(model: str) -> dict[str, pathlib.Path]:
   return {file.stem.removeprefix(f"{model}_"): file for file in files}
 
 
-def find(model: str, weights: str, hint: str = "") -> pathlib.Path:
+def find(model: str, weights: str) -> pathlib.Path:
   """Returns the file that a config means by a model and its weights.
 
   Args:
     model: a name in `models.MODELS` or `models.FAMILIES`; "": any.
     weights: the name of shipped weights (`robust`), or a path.
-    hint: how to get the weights, for the message; "" for none.
 
   Raises:
-    ValueError: there are no such weights; the message lists those there are.
+    ValueError: there are no such weights; the message says which there are.
   """
   names = shipped(model) if model else {}
   if weights in names:
@@ -54,9 +53,11 @@ def find(model: str, weights: str, hint: str = "") -> pathlib.Path:
     inside = path / f"{model}.safetensors"  # as --mode=convert writes it
     return inside if inside.exists() else path
   shipped_ones = f"; {model} comes with {', '.join(names)}" if names else ""
-  how = f"; {hint}" if hint else ""
   of = f" of {model}" if model else ""
-  raise ValueError(f"no weights{of} at {weights!r}{shipped_ones}{how}")
+  raise ValueError(
+    f"no weights{of} at {weights!r}{shipped_ones}; give a file's path or a"
+    " published name (--mode=zoo) as --config.backbone.weights="
+  )
 
 
 def load(

@@ -36,5 +36,5 @@ def run(config: Mapping[str, Any]) -> Iterator[str]:
     if registry.is_name(weights):
       yield from origins.fetch(registry.named(weights))
       continue
-    file = convert.find(backbone["name"], weights, hint=backbone["origin"])
+    file = convert.find(backbone["name"], weights)
     yield f"{backbone['name']}'s weights are there: {file}"

@@ -123,7 +123,7 @@ def _load(
   """
   source: Any = weights
   if not registry.is_name(weights):
-    source = convert.find(backbone["name"], weights, hint=backbone["origin"])
+    source = convert.find(backbone["name"], weights)
   return convert.load(
     source,
     model=backbone["name"] or None,
