@@ -63,6 +63,7 @@ def accepted_fields(
   registry: Mapping[str, Callable[..., Any]],
   spec: Mapping[str, Any],
   what: str,
+  blank: bool = False,
 ) -> dict[str, Any]:
   """Returns the spec without the fields that its name does not take.
 
@@ -73,9 +74,18 @@ def accepted_fields(
     registry: name -> class or function.
     spec: `{"name": ..., keyword: value, ...}`.
     what: a word for what is built, for messages.
+    blank: whether a field that nobody filled in is None, "" or 0.
+
+  Raises:
+    ValueError: an unknown name; where fields are blank, one that somebody
+      filled in and that the name does not take.
   """
   takes = inspect.signature(lookup(registry, spec["name"], what)).parameters
-  return {k: v for k, v in spec.items() if k == "name" or k in takes}
+  others = {k: v for k, v in spec.items() if k != "name" and k not in takes}
+  for field, value in others.items():
+    if blank and value:
+      raise ValueError(f"{what} {spec['name']!r} takes no {field!r}: {value!r}")
+  return {k: v for k, v in spec.items() if k not in others}
 
 
 def number(text: str | float, eps: float | None = None) -> float:

@@ -239,7 +239,7 @@ def test_smoothed_labels_are_those_of_optax(name):
 
 
 def test_a_loss_without_smoothed_labels_says_so():
-  with pytest.raises(ValueError, match="the loss trades takes no smoothing"):
+  with pytest.raises(ValueError, match="loss 'trades' takes no 'smoothing'"):
     objectives.build({"name": "trades", "beta": 6.0, "smoothing": 0.1})
 
 

@@ -66,6 +66,16 @@ def test_an_unknown_name_or_field_gets_the_nearest():
     specs.build(THINGS, {"name": "thing", "sise": 3}, "toy")
 
 
+def test_fields_of_other_names_must_be_blank_where_blank_is_unsaid():
+  fields = {"momentum": None, "nesterov": "", "decay": 0.0}
+  spec = {"name": "thing", "size": 0}
+  for blank in (False, True):
+    own = specs.accepted_fields(THINGS, spec | fields, "toy", blank)
+    assert own == spec
+  with pytest.raises(ValueError, match=r"toy 'thing' takes no 'decay': 0\.1"):
+    specs.accepted_fields(THINGS, spec | {"decay": 0.1}, "toy", blank=True)
+
+
 def test_fields_of_other_names_wait():
   spec = {"name": "thing", "size": 3, "momentum": 0.9}
   assert specs.accepted_fields(THINGS, spec, "toy") == {

@@ -27,7 +27,11 @@ CRITERIA: dict[str, Any] = {"autolora": AutoLora, "twins": Twins}
 
 LOSSES = {**losses.OBJECTIVES, **CRITERIA}
 
-PENALTIES: dict[str, Any] = {"function_space": FunctionSpace, "m2_mix": M2Mix}
+PENALTIES: dict[str, Any] = {
+  "none": lambda: None,
+  "function_space": FunctionSpace,
+  "m2_mix": M2Mix,
+}
 
 
 def build(
@@ -41,11 +45,12 @@ def build(
   Args:
     spec: `{"name": one of LOSSES, ...}`, with the options of all of them.
     penalty: `{"name": one of PENALTIES, ...}`, with the options of all of them;
-      None, or the name `none`: nothing is added.
+      None: nothing is added, as by the name `none`.
     epoch_steps: the number of steps of an epoch, >= 1; 1 by default.
 
   Raises:
-    ValueError: an unknown name, or an option out of its range.
+    ValueError: an unknown name, an option that it does not take, or one out of
+      its range.
   """
 
   def make(
@@ -53,16 +58,15 @@ def build(
     options: Mapping[str, Any],
     what: str,
   ) -> Any:
-    given = {**options, "epoch_steps": epoch_steps}
-    accepted = specs.accepted_fields(registry, given, what)
-    if given.get("smoothing") and "smoothing" not in accepted:
-      raise ValueError(f"the loss {options['name']} takes no smoothing")
-    return specs.build(registry, accepted, what)
+    fields = specs.accepted_fields(registry, options, what, blank=True)
+    own = specs.accepted_fields(
+      registry, {**fields, "epoch_steps": epoch_steps}, what
+    )
+    return specs.build(registry, own, what)
 
   base = of(make(LOSSES, spec, "loss"))
-  if penalty is None or penalty["name"] == "none":
-    return base
-  return Penalised(base, make(PENALTIES, penalty, "penalty"))
+  added = make(PENALTIES, penalty or {"name": "none"}, "penalty")
+  return Penalised(base, added) if added else base
 
 
 def needs_start(criterion: Criterion) -> bool:

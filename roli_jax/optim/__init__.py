@@ -144,7 +144,7 @@ def build(
   anchor_fields = spec.get("anchor") or {}
   given = {k: v for k, v in anchor_fields.items() if v is not None}
   anchor_spec = specs.accepted_fields(
-    ANCHORS, {"name": "none", **given}, "anchor"
+    ANCHORS, {"name": "none", **given}, "anchor", blank=True
   )
   holds_head = specs.lookup(
     dict(zip(HEADS, (False, True), strict=True)),
