@@ -103,7 +103,7 @@ def test_killed_it_goes_on_and_attacks_no_finished_piece_again(
       go(run)
   before = entries()
   # Pieces are no matter of the batch, which may have been too large.
-  found = go(build_run({**run.config, "eval_batch_size": 16}))
+  found = go(build_run({**run.config, "eval_batch_size": 8}))
   same(found, whole)
   np.testing.assert_array_equal(found.adv, whole.adv)
   assert before < entries()

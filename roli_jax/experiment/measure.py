@@ -22,7 +22,7 @@ from roli_jax.evaluate import batching, checks, classifier, tracing
 from roli_jax.experiment.run import Run
 from roli_jax.types import Variables
 
-_PIECE = 2**30  # bytes of pixels that are read and attacked at once
+_PIECE = 2**28  # bytes of pixels that are read and attacked at once
 
 CLEAN: dict[str, Any] = {"attack": "none"}
 
