@@ -27,6 +27,8 @@ Modes:
             --workdir: a|b in an argument or a field means both, as in
             '--config=X:method=full|lora' '--config.seed=0|1|2'.
             A table's cells are one run each. Complete ones are skipped;
+            --sweep_on=submitit runs each as a job of Slurm, --sweep_on=ray on a
+            Ray cluster, with the accelerators of its --config.target=h100:8;
             --sweep_print prints the commands, one a line, and runs none
 
 Any field of the config can be overridden: --config.adapt.num_steps=120.
@@ -146,17 +148,17 @@ def _prepare_jax(command: Command) -> None:
 
 def _sweep(command: Command) -> None:
   """Runs a sweep, or prints its commands."""
-  from roli_jax.experiment import sweep
   from roli_jax.results import report, tables
+  from roli_jax.sweep import runs
 
   path = command.workdir
-  found = sweep.swept_runs(
+  found = runs.swept_runs(
     command.swept, lambda words: command_line.parse(words).config
   )
   if command.flags.sweep_print:
     print("\n".join(shlex.join(cell.command(path)) for cell in found))
     return
-  sweep.run(found, path)
+  runs.run(found, path, command.flags.sweep_on)
   tables.show(report.write_sweep(path))
   print(f"Written to {path}: report.html, report.md, figures/.")
 

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import traceback
@@ -84,3 +85,10 @@ def process(*words: str, cwd=ROOT) -> subprocess.CompletedProcess:
     text=True,
     timeout=600,
   )
+
+
+def free_port() -> int:
+  """A port for processes of one run to meet at."""
+  with socket.socket() as some:
+    some.bind(("127.0.0.1", 0))
+    return some.getsockname()[1]

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -58,6 +59,18 @@ def test_an_attack_named_has_its_own_steps(run):
   assert arrays["adv"].shape == (24, 8, 8, 1)
   assert arrays["robust"].mean() == row["value"]
   assert not (folder / "progress").exists()
+
+
+def test_more_images_than_a_row_has_are_tested_and_fewer_are_not(run):
+  few = [*CE, "--config.eval_attack.num_steps=2"]
+  counts = []
+  for count in (24, 30, 24):
+    assert evaluate(run, *few, f"--config.num_images={count}").returncode == 0
+    (row,) = added(run, "apgd_ce")
+    counts.append((row["n"], row["value"], row["seconds"]))
+  assert [n for n, *_ in counts] == [24, 30, 30]
+  assert counts[1] == counts[2]
+  assert kept(run)[0]["n"] == 30
 
 
 def test_a_curve_has_a_row_at_each_radius(run):
@@ -115,6 +128,59 @@ def test_killed_it_goes_on_to_the_same_flags(run, tmp_path):
   a, b = (np.load(folder / "result.npz") for folder in (ours, theirs))
   assert a.files == b.files
   for name in a.files:
+    np.testing.assert_array_equal(a[name], b[name], name)
+
+
+# The command, with pieces of 64 images.
+IN_PIECES = """
+import sys
+from roli_jax import main
+from roli_jax.experiment import measure
+measure._PIECE = 64 * 4 * 64
+sys.exit(main.run(sys.argv[1:]))
+"""
+
+
+def test_two_processes_in_pieces_find_the_same(run, tmp_path):
+  words = (
+    "--mode=evaluate", "--config.checks=False", "--config.num_images=160", *CE,
+  )  # fmt: skip
+  other = shutil.copytree(run, tmp_path / "other")
+  assert cli.run(*words, f"--workdir={other}").returncode == 0
+
+  def start():
+    address = f"--coordinator=127.0.0.1:{cli.free_port()}"
+    command = [
+      sys.executable, "-c", IN_PIECES, *words, f"--workdir={run}", address,
+      "--num_processes=2",
+    ]  # fmt: skip
+    return [
+      subprocess.Popen(
+        [*command, f"--process={k}"], cwd=cli.ROOT, env=cli.environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+      )
+      for k in range(2)
+    ]  # fmt: skip
+
+  def entries():
+    return list((run / "evaluations").rglob("piece-00001/apgd_ce-*.npz"))
+
+  first = start()
+  while not entries():
+    assert first[0].poll() is None, first[0].communicate()[0]
+    time.sleep(0.01)
+  for process in first:
+    process.kill()
+  for process in first:
+    process.communicate()
+  assert entries() and not added(run, "apgd_ce")
+  for process in start():
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+  (summary, ours), (_, theirs) = kept(run), kept(other)
+  assert summary["n"] == 160 and len(added(run, "apgd_ce")) == 1
+  a, b = (np.load(folder / "result.npz") for folder in (ours, theirs))
+  for name in b.files:
     np.testing.assert_array_equal(a[name], b[name], name)
 
 

@@ -15,7 +15,7 @@ FLOORS = (
   ("files", "models", "data", "losses", "attacks", "optim", "corruptions"),
   ("convert", "peft", "clip", "objectives", "ensembles", "state", "step"),
   ("evaluate", "results"),
-  ("experiment", "plan", "bench"),
+  ("experiment", "plan", "bench", "sweep"),
   ("train", "main"),
 )  # fmt: skip
 ROOMS = [room for floor in FLOORS for room in floor]
@@ -127,7 +127,7 @@ def test_the_core_imports_where_only_the_core_is_installed(root):
   hidden = (
     "grain", "ml_collections", "tensorflow_datasets", "jaxtyping", "sklearn",
     "matplotlib", "scipy", "PIL", "safetensors", "pyarrow", "datasets",
-    "huggingface_hub", "tensorboardX", "wandb", "plotly",
+    "huggingface_hub", "tensorboardX", "wandb", "plotly", "ray", "submitit",
   )  # fmt: skip
   code = f"""
 import importlib.abc, sys

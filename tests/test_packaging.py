@@ -42,13 +42,14 @@ def test_requirements_are_those_of_the_package(project, root):
   users = project["dependencies"] + extras["data"] + extras["plots"]
   assert lines(root / "requirements.txt") == sorted(users)
   tests = ["-r requirements.txt", *extras["test"][1:]]
-  tests += extras["hub"] + extras["notebooks"] + extras["track"]
+  for name in ("hub", "notebooks", "track", "slurm", "ray"):
+    tests += extras[name]
   assert lines(root / "requirements-test.txt") == sorted(tests)
 
 
 def test_users_get_no_test_tools_and_no_accelerator(project):
   extras = project["optional-dependencies"]
-  assert extras["all"] == ["roli_jax[data,hub,plots,notebooks,track]"]
+  assert extras["all"] == ["roli_jax[data,hub,plots,notebooks,track,slurm,ray]"]
   assert extras["test"][0] == "roli_jax[all]"
   assert names(extras["test"][1:]) == TEST_TOOLS
   for name, requirements in extras.items():

@@ -29,6 +29,19 @@ def test_no_row_stands_twice_though_it_says_something_else(path):
   assert {"cell": "a", "eps": 0.2} in record.Record(path)
 
 
+def test_a_row_of_more_images_takes_the_place_of_one_of_fewer(path):
+  rows = record.Record(path)
+  rows.add({"cell": "a", "value": 0.5, "n": 20})
+  rows.add({"cell": "b", "value": 0.5, "n": 20})
+  assert {"cell": "a"} in rows and {"cell": "a", "n": 20} in rows
+  assert {"cell": "a", "n": 21} not in rows
+  rows.add({"cell": "a", "value": 0.4, "n": 30})
+  rows.add({"cell": "b", "value": 0.3, "n": 10})
+  wanted = [("a", 0.4, 30), ("b", 0.5, 20)]
+  assert [(r["cell"], r["value"], r["n"]) for r in rows.rows] == wanted
+  assert record.read(path) == rows.rows == record.Record(path).rows
+
+
 def test_a_torn_line_is_dropped_and_written_again(path):
   record.Record(path).add({"cell": "a"})
   whole = path.read_bytes()

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -230,12 +229,6 @@ FOUR = {
 }
 
 
-def free_port():
-  with socket.socket() as some:
-    some.bind(("127.0.0.1", 0))
-    return some.getsockname()[1]
-
-
 @pytest.fixture
 def start():
   """Starts a process of four devices; none outlives the test."""
@@ -256,7 +249,7 @@ def start():
 
 @pytest.mark.slow
 def test_two_processes_are_one(one, start, tmp_path, devices):
-  file, address = tmp_path / "after.npz", f"127.0.0.1:{free_port()}"
+  file, address = tmp_path / "after.npz", f"127.0.0.1:{cli.free_port()}"
   words = [sys.executable, "-m", "tests.steps", str(file), address, "2"]
   both = [start([*words, str(k)]) for k in range(2)]
   for process in both:
@@ -278,7 +271,7 @@ def test_who_loses_a_process_ends_and_another_number_goes_on(start, tmp_path):
   run = tmp_path / "run"
   config = [f"{cli.GLYPHS}:method=full,init=ranli", *cli.TINY]
   config += ["--config.adapt.num_steps=40", f"--workdir={run}"]
-  address = f"--coordinator=127.0.0.1:{free_port()}"
+  address = f"--coordinator=127.0.0.1:{cli.free_port()}"
   both = [
     start(cli.command(*config, address, "--num_processes=2", f"--process={k}"))
     for k in range(2)

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from configs import glyphs_roli
-from roli_jax.experiment import sweep
 from roli_jax.files import workdir
 from roli_jax.results import record
+from roli_jax.sweep import runs
 from tests import cli
 
 GRID = (
@@ -25,7 +25,7 @@ def resolve(words):
 
 
 def test_all_combinations_are_named_by_what_varies():
-  found = sweep.grid(GRID)
+  found = runs.grid(GRID)
   assert [name for name, _ in found] == [
     "method=full-lr=0.001", "method=full-lr=0.01",
     "method=lora-lr=0.001", "method=lora-lr=0.01",
@@ -38,7 +38,7 @@ def test_all_combinations_are_named_by_what_varies():
 
 
 def test_each_cell_is_an_ordinary_command_in_a_directory_of_its_own(tmp_path):
-  cells = sweep.swept_runs(GRID, resolve)
+  cells = runs.swept_runs(GRID, resolve)
   command = cells[1].command(tmp_path)
   assert command[:3] == ["python", "-m", "roli_jax.main"]
   assert command[-1] == f"--workdir={tmp_path}/method=full-lr=0.01"
@@ -47,7 +47,7 @@ def test_each_cell_is_an_ordinary_command_in_a_directory_of_its_own(tmp_path):
 
 def test_a_tables_cells_are_one_run_each():
   words = ("--config=configs/glyphs_roli.py:table=default",)
-  cells = sweep.swept_runs(words, resolve)
+  cells = runs.swept_runs(words, resolve)
   assert [cell.words[-1] for cell in cells] == [
     f"--config.only={i}" for i in range(6)
   ]
@@ -64,7 +64,7 @@ def test_a_tables_cells_are_one_run_each():
 )
 def test_what_is_no_grid_is_refused(words, message):
   with pytest.raises(ValueError, match=message):
-    sweep.swept_runs(words, resolve)
+    runs.swept_runs(words, resolve)
 
 
 def test_a_run_is_finished_with_all_rows_of_its_own_config(tmp_path):
@@ -150,3 +150,24 @@ def test_commands_are_printed_for_a_scheduler(tmp_path):
   assert len(lines) == 3 and all(line.startswith("python -m") for line in lines)
   assert f"'--workdir={tmp_path / 'a b'}/seed=2'" in lines[2]
   assert not (tmp_path / "a b").exists()
+
+
+@pytest.mark.slow
+def test_other_engines_leave_the_same(swept, tmp_path):
+  path, words, _ = swept
+  again = tmp_path / "runs"
+  words = [
+    w.replace("7|20", "20").replace(str(path), str(again)) for w in words
+  ]
+  done = cli.run(*words, "--sweep_on=submitit")
+  assert done.returncode == 0, done.stderr
+
+  def kept(folder):
+    names = ("run", "seconds")
+    rows = record.read(folder / "results.jsonl")
+    return [{k: v for k, v in row.items() if k not in names} for row in rows]
+
+  assert kept(again) == kept(path)
+  assert {f.name for f in (again / "logs").glob("*.txt")} == {
+    "seed=0.txt", "seed=1.txt",
+  }  # fmt: skip

@@ -112,7 +112,7 @@ def run_on(
     function = dataclasses.replace(function, targeted=attack.targeted)
   inputs.check_function(function, labels, attack)
   examples = Examples(
-    images.astype(np.float32),
+    images.astype(np.float32, copy=False),  # nobody writes to it
     labels.astype(np.int32),  # 8 bits don't count 300 classes
     indices.astype(np.int64),
   )

@@ -26,6 +26,8 @@ MODES = (
   "bench", "sweep",
 )  # fmt: skip
 
+# Keys of `sweep.engines.ENGINES`.
+_ENGINES = ("here", "submitit", "ray")
 _ATTACKS = ("attack", "val_attack", "eval_attack")
 _SHORT = re.compile(rf"(--?config\.)({'|'.join(_ATTACKS)})(=.*)?", re.DOTALL)
 _FIELD = re.compile(r"--?(no)?config\.")
@@ -42,7 +44,7 @@ class Command:
       and in the mode zoo without a config.
     swept: in a sweep, the words that its cells' configs come from, `--config=`
       first; otherwise ().
-    flags: the other flags: `help`, `sweep_print`, `coordinator`,
+    flags: the other flags: `help`, `sweep_print`, `sweep_on`, `coordinator`,
       `num_processes`, `process`.
   """
 
@@ -149,6 +151,9 @@ def _flags() -> flags.FlagValues:
   flags.DEFINE_enum("mode", "train", MODES, "What to do.", **into)
   flags.DEFINE_string("workdir", "", "The run's directory.", **into)
   flags.DEFINE_bool("sweep_print", False, "Prints a sweep's commands.", **into)
+  flags.DEFINE_enum(
+    "sweep_on", "here", _ENGINES, "Where a sweep's cells run.", **into
+  )
   flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.", **into)
   flags.DEFINE_integer("num_processes", 0, "How many a run has.", **into)
   flags.DEFINE_integer("process", -1, "Which of them this is, from 0.", **into)

@@ -95,7 +95,8 @@ def keep_images(
   # By the number tested, which decides the positions.
   clean = root / f"clean-{about[-1]['split']}-n{len(rows)}.npz"
   is_small = max(source.shape[:2]) <= _SMALL
-  rows = rows[: MOST_IMAGES["small" if is_small else "large"]]
+  most = MOST_IMAGES["small" if is_small else "large"]
+  rows = rows[: min(most, len(result.adv))]  # a result may have a few images
   m, images = len(rows), source.pixels(rows)
   adv, is_broken, is_attempt = _attacked(result, images)
   clean_said, clean_sure = _said(function, source, rows, images)

@@ -10,12 +10,19 @@ import jax
 import numpy as np
 from jax.stages import Lowered
 
-from roli_jax import attacks, corruptions, data, evaluate, sharding
+from roli_jax import (
+  attacks,
+  corruptions,
+  data,
+  distributed,
+  evaluate,
+  sharding,
+)
 from roli_jax.evaluate import batching, checks, classifier, tracing
 from roli_jax.experiment.run import Run
 from roli_jax.types import Variables
 
-_PIECE = 2**30  # bytes of pixels that are held and attacked at once
+_PIECE = 2**28  # bytes of pixels that are read and attacked at once
 
 CLEAN: dict[str, Any] = {"attack": "none"}
 
@@ -111,11 +118,12 @@ def run(
   split: str,
   test: Test | Corruption,
   save: pathlib.Path | None = None,
+  keep_adv: bool = False,
 ) -> evaluate.Result:
   """Runs one test on one split of the run's data.
 
-  Without `save`, a split whose pixels take much memory is attacked in pieces,
-  and the result holds the adversarial images of the first piece alone.
+  A split whose pixels take much memory is attacked in pieces, of which one is
+  held at a time. No image's result depends on them.
 
   Args:
     run: the run.
@@ -124,32 +132,63 @@ def run(
     seed: decides the attack's noise, >= 0.
     split: `train`, `val` or `test`.
     test: the attack or corruption.
-    save: a directory that keeps progress, from which a killed evaluation goes
-      on; None keeps nothing.
+    save: a directory that keeps progress, of each piece by itself, from which
+      a killed evaluation goes on; None keeps nothing.
+    keep_adv: whether the result has all adversarial images, from a file in
+      `save`; otherwise it has those of the first piece.
   """
   source: data.Source = run.data[split]
   rows = source.some(test.num_images)
-  batch = run.config["eval_batch_size"]
   function = on_devices(
     run, source, predict, variables, seed, run.compute_dtype
   )
-  # 4 bytes a value, as pixels are float32.
-  batches = _PIECE // (4 * math.prod(source.shape) * batch)
-  at_once = max(batches, 1) * batch
-  pieces = range(0, len(rows), at_once)
-  each = [rows] if save else [rows[i : i + at_once] for i in pieces]
-  results = [
-    evaluate.run_on(
+  pieces = _pieces(rows, source.shape)
+  if save and (save / "about.json").exists():
+    pieces = [rows]  # an older version's progress is of all of them at once
+  every_adv = None
+  if save and keep_adv and len(pieces) > 1 and distributed.leads():
+    every_adv = _on_disk(save / "adv.npy", (len(rows), *source.shape))
+  results = []
+  for number, few in enumerate(pieces):
+    result = evaluate.run_on(
       function,
-      test.pixels(source, few),
+      # A long attack reads its images once: what is decoded isn't kept.
+      source.take(few).pixels() if save else test.pixels(source, few),
       source.labels[few],
       test.attack,
       indices=source.indices[few],
-      save=save,
+      save=save / f"piece-{number:05d}" if save and len(pieces) > 1 else save,
     )
-    for few in each
-  ]
-  return _joined(results)
+    if every_adv is not None:
+      start = number * len(pieces[0])
+      every_adv[start : start + len(few)] = result.adv
+    results.append(_without_images(result) if number else result)
+  joined = _joined(results)
+  if every_adv is not None:
+    return dataclasses.replace(joined, adv=every_adv)
+  return joined
+
+
+def _pieces(rows: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
+  """Splits rows into those that are attacked at once.
+
+  Not by the size of a batch, which may be another when a killed evaluation
+  goes on.
+  """
+  count = _PIECE // (4 * math.prod(shape))  # pixels are float32
+  at_once = max(count - count % checks.MOST, checks.MOST)
+  return [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
+
+
+def _on_disk(file: pathlib.Path, shape: tuple[int, ...]) -> np.memmap:
+  """Returns float32 zeros that lie in a file."""
+  file.parent.mkdir(parents=True, exist_ok=True)
+  return np.lib.format.open_memmap(file, "w+", np.dtype(np.float32), shape)
+
+
+def _without_images(result: evaluate.Result) -> evaluate.Result:
+  none = np.zeros((0, *result.adv.shape[1:]), np.float32)
+  return dataclasses.replace(result, adv=none, tried=None)
 
 
 def on_devices(

@@ -182,6 +182,8 @@ def add_tests(
 ) -> None:
   """Runs the tests whose rows are missing, and adds those.
 
+  A row of fewer images than the test has is missing; one of more stays.
+
   What a long attack (an ensemble, a search) finds beyond a row is written to
   `evaluations/`, as is its progress, from which a killed run goes on. So are
   a few images of first seeds.
@@ -197,9 +199,11 @@ def add_tests(
   """
   evaluations = results.path.parent / "evaluations"
   root = evaluations / stage.directory
+  save_adv = run.config["save_adv"]
   for test in chosen:
     about = rows(run, stage, split, test)
-    if all(row in results for row in about):
+    n = len(run.data[split].some(test.num_images))
+    if all({**row, "n": n} in results for row in about):
       continue
     attack = test.attack
     folder = None
@@ -208,7 +212,7 @@ def add_tests(
       folder = root / f"{attack.name}-{attack.threat.norm}-{eps:g}"
     progress = folder and folder / "progress"
     result = measure.run(
-      run, predict, variables, stage.seed, split, test, progress
+      run, predict, variables, stage.seed, split, test, progress, save_adv
     )
     for check in result.checks:
       if check.verdict in ("warn", "fail"):
@@ -217,7 +221,6 @@ def add_tests(
     if attack is not None and folder:
       found = _diagnosis(run, predict, variables, stage, attack)
       summary = {"row": about[-1], "eps": float(attack.threat.eps)}
-      save_adv = run.config["save_adv"]
       evaluation_files.keep(folder, summary, result, found, save_adv)
     elif attack is not None:
       evaluation_files.keep_checks(root, split, about[-1], result)

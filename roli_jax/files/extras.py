@@ -10,7 +10,9 @@ _EXTRA = {  # package -> extra
   "matplotlib": "plots",
   "plotly": "plots",
   "pyarrow": "data",
+  "ray": "ray",
   "sklearn": "data",
+  "submitit": "slurm",
   "tensorboardX": "track",
   "tensorflow_datasets": "data",
   "wandb": "track",
@@ -21,8 +23,7 @@ def need(*packages: str) -> None:
   """Imports packages that an extra brings, to be called before their import.
 
   Args:
-    *packages: those of the extras `data`, `hub`, `plots` and `track`, by the
-      names that they are imported by.
+    *packages: by the names that they are imported by.
 
   Raises:
     ModuleNotFoundError: one is not installed; the message has the extra.

@@ -197,11 +197,11 @@ class Target:
     return ours | {"XLA_FLAGS": f"{flags} --xla_gpu_autotune_level=0".strip()}
 
 
-def parse(text: str) -> Target:
+def named(text: str) -> Target:
   """The target that `KIND:SHAPE` names.
 
   Raises:
-    ValueError: an unknown kind, a shape that is none, or no compiler for it.
+    ValueError: an unknown kind, or a shape that is none.
   """
   kind, _, shape = text.partition(":")
   chip = specs.lookup(CHIPS, kind, "target")
@@ -217,7 +217,17 @@ def parse(text: str) -> Target:
     chip.platform == "cuda" and len(sides) != 1
   ):
     raise ValueError(f"target={text}: after the colon stands {wanted}")
-  module, command = _COMPILERS[chip.platform]
+  return Target(text, kind, tuple(map(int, sides)))
+
+
+def parse(text: str) -> Target:
+  """`named`, of a target to compile for.
+
+  Raises:
+    ValueError: there is no such target, or no compiler for it.
+  """
+  target = named(text)
+  module, command = _COMPILERS[target.chip.platform]
   if importlib.util.find_spec(module) is None:
     import jax
 
@@ -225,4 +235,4 @@ def parse(text: str) -> Target:
       f"target={text} needs XLA's compiler for it, which needs no such chip:\n"
       + command.format(jax=jax.__version__)
     )
-  return Target(text, kind, tuple(map(int, sides)))
+  return target

@@ -22,9 +22,10 @@ VALUES = frozenset({"run", "value", "n", "seconds"})
 
 
 class Record:
-  """An append-only file of rows, in which no row stands twice.
+  """A file of rows, in which no row stands twice.
 
-  Two rows are the same if they agree in all fields but `values`. A line that a
+  Two rows are the same if they agree in all fields but `values`; the one that
+  was measured on more images, `n`, takes the other's place. A line that a
   killed process left unfinished is dropped when the file is next opened. Of
   several processes the first writes; all know the rows.
 
@@ -53,24 +54,44 @@ class Record:
       with path.open("rb+") as file:
         file.truncate(sum(len(line) for line in whole))
     self.rows: list[Row] = [json.loads(line) for line in whole]
-    self._known = {self._key(row) for row in self.rows}
+    self._known = {self._key(row): i for i, row in enumerate(self.rows)}
 
   def __contains__(self, row: Mapping[str, Any]) -> bool:
-    return self._key(row) in self._known
+    """Whether the row is there, of at least as many images as it says."""
+    there = self._known.get(self._key(row))
+    if there is None:
+      return False
+    return (self.rows[there].get("n") or 0) >= (row.get("n") or 0)
 
   def add(self, row: Mapping[str, Any]) -> None:
-    """Appends the row unless it is there already; absent fields are null."""
+    """Adds the row unless it is there already; absent fields are null."""
     unknown = row.keys() - set(self._fields)
     assert not unknown, f"rows have no fields {sorted(unknown)}"
     whole = {field: _plain(row.get(field)) for field in self._fields}
     if whole in self:
       return
+    key = self._key(whole)
+    if key in self._known:
+      self.rows[self._known[key]] = whole
+      self._rewrite()
+    else:
+      self._known[key] = len(self.rows)
+      self.rows.append(whole)
+      self._append(whole)
+    self.watch()
+
+  def _append(self, row: Row) -> None:
     if distributed.leads():
       with self.path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(whole) + "\n")
-    self.rows.append(whole)
-    self._known.add(self._key(whole))
-    self.watch()
+        file.write(json.dumps(row) + "\n")
+
+  def _rewrite(self) -> None:
+    """Writes all rows, the whole file or nothing."""
+    if distributed.leads():
+      partial = self.path.with_name(f"{self.path.name}.partial")
+      lines = [json.dumps(row) + "\n" for row in self.rows]
+      partial.write_text("".join(lines), encoding="utf-8")
+      partial.replace(self.path)
 
   def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(_plain(row.get(field)) for field in self._identity)

@@ -3,22 +3,25 @@
 `a|b` in an argument of the config or in a field means both. Each combination
 is an ordinary command in a workdir of its own below the sweep's. A config that
 is a table gives one run for each of its cells. The rows of all runs are merged.
+`engines` runs them, here or on other machines.
 """
 
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from roli_jax import progress
 from roli_jax.files import workdir
+from roli_jax.plan import chips
 from roli_jax.results import record
+from roli_jax.sweep import engines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,31 +143,37 @@ def _cell_name(cell: Mapping[str, Any]) -> str:
   return _plain("-".join(values))
 
 
-def run(runs: Sequence[SweptRun], path: pathlib.Path) -> list[dict[str, Any]]:
-  """Runs each cell that isn't complete, one after the other, and merges rows.
+def run(
+  runs: Sequence[SweptRun], path: pathlib.Path, engine: str = "here"
+) -> list[dict[str, Any]]:
+  """Runs each cell that isn't complete, and merges rows.
 
   Args:
-    runs: the runs, from `cells`.
+    runs: the runs, from `swept_runs`.
     path: the sweep's directory, with each run's workdir below it.
+    engine: where they run, one of `engines.ENGINES`.
 
   Returns:
-    All rows.
+    All rows, in the order of the runs.
 
   Raises:
-    ValueError: some failed; the others have run, and the same command tries
-      those again.
+    ValueError: a cell asks for what there can't be; or some failed, while the
+      others have run, and the same command tries those again.
   """
   logs = path / "logs"
+  jobs = [
+    _job(cell, path)
+    for cell in runs
+    if not workdir.is_finished(path / cell.name, cell.config)
+  ]
   logs.mkdir(parents=True, exist_ok=True)
   failed = []
   with progress.bar("cells", len(runs)) as update:
-    for cell in runs:
-      if not workdir.is_finished(path / cell.name, cell.config):
-        command = [sys.executable, *cell.command(path)[1:]]
-        with (logs / f"{cell.name}.txt").open("w") as log:
-          if subprocess.run(command, stdout=log, stderr=log).returncode:
-            failed.append(cell.name)
-      update(1, cell.name)
+    update(len(runs) - len(jobs))
+    for job, succeeded in engines.ENGINES[engine](jobs):
+      if not succeeded:
+        failed.append(job.name)
+      update(1, job.name)
   rows = merge(runs, path)
   if failed:
     raise ValueError(
@@ -172,6 +181,28 @@ def run(runs: Sequence[SweptRun], path: pathlib.Path) -> list[dict[str, Any]]:
       f"what they said is in {logs}; the same command tries them again"
     )
   return rows
+
+
+def _job(cell: SweptRun, path: pathlib.Path) -> engines.Job:
+  """Returns the cell's command, and what its config asks for.
+
+  That is the accelerators of `target`, and a core for each CPU device and each
+  process that decodes.
+  """
+  config, asked = cell.config, {}
+  if name := config.get("target", ""):
+    target = chips.named(name)
+    kind = "num_tpus" if target.chip.platform == "tpu" else "num_gpus"
+    asked[kind] = math.prod(target.shape)
+  decoding = config.get("data", {}).get("num_workers", 0)
+  return engines.Job(
+    cell.name,
+    (sys.executable, *cell.command(path)[1:]),
+    path / "logs" / f"{cell.name}.txt",
+    pathlib.Path.cwd(),
+    num_cpus=config.get("cpu_devices", 1) + decoding,
+    **asked,
+  )
 
 
 def merge(runs: Sequence[SweptRun], path: pathlib.Path) -> list[dict[str, Any]]:
