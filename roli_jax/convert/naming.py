@@ -230,7 +230,7 @@ def headed(
     name: a name in `models.MODELS`.
     width: the number of classes of the head.
     network: its names show whether a ViT has a class token, and whether its
-      last normalisation comes after pooling.
+      last normalisation comes after pooling; its shapes a Swin's windows.
     pool: a name in `models.POOLS`; None: `token` where both are possible.
     told: what `models.create` is told of a family's sizes.
 
@@ -238,6 +238,8 @@ def headed(
     ValueError: the model can't be pooled so, or be of those sizes.
   """
   model = _created(layout, name, width, told)
+  if isinstance(model.backbone, models.Swin):
+    model = _windowed(model, sizes.windows(layout, network))
   if layout.pools:
     cls, late = (
       layout.key(f"backbone/{path}") in network.tensors
@@ -252,6 +254,18 @@ def headed(
       " pooled so"
     )
   return models.with_options(model, pool=pool)
+
+
+def _windowed(model: models.Model, shown: set[int]) -> models.Model:
+  """Returns a Swin whose stages have the windows that tensors show.
+
+  They differ where the last map is smaller than a window; otherwise it is one.
+  """
+  if len(shown) < 2:
+    return model
+  backbone = model.backbone.clone(window=max(shown))
+  side = min(shown) * resample.smallest(backbone)
+  return dataclasses.replace(model, backbone=backbone, image_size=side)
 
 
 def _created(

@@ -134,7 +134,7 @@ def with_options(
       other tokens.
     act: the activation of a ViT or a residual network: `relu`, `gelu`, `silu`
       or `quick_gelu`.
-    norm_eps: what normalisations of a ViT or a residual network add to
+    norm_eps: what normalisations of a ViT, a Swin or a residual network add to
       variances, > 0.
     drop_path: the last block's rate of stochastic depth in training, in
       [0, 1), in a ViT, Swin or ConvNeXt.
@@ -219,7 +219,7 @@ def check_sizes(model: Model, told: Sizes, what: str) -> None:
 
 _FIELDS = ("name", "num_classes", "image_size", "mean", "std")
 # What names of backbones don't tell, by the attribute that holds it.
-_VIT_FIELDS = ("pool", "cls", "fc_norm")
+_SHOWN_FIELDS = ("pool", "cls", "fc_norm", "window")
 _OTHER_FIELDS = {"act": "act", "eps": "norm_eps"}
 
 
@@ -234,7 +234,7 @@ def to_spec(model: Model) -> dict[str, Any]:
   about = {field: getattr(model, field) for field in _FIELDS}
   about |= {"interpolation": model.interpolation, **sizes(model)}
   named = _entry(model.name, sizes(model), None).backbone()
-  for field in (*_VIT_FIELDS, *_OTHER_FIELDS):
+  for field in (*_SHOWN_FIELDS, *_OTHER_FIELDS):
     value = getattr(model.backbone, field, None)
     if value != getattr(named, field, None):
       about[_OTHER_FIELDS.get(field, field)] = value
@@ -254,7 +254,8 @@ def from_spec(about: Mapping[str, Any]) -> Model:
   Args:
     about: `name`, `num_classes`, `image_size`, `mean` and `std`; of a family
       its sizes; and, each with a default, `interpolation`, `head_embed` or
-      `head_bias`, `act`, `norm_eps`, and a ViT's `pool`, `cls` and `fc_norm`.
+      `head_bias`, `act`, `norm_eps`, a ViT's `pool`, `cls` and `fc_norm`, and a
+      Swin's `window`.
   """
   num_classes = about["num_classes"]
   names = (*SIZES, *_OTHER_FIELDS.values())
@@ -265,7 +266,7 @@ def from_spec(about: Mapping[str, Any]) -> Model:
     model = dataclasses.replace(model, head=head)
   elif not about.get("head_bias", True):
     model = dataclasses.replace(model, head=heads.projection(num_classes))
-  chosen = {field: about[field] for field in _VIT_FIELDS if field in about}
+  chosen = {field: about[field] for field in _SHOWN_FIELDS if field in about}
   if chosen:
     model = dataclasses.replace(model, backbone=model.backbone.clone(**chosen))
   return dataclasses.replace(

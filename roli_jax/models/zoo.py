@@ -56,6 +56,7 @@ _SWINS: dict[str, Sizes] = {
   "t": {"width": 96, "depth": (2, 2, 6, 2), "heads": (3, 6, 12, 24)},
   "s": {"width": 96, "depth": (2, 2, 18, 2), "heads": (3, 6, 12, 24)},
   "b": {"width": 128, "depth": (2, 2, 18, 2), "heads": (4, 8, 16, 32)},
+  "l": {"width": 192, "depth": (2, 2, 18, 2), "heads": (6, 12, 24, 48)},
 }
 _CONVNEXTS: dict[str, Sizes] = {
   "t": {"width": (96, 192, 384, 768), "depth": (3, 3, 9, 3)},
