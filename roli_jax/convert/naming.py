@@ -120,9 +120,11 @@ def _of_sizes(
     return ""
   if _faults(network, layout, model):
     return ""
+  window = getattr(model.backbone, "window", None)
   for name in models.MODELS:
     named = models.create(name, 2)
-    if layout.holds(named.backbone):
+    alike = getattr(named.backbone, "window", None) == window
+    if alike and layout.holds(named.backbone):
       theirs = models.FAMILIES[family].sizes(named.backbone)
       if shown.items() <= {**theirs, "channels": named.channels}.items():
         return name
@@ -230,7 +232,7 @@ def headed(
     name: a name in `models.MODELS`.
     width: the number of classes of the head.
     network: its names show whether a ViT has a class token, and whether its
-      last normalisation comes after pooling; its shapes a Swin's windows.
+      last normalisation comes after pooling; its shapes a `swin`'s windows.
     pool: a name in `models.POOLS`; None: `token` where both are possible.
     told: what `models.create` is told of a family's sizes.
 
@@ -238,7 +240,7 @@ def headed(
     ValueError: the model can't be pooled so, or be of those sizes.
   """
   model = _created(layout, name, width, told)
-  if isinstance(model.backbone, models.Swin):
+  if name == "swin":
     model = _windowed(model, sizes.windows(layout, network))
   if layout.pools:
     cls, late = (

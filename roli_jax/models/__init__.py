@@ -17,6 +17,7 @@ from roli_jax.models.resnet import ResNet
 from roli_jax.models.swin import Swin
 from roli_jax.models.text import Text
 from roli_jax.models.vit import POOLS, Vit
+from roli_jax.models.xcit import Xcit
 from roli_jax.models.zoo import MODELS, Entry
 
 # What `create` may be told of a family's sizes.
@@ -132,12 +133,12 @@ def with_options(
       precision, which is differentiable once.
     pool: a ViT's feature: `token`, the class token; `mean`, the mean of the
       other tokens.
-    act: the activation of a ViT or a residual network: `relu`, `gelu`, `silu`
-      or `quick_gelu`.
-    norm_eps: what normalisations of a ViT, a Swin or a residual network add to
-      variances, > 0.
+    act: the activation of a ViT, an XCiT or a residual network: `relu`, `gelu`,
+      `silu` or `quick_gelu`.
+    norm_eps: what normalisations add to variances, > 0; of all but a ConvNeXt,
+      of an XCiT those of layers.
     drop_path: the last block's rate of stochastic depth in training, in
-      [0, 1), in a ViT, Swin or ConvNeXt.
+      [0, 1), in a ViT, Swin, ConvNeXt or XCiT.
     scan: whether equal blocks are one loop: compiles faster.
     remat: whether activations are computed again for gradients: less memory.
 
@@ -292,6 +293,7 @@ __all__ = [
   "Text",
   "Vit",
   "WideResNet",
+  "Xcit",
   "check_sizes",
   "create",
   "from_spec",

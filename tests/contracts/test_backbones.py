@@ -14,7 +14,12 @@ from roli_jax import convert, keys, models, trees
 from tests.covering import covering, mostly_slow
 
 TOYS = [name for name in models.MODELS if name.startswith("glyph")]
-NORMALISED = ["glyph_resnet", "glyph_wrn", "glyph_preact"]  # by batch
+NORMALISED = [
+  "glyph_resnet",
+  "glyph_wrn",
+  "glyph_preact",
+  "glyph_xcit",
+]  # by batch
 # The formats that have names for each family.
 FORMATS = [
   ("glyph_vit_token", "timm"),
@@ -27,6 +32,10 @@ FORMATS = [
   ("glyph_swin", "roli"),
   ("glyph_convnext", "timm"),
   ("glyph_convnext", "meta"),
+  ("glyph_vit_stem", "timm"),
+  ("glyph_convnext_stem", "timm"),
+  ("glyph_xcit", "timm"),
+  ("glyph_xcit", "meta"),
   ("glyph_resnet", "timm"),
   ("glyph_resnet", "torchvision"),
   ("glyph_wrn", "robustbench"),
