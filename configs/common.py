@@ -179,7 +179,7 @@ def backbone(name: str, weights: str) -> dict:
     # The side that images are resized to inside the model; 0: the weights'.
     "image_size": 0,
     **sizes(),
-    # The activation of a ViT or a residual network, where a file of another
+    # The activation of a ViT, XCiT or residual network, where a file of another
     # framework leaves it open: relu, gelu, silu or quick_gelu; "": the name's.
     "act": "",
     "norm_eps": 0.0,  # what normalisations add to variances; 0: the name's

@@ -47,7 +47,12 @@ def vit(model: models.Model) -> Module:
     ValueError: the model is no ViT, or its feature is not the class token.
   """
   sizes = model.backbone
-  if not isinstance(sizes, models.Vit) or sizes.clip or sizes.pool != "token":
+  if (
+    not isinstance(sizes, models.Vit)
+    or sizes.clip
+    or sizes.stem
+    or sizes.pool != "token"
+  ):
     raise ValueError(
       f"torch_models must be ViTs with a class token, got {model.name!r}; take"
       " vit_s16, vit_b16, ..."

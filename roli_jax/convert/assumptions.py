@@ -26,6 +26,9 @@ def of(bundle: Bundle, told: Collection[str]) -> dict[str, str]:
   (layout,) = (x for x in LAYOUTS if x.name == bundle.layout)
   acts = {act: name for name, act in models.ACTS.items()}
   found: dict[str, str] = {}
+  # Strides leave no trace: an XCiT of small images has another's tensors.
+  if isinstance(backbone, models.Xcit):
+    found["model"] = model.name
   if hasattr(backbone, "act"):
     found["act"] = acts.get(backbone.act, f"that of {model.name}")
   if hasattr(backbone, "eps"):

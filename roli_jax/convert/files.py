@@ -103,7 +103,7 @@ def load(
       zero head of that width.
     image_size: the side that images are resized to inside the model; another
       one than the weights' resamples their positions. None: the weights'.
-    act: the activation of a ViT or a residual network, as of
+    act: the activation of a ViT, an XCiT or a residual network, as of
       `models.with_options`; no file tells. None: the model's.
     norm_eps: what its normalisations add to variances; likewise.
     pool: the feature of a ViT: `token`, the class token, or `mean`, the mean
@@ -178,9 +178,11 @@ def _load(source: Any, told: dict[str, Any], what: str) -> Bundle:
     bundle = dataclasses.replace(bundle, model=model)
     return dataclasses.replace(bundle, assumed=assumptions.of(bundle, told))
   others.pop("format", None)
-  name = others.pop("model", found.model.name)
-  if name != found.model.name:
-    raise ValueError(f"{what} is a {found.model.name}, not a {name}")
+  if name := others.pop("model", None):
+    if name != found.model.name:
+      raise ValueError(f"{what} is a {found.model.name}, not a {name}")
+    assumed = {k: v for k, v in found.assumed.items() if k != "model"}
+    found = dataclasses.replace(found, assumed=assumed)
   sizes = {k: others.pop(k) for k in _SIZES if k in others}
   models.check_sizes(found.model, sizes, what)
   return adjusted(found, **others, **chosen)

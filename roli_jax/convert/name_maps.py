@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from roli_jax import models
-from roli_jax.convert import residual_names
+from roli_jax.convert import residual_names, stem_names
 from roli_jax.convert.residual_names import Rules
 from roli_jax.models import zoo
 
@@ -27,6 +27,9 @@ _TORCH = {
   "mean": "running_mean",
   "var": "running_var",
 }
+
+
+_KINDS = ("clip", "same", "stem")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Layout:
     plain: keys of tensors that are as ours, neither transposed nor with
       leading axes of length 1.
     kind: the attribute that tells the family's backbones from those of other
-      layouts: "clip", "same" or none.
+      layouts, one of `_KINDS` or none.
     pools: whether files of the layout may hold models that are pooled by a
       mean, which names don't always show.
     stages: of a pre-activation ResNet, how many there are; 0: any number.
@@ -63,7 +66,7 @@ class Layout:
 
   def holds(self, backbone: Any) -> bool:
     """Returns whether the backbone is one of the layout's."""
-    kinds = (k for k in ("clip", "same") if getattr(backbone, k, False))
+    kinds = (k for k in _KINDS if getattr(backbone, k, False))
     return (
       isinstance(backbone, self.family)
       and self.kind == next(kinds, "")
@@ -262,6 +265,22 @@ LAYOUTS = (
     pools=True,
   ),
   Layout(
+    "vit_stem", ("timm",), models.Vit,
+    r"patch_embed\.proj\.stem\.0\.weight", (*stem_names.VIT, *_TIMM_VIT),
+    kind="stem",
+    pools=True,
+  ),
+  # Their blocks have a ViT's names.
+  Layout(
+    "xcit", ("timm",), models.Xcit,
+    r"cls_attn_blocks\.\d+\.attn\.q\.weight", stem_names.xcit("pos_embed"),
+  ),
+  Layout(
+    "xcit_meta", ("meta",), models.Xcit,
+    r"cls_attn_blocks\.\d+\.attn\.qkv\.weight",
+    stem_names.xcit("pos_embeder", ("attn/[qkv]", "attn.qkv")),
+  ),
+  Layout(
     "torchvision_vit", ("torchvision",), models.Vit,
     r"encoder\.layers\.encoder_layer_\d+\.mlp\.0\.weight",
     _torchvision_vit("0", "3"),
@@ -302,6 +321,11 @@ LAYOUTS = (
   Layout(
     "convnext", ("timm", "ares"), models.ConvNext,
     r"stages\.\d+\.blocks\.\d+\.conv_dw\.weight", _CONVNEXT,
+  ),
+  Layout(
+    "convnext_stem", ("timm",), models.ConvNext,
+    r"stem\.stem\.0\.weight", (*stem_names.CONVNEXT, *_CONVNEXT),
+    kind="stem",
   ),
   Layout(
     "convnext_meta", ("meta",), models.ConvNext,

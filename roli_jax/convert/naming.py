@@ -120,9 +120,11 @@ def _of_sizes(
     return ""
   if _faults(network, layout, model):
     return ""
+  window = getattr(model.backbone, "window", None)
   for name in models.MODELS:
     named = models.create(name, 2)
-    if layout.holds(named.backbone):
+    alike = getattr(named.backbone, "window", None) == window
+    if alike and layout.holds(named.backbone):
       theirs = models.FAMILIES[family].sizes(named.backbone)
       if shown.items() <= {**theirs, "channels": named.channels}.items():
         return name
@@ -230,7 +232,7 @@ def headed(
     name: a name in `models.MODELS`.
     width: the number of classes of the head.
     network: its names show whether a ViT has a class token, and whether its
-      last normalisation comes after pooling.
+      last normalisation comes after pooling; its shapes a `swin`'s windows.
     pool: a name in `models.POOLS`; None: `token` where both are possible.
     told: what `models.create` is told of a family's sizes.
 
@@ -238,6 +240,8 @@ def headed(
     ValueError: the model can't be pooled so, or be of those sizes.
   """
   model = _created(layout, name, width, told)
+  if name == "swin":
+    model = _windowed(model, sizes.windows(layout, network))
   if layout.pools:
     cls, late = (
       layout.key(f"backbone/{path}") in network.tensors
@@ -252,6 +256,18 @@ def headed(
       " pooled so"
     )
   return models.with_options(model, pool=pool)
+
+
+def _windowed(model: models.Model, shown: set[int]) -> models.Model:
+  """Returns a Swin whose stages have the windows that tensors show.
+
+  They differ where the last map is smaller than a window; otherwise it is one.
+  """
+  if len(shown) < 2:
+    return model
+  backbone = model.backbone.clone(window=max(shown))
+  side = min(shown) * resample.smallest(backbone)
+  return dataclasses.replace(model, backbone=backbone, image_size=side)
 
 
 def _created(

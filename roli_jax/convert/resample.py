@@ -33,9 +33,16 @@ def native_size(backbone: Any, shapes: dict[str, tuple[int, ...]]) -> int:
   for path, shape in shapes.items():
     if path.endswith("positions"):
       return math.isqrt(shape[-2]) * smallest(backbone)
-    if path.endswith("relative_bias"):
-      return (math.isqrt(shape[0]) + 1) // 2 * smallest(backbone)
-  return 0
+  # A Swin's last stage is one window, and others may have larger ones.
+  windows = [
+    window(x) for k, x in shapes.items() if k.endswith("relative_bias")
+  ]
+  return min(windows, default=0) * smallest(backbone)
+
+
+def window(table: tuple[int, ...]) -> int:
+  """Returns the side of a Swin's windows, from the shape of their table."""
+  return (math.isqrt(table[0]) + 1) // 2
 
 
 def smallest(backbone: Any) -> int:

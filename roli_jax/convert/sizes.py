@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from roli_jax import models
+from roli_jax.convert import resample
 from roli_jax.convert.name_maps import Layout
 from roli_jax.convert.networks import Network
 
@@ -57,6 +58,18 @@ def depths(layout: Layout, network: Network) -> tuple[int, ...]:
   return tuple(_stages(_shape_in(layout, network), "conv1/kernel"))
 
 
+def windows(layout: Layout, network: Network) -> set[int]:
+  """The sides of a Swin's windows that show, in tokens.
+
+  Args:
+    layout: a Swin's layout of names.
+    network: its tensors.
+  """
+  return {
+    resample.window(table) for table in _tables(_shape_in(layout, network))
+  }
+
+
 def _shape_in(layout: Layout, network: Network) -> Shape:
   """The shape of a leaf, from the tensor that holds it."""
 
@@ -100,14 +113,18 @@ def _vit(shape: Shape) -> dict[str, Any]:
   return {**_patches(shape, "backbone/embed/kernel"), "depth": depth}
 
 
+def _tables(shape: Shape) -> list[tuple[int, ...]]:
+  """The shape of a table of biases of each stage of a Swin that has one."""
+  path = "backbone/stage{}/block0/attn/relative_bias"
+  stages = range(len(_stages(shape, "norm1/scale")))
+  return [table for i in stages if (table := shape(path.format(i)))]
+
+
 def _swin(shape: Shape) -> dict[str, Any]:
-  depth = _stages(shape, "norm1/scale")
-  table = "backbone/stage{}/block0/attn/relative_bias"
-  tables = [shape(table.format(i)) for i in range(len(depth))]
   return {
     **_patches(shape, "backbone/embed/kernel"),
-    "depth": tuple(depth),
-    "heads": tuple(table[-1] for table in tables if table),
+    "depth": tuple(_stages(shape, "norm1/scale")),
+    "heads": tuple(table[-1] for table in _tables(shape)),
   }
 
 

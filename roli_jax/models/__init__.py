@@ -17,6 +17,7 @@ from roli_jax.models.resnet import ResNet
 from roli_jax.models.swin import Swin
 from roli_jax.models.text import Text
 from roli_jax.models.vit import POOLS, Vit
+from roli_jax.models.xcit import Xcit
 from roli_jax.models.zoo import MODELS, Entry
 
 # What `create` may be told of a family's sizes.
@@ -132,12 +133,12 @@ def with_options(
       precision, which is differentiable once.
     pool: a ViT's feature: `token`, the class token; `mean`, the mean of the
       other tokens.
-    act: the activation of a ViT or a residual network: `relu`, `gelu`, `silu`
-      or `quick_gelu`.
-    norm_eps: what normalisations of a ViT or a residual network add to
-      variances, > 0.
+    act: the activation of a ViT, an XCiT or a residual network: `relu`, `gelu`,
+      `silu` or `quick_gelu`.
+    norm_eps: what normalisations add to variances, > 0; of all but a ConvNeXt,
+      of an XCiT those of layers.
     drop_path: the last block's rate of stochastic depth in training, in
-      [0, 1), in a ViT, Swin or ConvNeXt.
+      [0, 1), in a ViT, Swin, ConvNeXt or XCiT.
     scan: whether equal blocks are one loop: compiles faster.
     remat: whether activations are computed again for gradients: less memory.
 
@@ -219,7 +220,7 @@ def check_sizes(model: Model, told: Sizes, what: str) -> None:
 
 _FIELDS = ("name", "num_classes", "image_size", "mean", "std")
 # What names of backbones don't tell, by the attribute that holds it.
-_VIT_FIELDS = ("pool", "cls", "fc_norm")
+_SHOWN_FIELDS = ("pool", "cls", "fc_norm", "window")
 _OTHER_FIELDS = {"act": "act", "eps": "norm_eps"}
 
 
@@ -234,7 +235,7 @@ def to_spec(model: Model) -> dict[str, Any]:
   about = {field: getattr(model, field) for field in _FIELDS}
   about |= {"interpolation": model.interpolation, **sizes(model)}
   named = _entry(model.name, sizes(model), None).backbone()
-  for field in (*_VIT_FIELDS, *_OTHER_FIELDS):
+  for field in (*_SHOWN_FIELDS, *_OTHER_FIELDS):
     value = getattr(model.backbone, field, None)
     if value != getattr(named, field, None):
       about[_OTHER_FIELDS.get(field, field)] = value
@@ -254,7 +255,8 @@ def from_spec(about: Mapping[str, Any]) -> Model:
   Args:
     about: `name`, `num_classes`, `image_size`, `mean` and `std`; of a family
       its sizes; and, each with a default, `interpolation`, `head_embed` or
-      `head_bias`, `act`, `norm_eps`, and a ViT's `pool`, `cls` and `fc_norm`.
+      `head_bias`, `act`, `norm_eps`, a ViT's `pool`, `cls` and `fc_norm`, and a
+      Swin's `window`.
   """
   num_classes = about["num_classes"]
   names = (*SIZES, *_OTHER_FIELDS.values())
@@ -265,7 +267,7 @@ def from_spec(about: Mapping[str, Any]) -> Model:
     model = dataclasses.replace(model, head=head)
   elif not about.get("head_bias", True):
     model = dataclasses.replace(model, head=heads.projection(num_classes))
-  chosen = {field: about[field] for field in _VIT_FIELDS if field in about}
+  chosen = {field: about[field] for field in _SHOWN_FIELDS if field in about}
   if chosen:
     model = dataclasses.replace(model, backbone=model.backbone.clone(**chosen))
   return dataclasses.replace(
@@ -291,6 +293,7 @@ __all__ = [
   "Text",
   "Vit",
   "WideResNet",
+  "Xcit",
   "check_sizes",
   "create",
   "from_spec",

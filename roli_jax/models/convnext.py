@@ -7,6 +7,7 @@ from flax import linen as nn
 from roli_jax.models import layers
 from roli_jax.models.conv import Conv
 from roli_jax.models.hooks import Hooks
+from roli_jax.models.stem import Convs, ConvStem
 from roli_jax.types import Array, Float
 
 _norm = functools.partial(nn.LayerNorm, epsilon=1e-6)
@@ -42,6 +43,7 @@ class Stage(nn.Module):
   Attributes:
     width: the number of channels of the stage.
     patch: side of a patch, the stage's stride.
+    stem: of the first stage, see `ConvNext`.
     first: whether the stage is the stem, which normalises after the patches,
       where the others do before.
     rates: a rate for each block, see `layers.drop_path`.
@@ -52,6 +54,7 @@ class Stage(nn.Module):
 
   width: int
   patch: int
+  stem: Convs
   first: bool
   rates: tuple[float, ...]
   hooks: Hooks
@@ -60,16 +63,21 @@ class Stage(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
-    norm = _norm(name="patch_norm")
-    embed = layers.PatchEmbed(self.patch, self.width, name="embed")
-    rows, columns = (side // self.patch for side in x.shape[1:3])
-    x = norm(embed(x)) if self.first else embed(norm(x))
-    x = x.reshape(-1, rows, columns, self.width)
+    x = self._embedded(x)
     make = functools.partial(Block, self.hooks)
     blocks = range(len(self.rates))
     return layers.repeat(
       self, make, blocks, x, self.rates, scan=self.scan, remat=self.remat
     )
+
+  def _embedded(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+    if self.first and self.stem:
+      return layers.gelu(ConvStem(self.stem, name="stem")(x))
+    norm = _norm(name="patch_norm")
+    embed = layers.PatchEmbed(self.patch, self.width, name="embed")
+    rows, columns = (side // self.patch for side in x.shape[1:3])
+    x = norm(embed(x)) if self.first else embed(norm(x))
+    return x.reshape(-1, rows, columns, self.width)
 
 
 class ConvNext(nn.Module):
@@ -79,6 +87,8 @@ class ConvNext(nn.Module):
     widths: the number of channels of each stage.
     depths: blocks of each stage.
     patch: side of the stem's patches in pixels.
+    stem: convolutions in place of those patches, of their stride: see
+      `ConvStem`; empty: there are none.
     drop_path: the last block's rate of `layers.drop_path`, in training.
     hooks: where a method may enter.
     scan: see `layers.repeat`.
@@ -88,6 +98,7 @@ class ConvNext(nn.Module):
   widths: tuple[int, ...]
   depths: tuple[int, ...]
   patch: int = 4
+  stem: Convs = ()
   drop_path: float = 0.0
   hooks: Hooks = Hooks()
   scan: bool = False
@@ -105,5 +116,7 @@ class ConvNext(nn.Module):
     stages = enumerate(zip(self.widths, rates, strict=True))
     for i, (width, block_rates) in stages:
       patch = 2 if i else self.patch
-      x = make(width, patch, i == 0, block_rates, name=f"stage{i}")(x)
+      x = make(width, patch, self.stem, i == 0, block_rates, name=f"stage{i}")(
+        x
+      )
     return _norm(name="norm")(x.mean((1, 2)))

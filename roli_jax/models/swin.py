@@ -18,8 +18,6 @@ Shift = int | Int[Array, ""]
 # Of tokens, or of the numbers of regions.
 Values = TypeVar("Values", jax.Array, np.ndarray)
 
-_norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
-
 
 def _offsets(window: int) -> Int[np.ndarray, "places places"]:
   """For each pair of a window's places, its row in the table of biases."""
@@ -121,6 +119,7 @@ class Block(nn.Module):
     num_heads: the number of heads of the attention, divides the width.
     window: the side of a window, in tokens.
     side: the side of the map, in tokens.
+    eps: what the normalisations add to variances, > 0.
     hooks: where a method may enter.
     attention: which of `Swin.attentions`.
   """
@@ -128,6 +127,7 @@ class Block(nn.Module):
   num_heads: int
   window: int
   side: int
+  eps: float
   hooks: Hooks
   attention: str
 
@@ -150,10 +150,11 @@ class Block(nn.Module):
     before = x.shape[1] - self.side**2
     if prompts is not None:
       x = jnp.concatenate([prompts, x[:, before:]], 1)
-    y = _norm(name="norm1")(x)
+    y = nn.LayerNorm(epsilon=self.eps, name="norm1")(x)
     y = self._attend(y[:, :before], y[:, before:], shift)
     x = x + layers.drop_path(self, y, rate)
-    y = layers.Mlp(4 * x.shape[-1], name="mlp")(_norm(name="norm2")(x))
+    y = nn.LayerNorm(epsilon=self.eps, name="norm2")(x)
+    y = layers.Mlp(4 * x.shape[-1], name="mlp")(y)
     y = layers.drop_path(self, y, rate)
     if self.hooks.branch:
       y = self.hooks.branch(name="branch")(y)
@@ -203,9 +204,11 @@ class Merge(nn.Module):
 
   Attributes:
     side: the side of the map before, in tokens, even.
+    eps: what the normalisation adds to variances, > 0.
   """
 
   side: int
+  eps: float
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b m e"]:
@@ -216,7 +219,7 @@ class Merge(nn.Module):
     # Column before row, the order that the weights were trained in.
     x = x.reshape(b, half, 2, half, 2, d).transpose(0, 1, 3, 4, 2, 5)
     x = jnp.concatenate([prompts, x.reshape(b, half * half, 4 * d)], 1)
-    x = _norm(name="norm")(x)
+    x = nn.LayerNorm(epsilon=self.eps, name="norm")(x)
     return nn.Dense(2 * d, use_bias=False, name="reduction")(x)
 
 
@@ -230,6 +233,7 @@ class Stage(nn.Module):
     rates: a rate for each block, see `layers.drop_path`.
     window: the side of a window, in tokens.
     fan: see `Hooks.tokens`.
+    eps: what the normalisations add to variances, > 0.
     hooks: where a method may enter.
     attention: which of `attentions`.
     scan: see `layers.repeat`.
@@ -242,6 +246,7 @@ class Stage(nn.Module):
   rates: tuple[float, ...]
   window: int
   fan: int
+  eps: float
   hooks: Hooks
   attention: str
   scan: bool
@@ -255,7 +260,7 @@ class Stage(nn.Module):
       side = 2 * self.side
       if num_prompted:  # the prompts of the stage before end here
         x = x[:, -(side**2) :]
-      x = Merge(side, name="merge")(x)
+      x = Merge(side, self.eps, name="merge")(x)
     added, prompts = layers.prompts(
       self.hooks, x, num_prompted, depth, self.fan
     )
@@ -269,6 +274,7 @@ class Stage(nn.Module):
       self.num_heads,
       self.window,
       self.side,
+      self.eps,
       self.hooks,
       self.attention,
     )
@@ -281,14 +287,15 @@ class Stage(nn.Module):
 class Swin(nn.Module):
   """A Swin whose feature is the mean of its normalised last tokens.
 
-  The last stage is one window, so that a window's side is the image's divided
-  by all strides: 7 at 224.
-
   Attributes:
     width: channels of the first stage; each next one's is twice as large.
     depths: blocks of each stage.
     num_heads: the number of heads in each stage.
     patch: side of a patch in pixels.
+    window: the side of a window in tokens; a smaller map is one window. None:
+      the side of the last stage's map, which is the image's divided by all
+      strides: 7 at 224.
+    eps: what the normalisations add to variances, > 0.
     drop_path: the last block's rate of `layers.drop_path`, in training.
     hooks: where a method may enter.
     attention: which of `attentions`.
@@ -300,6 +307,8 @@ class Swin(nn.Module):
   depths: tuple[int, ...]
   num_heads: tuple[int, ...]
   patch: int = 4
+  window: int | None = None
+  eps: float = 1e-5
   drop_path: float = 0.0
   hooks: Hooks = Hooks()
   attention: str = "plain"
@@ -313,30 +322,42 @@ class Swin(nn.Module):
     self, x: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b d"]:
     del train  # no running statistics
-    last = len(self.depths) - 1
-    stride = self.patch * 2**last
-    if x.shape[1] != x.shape[2] or x.shape[1] % stride:
-      raise ValueError(
-        f"a Swin takes square images whose side is a multiple of {stride},"
-        f" got {x.shape[1]} x {x.shape[2]}"
-      )
-    window = x.shape[1] // stride
+    sides = self._sides(x)
     fan = self.patch**2 * x.shape[-1] + self.width
     x = layers.PatchEmbed(self.patch, self.width, name="embed")(x)
-    x = _norm(name="embed_norm")(x)
+    x = nn.LayerNorm(epsilon=self.eps, name="embed_norm")(x)
     shared = (
-      window,
       fan,
+      self.eps,
       self.hooks,
       self.attention,
       self.scan,
       self.remat,
     )
     rates = layers.drop_rates(self.drop_path, self.depths)
-    stages = enumerate(zip(self.num_heads, rates, strict=True))
-    for i, (num_heads, block_rates) in stages:
-      side = window * 2 ** (last - i)
+    stages = enumerate(zip(self.num_heads, sides, rates, strict=True))
+    for i, (num_heads, side, block_rates) in stages:
+      window = min(self.window or sides[-1], side)
       x = Stage(
-        num_heads, side, i == 0, block_rates, *shared, name=f"stage{i}"
+        num_heads, side, i == 0, block_rates, window, *shared, name=f"stage{i}"
       )(x)
-    return _norm(name="norm")(x).mean(1)
+    return nn.LayerNorm(epsilon=self.eps, name="norm")(x).mean(1)
+
+  def _sides(self, x: Float[Array, "b h w c"]) -> list[int]:
+    """The side of each stage's map, in tokens.
+
+    Raises:
+      ValueError: the images can't be cut into patches and windows.
+    """
+    strides = [self.patch * 2**i for i in range(len(self.depths))]
+    if x.shape[1] != x.shape[2] or x.shape[1] % strides[-1]:
+      raise ValueError(
+        f"a Swin takes square images whose side is a multiple of {strides[-1]},"
+        f" got {x.shape[1]} x {x.shape[2]}"
+      )
+    sides = [x.shape[1] // stride for stride in strides]
+    if self.window and any(side % min(self.window, side) for side in sides):
+      raise ValueError(
+        f"windows of {self.window} do not tile maps whose sides are {sides}"
+      )
+    return sides

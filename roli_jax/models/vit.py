@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from roli_jax.models import layers
+from roli_jax.models.conv import Conv
 from roli_jax.models.hooks import Hooks
+from roli_jax.models.stem import Convs, ConvStem
 from roli_jax.types import Array, Float
 
 POOLS = ("token", "mean")
@@ -84,6 +86,8 @@ class Vit(nn.Module):
     fc_norm: whether the feature is normalised, and not the tokens before it.
     clip: whether patches have no bias, and a normalisation stands before the
       blocks, as in CLIP.
+    stem: convolutions in place of the patches, of their stride: see `ConvStem`;
+      one of 1 x 1 after them makes tokens. Empty: there are none.
     eps: what the normalisations add to variances, > 0.
     act: the GELU.
     hooks: where a method may enter.
@@ -102,6 +106,7 @@ class Vit(nn.Module):
   cls: bool = True
   fc_norm: bool = False
   clip: bool = False
+  stem: Convs = ()
   eps: float = 1e-6
   act: layers.Activation = layers.gelu
   hooks: Hooks = Hooks()
@@ -117,9 +122,7 @@ class Vit(nn.Module):
   ) -> Float[Array, "b d"]:
     del train  # no running statistics
     fan = self.patch**2 * x.shape[-1] + self.width
-    x = layers.PatchEmbed(
-      self.patch, self.width, use_bias=not self.clip, name="embed"
-    )(x)
+    x = self._embedded(x)
     start = int(self.cls)
     if self.cls:
       cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
@@ -154,3 +157,14 @@ class Vit(nn.Module):
     if self.fc_norm:
       x = nn.LayerNorm(epsilon=self.eps, name="fc_norm")(x)
     return x
+
+  def _embedded(self, x: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
+    """The tokens of the image's patches."""
+    if not self.stem:
+      embed = layers.PatchEmbed(
+        self.patch, self.width, use_bias=not self.clip, name="embed"
+      )
+      return embed(x)
+    x = self.act(ConvStem(self.stem, act=self.act, name="embed")(x))
+    x = Conv(self.width, 1, use_bias=True, name="embed_out")(x)
+    return x.reshape(len(x), -1, self.width)

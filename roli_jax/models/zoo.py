@@ -14,11 +14,14 @@ from roli_jax.models.families import (
   FAMILIES,
   HALF,
   IMAGENET,
+  RAW,
   Normalisation,
   Sizes,
 )
 from roli_jax.models.preact import PreactResNet
 from roli_jax.models.resnet import ResNet
+from roli_jax.models.stem import Convs
+from roli_jax.models.xcit import Xcit
 
 CLIP = (
   (0.48145466, 0.4578275, 0.40821073),
@@ -56,6 +59,7 @@ _SWINS: dict[str, Sizes] = {
   "t": {"width": 96, "depth": (2, 2, 6, 2), "heads": (3, 6, 12, 24)},
   "s": {"width": 96, "depth": (2, 2, 18, 2), "heads": (3, 6, 12, 24)},
   "b": {"width": 128, "depth": (2, 2, 18, 2), "heads": (4, 8, 16, 32)},
+  "l": {"width": 192, "depth": (2, 2, 18, 2), "heads": (6, 12, 24, 48)},
 }
 _CONVNEXTS: dict[str, Sizes] = {
   "t": {"width": (96, 192, 384, 768), "depth": (3, 3, 9, 3)},
@@ -63,6 +67,28 @@ _CONVNEXTS: dict[str, Sizes] = {
   "b": {"width": (128, 256, 512, 1024), "depth": (3, 3, 27, 3)},
   "l": {"width": (192, 384, 768, 1536), "depth": (3, 3, 27, 3)},
 }
+# Of Singh et al. 2023: width and stride of each convolution before the blocks.
+_CVSTS: dict[str, tuple[str, Sizes, Convs]] = {
+  **{
+    f"vit_{size}16_cvst": (
+      "vit",
+      {**_VITS[size], "patch": 16},
+      ((48, 2), (96, 2), (192, 2), (384, 2)),
+    )
+    for size in ("s", "b")
+  },
+  **{
+    f"convnext_{size}_cvst": ("convnext", _CONVNEXTS[size], convs)
+    for size, convs in (
+      ("t", ((48, 2), (96, 2))),
+      ("s", ((48, 2), (96, 2))),
+      ("b", ((64, 2), (96, 2), (128, 1))),
+      ("l", ((96, 2), (144, 2), (192, 1))),
+    )
+  },
+}
+# Width, depth, number of heads.
+_XCITS = {"s12": (384, 12, 8), "m12": (512, 12, 8), "l12": (768, 12, 16)}
 # Depths, whether of bottlenecks, inner width of the first stage.
 _RESNETS: dict[str, tuple[tuple[int, ...], bool, int]] = {
   "resnet18": ((2, 2, 2, 2), False, 64),
@@ -142,6 +168,13 @@ _GLYPHS: dict[str, Callable[..., nn.Module]] = {
   "glyph_convnext": _family(
     "convnext", {"patch": 1, "width": (16, 32), "depth": (2, 2)}
   ),
+  "glyph_vit_stem": _family("vit", _TINY, stem=((8, 2), (16, 1))),
+  "glyph_convnext_stem": _family(
+    "convnext",
+    {"patch": 2, "width": (16, 32), "depth": (2, 2)},
+    stem=((8, 2), (16, 1)),
+  ),
+  "glyph_xcit": functools.partial(Xcit, 32, 2, 2, patch=2),
   "glyph_resnet": functools.partial(
     ResNet, (2, 2), False, inner=16, small=True, width=16
   ),
@@ -172,9 +205,31 @@ MODELS: dict[str, Entry] = {
     f"swin_{size}": Entry(_family("swin", sizes))
     for size, sizes in _SWINS.items()
   },
+  # Of Xu et al. 2024; of equal tensors the others come first.
+  **{
+    f"mimir_swin_{size}": Entry(
+      _family("swin", _SWINS[size], window=window, eps=1e-6), RAW
+    )
+    for size, window in (("b", None), ("l", 14))
+  },
   **{
     f"convnext_{size}": Entry(_family("convnext", sizes))
     for size, sizes in _CONVNEXTS.items()
+  },
+  **{
+    name: Entry(_family(family, sizes, stem=convs), RAW)
+    for name, (family, sizes, convs) in _CVSTS.items()
+  },
+  **{
+    f"xcit_{size}": Entry(functools.partial(Xcit, *sizes))
+    for size, sizes in _XCITS.items()
+  },
+  # After the others, which a file of their sizes is taken for.
+  **{
+    f"xcit_{size}_cifar": Entry(
+      functools.partial(Xcit, *sizes, patch=4), CIFAR, 32
+    )
+    for size, sizes in _XCITS.items()
   },
   **{
     name: Entry(functools.partial(ResNet, *sizes))

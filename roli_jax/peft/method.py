@@ -58,8 +58,8 @@ class Method:
     backbone: Any = model.backbone
     if self.hooks.tokens and not isinstance(backbone, models.Vit | models.Swin):
       raise ValueError(
-        f"vpt puts tokens into a ViT or a Swin; {model.name} has none. Of a"
-        " ConvNeXt or a ResNet take linear, full, bias, lora or adapter"
+        f"vpt puts tokens into a ViT or a Swin, which {model.name} is not: take"
+        " linear, full, bias, lora or adapter"
       )
     return dataclasses.replace(model, backbone=backbone.clone(hooks=self.hooks))
 

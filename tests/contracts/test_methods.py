@@ -30,7 +30,7 @@ from roli_jax.threat import ThreatModel
 from tests.covering import covering, mostly_slow
 
 FAMILIES = (
-  "vit", "glyph_swin", "glyph_convnext", "glyph_resnet", "wrn",
+  "vit", "glyph_swin", "glyph_convnext", "glyph_resnet", "wrn", "glyph_xcit",
 )  # fmt: skip
 WITH_TOKENS = ("vit", "glyph_swin")
 PAIRS = [

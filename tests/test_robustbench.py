@@ -1,4 +1,4 @@
-"""Residual networks of RobustBench compute what its classes compute."""
+"""Networks of RobustBench compute what its classes compute."""
 
 import functools
 import json
@@ -9,18 +9,27 @@ import pytest
 
 from roli_jax import convert, keys, models, trees
 from roli_jax.convert import state_dict
-from roli_jax.models import Entry, PreactResNet, ResNet, WideResNet
-from roli_jax.models.zoo import CIFAR
+from roli_jax.models import (
+  ConvNext,
+  Entry,
+  PreactResNet,
+  ResNet,
+  Swin,
+  Vit,
+  WideResNet,
+  Xcit,
+)
+from roli_jax.models.zoo import CIFAR, RAW
 from tests import golden
 from tests.covering import mostly_slow
 
-RAW = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 CIFAR_RESNET = functools.partial(ResNet, (2, 1, 1, 1), small=True)
 PREACT = functools.partial(
   PreactResNet, depths=(2, 1, 1, 1), widths=(8, 16, 32, 64), width=8
 )
 STAGED = functools.partial(PreactResNet, (2, 1, 1), (12, 20, 16), width=8)
 SILU = {"act": jax.nn.silu}
+CONVNEXT = functools.partial(ConvNext, (16, 20, 24, 28), (1, 1, 1, 1))
 # By the names of `models.MODELS` and `FAMILIES` of which they are small ones.
 SMALL = {
   "cifar_resnet18": functools.partial(
@@ -51,6 +60,18 @@ SMALL = {
   "meansparse_dm_wrn": functools.partial(
     WideResNet, 10, 1, same=True, sparse=True, **SILU
   ),
+  "mimir_swin_l": functools.partial(
+    Swin, 12, (2, 1, 1), (2, 3, 4), patch=2, window=8, eps=1e-6
+  ),
+  "vit_s16_cvst": functools.partial(
+    Vit, 16, 24, 2, 2, 96, stem=((4, 2), (8, 2), (16, 2), (32, 2))
+  ),
+  "convnext_t_cvst": functools.partial(CONVNEXT, stem=((8, 2), (16, 2))),
+  "convnext_b_cvst": functools.partial(
+    CONVNEXT, stem=((8, 2), (12, 2), (16, 1))
+  ),
+  "xcit_s12": functools.partial(Xcit, 16, 2, 2),
+  "xcit_s12_cifar": functools.partial(Xcit, 16, 2, 2, patch=4),
 }  # fmt: skip
 # The layout of names of each.
 LAYOUT = {
@@ -61,8 +82,17 @@ LAYOUT = {
   "wrn_34_r": "robust_wrn",
   "wrn_a4": "robust_wrn_norm1",
   "wrn": "wide_resnet",
+  "mimir_swin_l": "swin_old",
+  "vit_s16_cvst": "vit_stem",
+  **dict.fromkeys(("convnext_t_cvst", "convnext_b_cvst"), "convnext_stem"),
+  **dict.fromkeys(("xcit_s12", "xcit_s12_cifar"), "xcit"),
 }  # the others': dm_wide_resnet
-FACTS = json.loads((golden.FOLDER / "residual" / "facts.json").read_text())
+# The format of its names, where it isn't RobustBench's.
+FORMAT = {
+  "resnet": "torchvision",
+  **dict.fromkeys(("swin_old", "vit_stem", "convnext_stem", "xcit"), "timm"),
+}
+FACTS = json.loads((golden.FOLDER / "robustbench" / "facts.json").read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +113,8 @@ def state_of(name):
   shapes = jax.eval_shape(model.init, keys.root(0))
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   layout = LAYOUT.get(name, "dm_wide_resnet")
-  format = "torchvision" if layout == "resnet" else "robustbench"
-  state = convert.to_state_dict(convert.Bundle(model, *zeros, layout), format)
+  bundle = convert.Bundle(model, *zeros, layout)
+  state = convert.to_state_dict(bundle, FORMAT.get(layout, "robustbench"))
   return {
     key: golden.value(key, state[key].shape, state[key].dtype.name)
     for key in sorted(state)
@@ -102,7 +132,10 @@ def test_names_and_parameters_are_the_originals(name):
   }
 
 
-FAST = ("preact_resnet18_v1", "dm_preact_resnet18", "meansparse_ra_wrn_70_16")
+FAST = (
+  "preact_resnet18_v1", "dm_preact_resnet18", "meansparse_ra_wrn_70_16",
+  "vit_s16_cvst", "xcit_s12_cifar",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", mostly_slow(SMALL, *FAST))
@@ -112,7 +145,7 @@ def test_numbers_are_the_originals(name):
   if models.MODELS[name].normalisation == CIFAR:
     told = {}  # as the format's
   bundle = convert.load(state, name, **told)
-  model, gold = bundle.model, golden.arrays(name, "residual")
+  model, gold = bundle.model, golden.arrays(name, "robustbench")
   images = np.random.default_rng(5).random((2, 32, 32, 3), np.float32)
 
   @jax.jit
@@ -134,3 +167,21 @@ def test_numbers_are_the_originals(name):
   assert back.keys() == state.keys()
   for key, tensor in state.items():
     np.testing.assert_array_equal(back[key], tensor, err_msg=key)
+
+
+@pytest.mark.parametrize(
+  "name, told",
+  [
+    ("mimir_swin_l", "mimir_swin_l"),
+    ("vit_s16_cvst", "vit_s16_cvst"),
+    ("convnext_b_cvst", "convnext_b_cvst"),
+    ("xcit_s12_cifar", "xcit_s12"),
+  ],
+)
+def test_a_bare_file_is_recognised_or_its_model_is_assumed(name, told):
+  """Strides leave no trace in an XCiT's file."""
+  bundle = convert.load(state_of(name))
+  assert bundle.model.name == told
+  assert bundle.assumed.get("model", name) == told
+  if name != told:
+    assert "model" not in convert.load(state_of(name), name).assumed
