@@ -29,6 +29,12 @@ _TORCH = {
 }
 
 
+# What ViTs have in layouts that have no names for more.
+_USUAL = {
+  "distilled": False, "registers": 0, "scaled": False, "cls_positions": True,
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """How some formats name and shape the tensors of a family.
@@ -45,8 +51,8 @@ class Layout:
       leading axes of length 1.
     kind: the attribute that tells the family's backbones from those of other
       layouts: "clip", "same" or none.
-    pools: whether files of the layout may hold models that are pooled by a
-      mean, which names don't always show.
+    pools: whether it is of timm's ViTs, which may be pooled by a mean, as names
+      don't always show, and have registers and more.
     stages: of a pre-activation ResNet, how many there are; 0: any number.
   """
 
@@ -61,12 +67,19 @@ class Layout:
   pools: bool = False
   stages: int = 0
 
+  @property
+  def projects(self) -> bool:
+    """Whether its heads are projections, as in CLIP: they have no bias."""
+    return not any(re.match(rule, "head/bias") for rule, _ in self.rules)
+
   def holds(self, backbone: Any) -> bool:
     """Returns whether the backbone is one of the layout's."""
     kinds = (k for k in ("clip", "same") if getattr(backbone, k, False))
+    usual = all(getattr(backbone, k, v) == v for k, v in _USUAL.items())
     return (
       isinstance(backbone, self.family)
       and self.kind == next(kinds, "")
+      and (usual or self.pools)
       and self.stages in (0, len(getattr(backbone, "depths", ())))
     )
 
@@ -144,12 +157,17 @@ _HEAD = ("head", "head")
 _TIMM_VIT: Rules = (
   ("backbone/embed", "patch_embed.proj"),
   ("backbone/cls", "cls_token"),
+  ("backbone/dist", "dist_token"),
+  ("backbone/registers", "reg_token"),
   ("backbone/positions", "pos_embed"),
   (f"{_BLOCK}/attn/[qkv]", r"blocks.\1.attn.qkv"),
   (f"{_BLOCK}/attn/out", r"blocks.\1.attn.proj"),
+  (rf"{_BLOCK}/gamma(\d)", r"blocks.\1.ls\2.gamma"),
   (_BLOCK, r"blocks.\1"),
   ("backbone/norm", "norm"),
   ("backbone/fc_norm", "fc_norm"),
+  ("head/cls", "head"),
+  ("head/dist", "head_dist"),
   _HEAD,
 )
 
@@ -170,20 +188,30 @@ def _torchvision_vit(fc1: str, fc2: str) -> Rules:
   )
 
 
-_CLIP_BLOCK = r"visual.transformer.resblocks.\1"
-_OPEN_CLIP: Rules = (
-  ("backbone/embed", "visual.conv1"),
-  ("backbone/cls", "visual.class_embedding"),
-  ("backbone/positions", "visual.positional_embedding"),
-  ("backbone/pre_norm", "visual.ln_pre"),
-  (rf"{_BLOCK}/norm(\d)", rf"{_CLIP_BLOCK}.ln_\2"),
-  (f"{_BLOCK}/attn/[qkv]", f"{_CLIP_BLOCK}.attn.in_proj_"),
-  (f"{_BLOCK}/attn/out", f"{_CLIP_BLOCK}.attn.out_proj"),
-  (f"{_BLOCK}/mlp/fc1", f"{_CLIP_BLOCK}.mlp.c_fc"),
-  (f"{_BLOCK}/mlp/fc2", f"{_CLIP_BLOCK}.mlp.c_proj"),
-  ("backbone/norm", "visual.ln_post"),
-  ("head/kernel", "visual.proj"),
-)
+def _open_clip(prefix: str = "") -> Rules:
+  """The visual tower's names; in a file of both it has a prefix."""
+  block = rf"{prefix}transformer.resblocks.\1"
+  return (
+    ("backbone/embed", f"{prefix}conv1"),
+    ("backbone/cls", f"{prefix}class_embedding"),
+    ("backbone/positions", f"{prefix}positional_embedding"),
+    ("backbone/pre_norm", f"{prefix}ln_pre"),
+    (rf"{_BLOCK}/norm(\d)", rf"{block}.ln_\2"),
+    (f"{_BLOCK}/attn/[qkv]", f"{block}.attn.in_proj_"),
+    (f"{_BLOCK}/attn/out", f"{block}.attn.out_proj"),
+    (f"{_BLOCK}/mlp/fc1", f"{block}.mlp.c_fc"),
+    (f"{_BLOCK}/mlp/fc2", f"{block}.mlp.c_proj"),
+    ("backbone/norm", f"{prefix}ln_post"),
+    ("head/kernel", f"{prefix}proj"),
+  )
+
+
+# What open_clip's files hold of the text tower.
+_TEXTS = (
+  "positional_embedding", "text_projection", "logit_scale", "attn_mask",
+  r"token_embedding\..*", r"ln_final\..*", r"transformer\..*",
+)  # fmt: skip
+_CLIP_PLAIN = ("class_embedding", "positional_embedding", "proj")
 
 _ROLI_BLOCK = r"enc.transformer.encoder.layer.\1"
 _ROLI_HEAD = ("head", "head.last_layer")
@@ -231,16 +259,22 @@ def _swin(head: str, prefix: str = "", late: bool = False) -> Rules:
 # Of the original Swin: what it can make again from its sizes.
 _SWIN_BUFFERS = (r".*\.relative_position_index", r".*\.attn_mask")
 
-_CONVNEXT: Rules = (
-  ("backbone/stage0/embed", "stem.0"),
-  ("backbone/stage0/patch_norm", "stem.1"),
-  (f"{_STAGE}/patch_norm", r"stages.\1.downsample.0"),
-  (f"{_STAGE}/embed", r"stages.\1.downsample.1"),
-  (rf"{_STAGE}/block(\d+)/conv", r"stages.\1.blocks.\2.conv_dw"),
-  (rf"{_STAGE}/block(\d+)", r"stages.\1.blocks.\2"),
-  ("backbone/norm", "head.norm"),
-  ("head", "head.fc"),
-)
+
+def _convnext(prefix: str, *head: tuple[str, str]) -> Rules:
+  """timm's names of a ConvNeXt, under a prefix, with those of a head."""
+  stage = rf"{prefix}stages.\1"
+  return (
+    ("backbone/stage0/embed", f"{prefix}stem.0"),
+    ("backbone/stage0/patch_norm", f"{prefix}stem.1"),
+    (f"{_STAGE}/patch_norm", f"{stage}.downsample.0"),
+    (f"{_STAGE}/embed", f"{stage}.downsample.1"),
+    (rf"{_STAGE}/block(\d+)/conv", rf"{stage}.blocks.\2.conv_dw"),
+    (rf"{_STAGE}/block(\d+)", rf"{stage}.blocks.\2"),
+    ("backbone/norm", f"{prefix}head.norm"),
+    *head,
+  )
+
+
 _CONVNEXT_META: Rules = (
   ("backbone/stage0/embed", "downsample_layers.0.0"),
   ("backbone/stage0/patch_norm", "downsample_layers.0.1"),
@@ -276,15 +310,23 @@ LAYOUTS = (
   ),
   Layout(
     "open_clip", ("open_clip",), models.Vit,
-    r"visual\.transformer\.resblocks\..*", _OPEN_CLIP,
-    dropped=(
-      "positional_embedding", "text_projection", "logit_scale", "attn_mask",
-      r"token_embedding\..*", r"ln_final\..*", r"transformer\..*",
-    ),
-    plain=(
-      "visual.class_embedding", "visual.positional_embedding", "visual.proj",
-    ),
+    r"visual\.transformer\.resblocks\..*", _open_clip("visual."),
+    dropped=_TEXTS,
+    plain=tuple(f"visual.{key}" for key in _CLIP_PLAIN),
     kind="clip",
+  ),
+  # The visual tower alone, as robust ones are trained.
+  Layout(
+    "open_clip_visual", ("open_clip",), models.Vit,
+    "class_embedding", _open_clip(), plain=_CLIP_PLAIN, kind="clip",
+  ),
+  # Has the mark of other ViTs as well.
+  Layout(
+    "clip_vit", ("timm",), models.Vit,
+    r"norm_pre\.weight",
+    (("backbone/pre_norm", "norm_pre"), *_TIMM_VIT),
+    kind="clip",
+    pools=True,
   ),
   Layout(
     "swin", ("timm", "ares"), models.Swin,
@@ -301,7 +343,14 @@ LAYOUTS = (
   ),
   Layout(
     "convnext", ("timm", "ares"), models.ConvNext,
-    r"stages\.\d+\.blocks\.\d+\.conv_dw\.weight", _CONVNEXT,
+    r"stages\.\d+\.blocks\.\d+\.conv_dw\.weight",
+    _convnext("", ("head", "head.fc")),
+  ),
+  Layout(
+    "open_clip_convnext", ("open_clip",), models.ConvNext,
+    r"visual\.trunk\.stages\.\d+\.blocks\.\d+\.conv_dw\.weight",
+    _convnext("visual.trunk.", ("head/kernel", "visual.head.proj")),
+    dropped=_TEXTS,
   ),
   Layout(
     "convnext_meta", ("meta",), models.ConvNext,

@@ -182,6 +182,8 @@ def with_options(
       raise ValueError(f"{model.name} has no option {name!r}")
   if pool == "token" and not model.backbone.cls:
     raise ValueError(f"this {model.name} has no class token: pool=mean")
+  if pool == "mean" and model.backbone.distilled:
+    raise ValueError(f"this {model.name} has two class tokens: pool=token")
   backbone = model.backbone.clone(**chosen) if chosen else model.backbone
   return dataclasses.replace(model, backbone=backbone, **_given(for_model))
 
@@ -219,7 +221,9 @@ def check_sizes(model: Model, told: Sizes, what: str) -> None:
 
 _FIELDS = ("name", "num_classes", "image_size", "mean", "std")
 # What names of backbones don't tell, by the attribute that holds it.
-_VIT_FIELDS = ("pool", "cls", "fc_norm")
+_VIT_FIELDS = (
+  "pool", "cls", "fc_norm", "distilled", "registers", "cls_positions", "scaled",
+)  # fmt: skip
 _OTHER_FIELDS = {"act": "act", "eps": "norm_eps"}
 
 
@@ -245,6 +249,8 @@ def to_spec(model: Model) -> dict[str, Any]:
     (about["act"],) = names
   if isinstance(model.head, heads.Cosine):
     return {**about, "head_embed": model.head.embed}
+  if isinstance(model.head, heads.Pair):
+    return {**about, "head_pair": True}
   return {**about, "head_bias": model.head.use_bias}
 
 
@@ -253,8 +259,8 @@ def from_spec(about: Mapping[str, Any]) -> Model:
 
   Args:
     about: `name`, `num_classes`, `image_size`, `mean` and `std`; of a family
-      its sizes; and, each with a default, `interpolation`, `head_embed` or
-      `head_bias`, `act`, `norm_eps`, and a ViT's `pool`, `cls` and `fc_norm`.
+      its sizes; and, each with a default, `interpolation`, `head_embed`,
+      `head_pair` or `head_bias`, `act`, `norm_eps`, and what ViTs differ in.
   """
   num_classes = about["num_classes"]
   names = (*SIZES, *_OTHER_FIELDS.values())
@@ -263,6 +269,8 @@ def from_spec(about: Mapping[str, Any]) -> Model:
   if "head_embed" in about:
     head: Any = heads.cosine(num_classes, about["head_embed"])
     model = dataclasses.replace(model, head=head)
+  elif "head_pair" in about:
+    model = dataclasses.replace(model, head=heads.Pair(num_classes))
   elif not about.get("head_bias", True):
     model = dataclasses.replace(model, head=heads.projection(num_classes))
   chosen = {field: about[field] for field in _VIT_FIELDS if field in about}

@@ -135,6 +135,9 @@ _GLYPHS: dict[str, Callable[..., nn.Module]] = {
     act=layers.erfc_gelu,
   ),
   "glyph_vit_token": _family("vit", _TINY),
+  "glyph_deit": _family(
+    "vit", _TINY, registers=2, cls_positions=False, scaled=True
+  ),
   "glyph_clip": _family("vit", _TINY, clip=True, eps=1e-5),
   "glyph_swin": _family(
     "swin", {"patch": 1, "width": 16, "depth": (2, 2), "heads": (2, 4)}
@@ -214,9 +217,12 @@ MODELS: dict[str, Entry] = {
   "wide_resnet50_2_gelu": Entry(
     functools.partial(ResNet, *_RESNETS["wide_resnet50_2"], act=layers.gelu)
   ),
-  "clip_vit_b16": Entry(
-    _family("vit", {**_VITS["b"], "patch": 16}, clip=True, eps=1e-5), CLIP
-  ),
+  **{
+    f"clip_vit_{size}{patch}": Entry(
+      _family("vit", {**_VITS[size], "patch": patch}, clip=True, eps=1e-5), CLIP
+    )
+    for size, patch in (("b", 16), ("b", 32), ("l", 14))
+  },
   # Of photographs.
   "tiny32": Entry(
     _family(
