@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from roli_jax import models
-from roli_jax.convert import residual_names
+from roli_jax.convert import mobile_names, residual_names
 from roli_jax.convert.residual_names import Rules
 from roli_jax.models import zoo
 
@@ -361,6 +361,21 @@ LAYOUTS = (
     r"layer1\.0\.conv1\.weight", residual_names.RESNET,
   ),
   Layout(
+    "mobilenetv3", ("timm",), models.MobileNet,
+    r"blocks\.0\.0\.conv_dw\.weight", mobile_names.MOBILENETV3,
+  ),
+  Layout(
+    "efficientnet", ("efficientnet_pytorch",), models.MobileNet,
+    r"_conv_stem\.weight", mobile_names.EFFICIENTNET,
+    kind="same",
+  ),
+  Layout(
+    "transformers_efficientnet", ("transformers",), models.MobileNet,
+    r"efficientnet\.encoder\.top_conv\.weight",
+    mobile_names.TRANSFORMERS_EFFICIENTNET,
+    kind="same",
+  ),
+  Layout(
     "dm_wide_resnet", ("robustbench",), models.PreactResNet,
     r"init_conv\.weight", residual_names.DM_WIDE_RESNET,
     # What counted the batches that MeanSparse has its statistics of.
@@ -438,6 +453,8 @@ FORMATS = {
   "microsoft": zoo.IMAGENET,
   "meta": zoo.IMAGENET,  # ConvNeXt's own
   "open_clip": zoo.CLIP,
+  "efficientnet_pytorch": zoo.IMAGENET,
+  "transformers": zoo.IMAGENET,
   "robustbench": zoo.CIFAR,
   "roli": zoo.IMAGENET,
 }

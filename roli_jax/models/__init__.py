@@ -11,6 +11,7 @@ from roli_jax.models.families import FAMILIES, Family, Sizes
 from roli_jax.models.heads import linear as linear_head
 from roli_jax.models.hooks import Hooks
 from roli_jax.models.layers import ACTS, ATTENTIONS
+from roli_jax.models.mobile import MobileNet
 from roli_jax.models.model import INTERPOLATIONS, Model
 from roli_jax.models.preact import PreactResNet, WideResNet
 from roli_jax.models.resnet import ResNet
@@ -292,6 +293,7 @@ __all__ = [
   "ConvNext",
   "Entry",
   "Hooks",
+  "MobileNet",
   "Model",
   "PreactResNet",
   "ResNet",

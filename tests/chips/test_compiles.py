@@ -26,7 +26,8 @@ FACTORS = {
   "target": TARGETS,
   "backbone": (
     "glyph_vit_token", "glyph_clip", "glyph_swin", "glyph_convnext",
-    "glyph_resnet", "glyph_wrn", "glyph_preact",
+    "glyph_resnet", "glyph_wrn", "glyph_preact", "glyph_deit",
+    "glyph_mobile",
   ),
   "method": tuple(peft.METHODS),
   "loss": (
@@ -56,9 +57,10 @@ RULES = {
 def can_be(case):
   """Whether the config's rules allow it."""
   has_tokens = case["backbone"] in ("glyph_vit_token", "glyph_clip",
-                                    "glyph_swin")  # fmt: skip
+                                    "glyph_swin", "glyph_deit")  # fmt: skip
   has_statistics = case["backbone"] in ("glyph_resnet", "glyph_wrn",
-                                        "glyph_preact")  # fmt: skip
+                                        "glyph_preact",
+                                        "glyph_mobile")  # fmt: skip
   return (
     (case["method"] != "vpt" or has_tokens)
     and (case["loss"] != "twins" or has_statistics)

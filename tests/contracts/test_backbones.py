@@ -14,7 +14,8 @@ from roli_jax import convert, keys, models, trees
 from tests.covering import covering, mostly_slow
 
 TOYS = [name for name in models.MODELS if name.startswith("glyph")]
-NORMALISED = ["glyph_resnet", "glyph_wrn", "glyph_preact"]  # by batch
+# By batch.
+NORMALISED = ["glyph_resnet", "glyph_wrn", "glyph_preact", "glyph_mobile"]
 # The formats that have names for each family.
 FORMATS = [
   ("glyph_vit_token", "timm"),
@@ -32,6 +33,8 @@ FORMATS = [
   ("glyph_resnet", "torchvision"),
   ("glyph_wrn", "robustbench"),
   ("glyph_preact", "robustbench"),
+  ("glyph_deit", "timm"),
+  ("glyph_mobile", "timm"),
 ]
 
 
