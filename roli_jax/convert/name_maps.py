@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from roli_jax import models
-from roli_jax.convert import mobile_names, residual_names
+from roli_jax.convert import mobile_names, residual_names, vit_names
 from roli_jax.convert.residual_names import Rules
 from roli_jax.models import zoo
 
@@ -54,6 +54,8 @@ class Layout:
     pools: whether it is of timm's ViTs, which may be pooled by a mean, as names
       don't always show, and have registers and more.
     stages: of a pre-activation ResNet, how many there are; 0: any number.
+    flax: whether tensors are named and shaped as Flax does it: slashes, kernels
+      as ours, those of attention by head.
   """
 
   name: str
@@ -66,6 +68,7 @@ class Layout:
   kind: str = ""
   pools: bool = False
   stages: int = 0
+  flax: bool = False
 
   @property
   def projects(self) -> bool:
@@ -99,6 +102,8 @@ class Layout:
       match = re.match(f"(?:{pattern})(?=/|$)", path)
       if match:
         rest = path[match.end() :].split("/")[1:]
+        if self.flax:
+          return "/".join([match.expand(name), *rest])
         rest[-1:] = [_TORCH.get(leaf, leaf) for leaf in rest[-1:]]
         # `in_proj_` and `weight` are one word.
         return ".".join([match.expand(name), *rest]).replace("_.", "_")
@@ -121,6 +126,8 @@ class Layout:
       paths: the leaves' paths, as `keys` returns them.
       leaves: their arrays.
     """
+    if self.flax:
+      return _by_head(paths[0], leaves[0])
     if key in self.plain:
       shape = leaves[0].shape
       return leaves[0].reshape(shape[sum(np.cumprod(shape) == 1) :])
@@ -139,12 +146,26 @@ class Layout:
       tensor: the foreign tensor.
       shapes: the leaves' shapes.
     """
-    if key in self.plain:
+    if self.flax or key in self.plain:
       return [tensor.reshape(shapes[0])]
     parts = np.split(tensor, len(paths)) if len(paths) > 1 else [tensor]
     if paths[0].endswith("/kernel"):
       return [part.transpose(_FROM_TORCH[part.ndim]) for part in parts]
     return parts
+
+
+def _by_head(path: str, leaf: Any) -> Any:
+  """Returns an array of attention with an axis of heads, of 64 channels each.
+
+  So many they have in all of Google's ViTs but the huge one, which is not ours.
+  """
+  if leaf.shape[-1] % 64:
+    return leaf
+  if re.search("/attn/[qkv]/", path):
+    return leaf.reshape(*leaf.shape[:-1], -1, 64)
+  if path.endswith("/attn/out/kernel"):
+    return leaf.reshape(-1, 64, leaf.shape[-1])
+  return leaf
 
 
 # A kernel's axes as PyTorch has them, outputs, inputs, rows, columns, and back.
@@ -171,47 +192,6 @@ _TIMM_VIT: Rules = (
   _HEAD,
 )
 
-
-def _torchvision_vit(fc1: str, fc2: str) -> Rules:
-  block = r"encoder.layers.encoder_layer_\1"
-  return (
-    ("backbone/embed", "conv_proj"),
-    ("backbone/cls", "class_token"),
-    ("backbone/positions", "encoder.pos_embedding"),
-    (rf"{_BLOCK}/norm(\d)", rf"{block}.ln_\2"),
-    (f"{_BLOCK}/attn/[qkv]", f"{block}.self_attention.in_proj_"),
-    (f"{_BLOCK}/attn/out", f"{block}.self_attention.out_proj"),
-    (f"{_BLOCK}/mlp/fc1", f"{block}.mlp.{fc1}"),
-    (f"{_BLOCK}/mlp/fc2", f"{block}.mlp.{fc2}"),
-    ("backbone/norm", "encoder.ln"),
-    ("head", "heads.head"),
-  )
-
-
-def _open_clip(prefix: str = "") -> Rules:
-  """The visual tower's names; in a file of both it has a prefix."""
-  block = rf"{prefix}transformer.resblocks.\1"
-  return (
-    ("backbone/embed", f"{prefix}conv1"),
-    ("backbone/cls", f"{prefix}class_embedding"),
-    ("backbone/positions", f"{prefix}positional_embedding"),
-    ("backbone/pre_norm", f"{prefix}ln_pre"),
-    (rf"{_BLOCK}/norm(\d)", rf"{block}.ln_\2"),
-    (f"{_BLOCK}/attn/[qkv]", f"{block}.attn.in_proj_"),
-    (f"{_BLOCK}/attn/out", f"{block}.attn.out_proj"),
-    (f"{_BLOCK}/mlp/fc1", f"{block}.mlp.c_fc"),
-    (f"{_BLOCK}/mlp/fc2", f"{block}.mlp.c_proj"),
-    ("backbone/norm", f"{prefix}ln_post"),
-    ("head/kernel", f"{prefix}proj"),
-  )
-
-
-# What open_clip's files hold of the text tower.
-_TEXTS = (
-  "positional_embedding", "text_projection", "logit_scale", "attn_mask",
-  r"token_embedding\..*", r"ln_final\..*", r"transformer\..*",
-)  # fmt: skip
-_CLIP_PLAIN = ("class_embedding", "positional_embedding", "proj")
 
 _ROLI_BLOCK = r"enc.transformer.encoder.layer.\1"
 _ROLI_HEAD = ("head", "head.last_layer")
@@ -298,27 +278,35 @@ LAYOUTS = (
   Layout(
     "torchvision_vit", ("torchvision",), models.Vit,
     r"encoder\.layers\.encoder_layer_\d+\.mlp\.0\.weight",
-    _torchvision_vit("0", "3"),
+    vit_names.torchvision("0", "3"),
   ),
   Layout(
     "torchvision_vit_old", ("torchvision",), models.Vit,
     r"encoder\.layers\.encoder_layer_\d+\.mlp\.linear_1\.weight",
-    _torchvision_vit("linear_1", "linear_2"),
+    vit_names.torchvision("linear_1", "linear_2"),
   ),
   Layout(
     "roli_vit", ("roli",), models.Vit, r"enc\.transformer\..*", _ROLI_VIT
   ),
+  # Those of Steiner et al. 2022, and of Dosovitskiy et al. 2021.
+  Layout(
+    "google_vit", ("google",), models.Vit,
+    r"Transformer/encoderblock_\d+/LayerNorm_0/scale", vit_names.GOOGLE,
+    flax=True,
+  ),
   Layout(
     "open_clip", ("open_clip",), models.Vit,
-    r"visual\.transformer\.resblocks\..*", _open_clip("visual."),
-    dropped=_TEXTS,
-    plain=tuple(f"visual.{key}" for key in _CLIP_PLAIN),
+    r"visual\.transformer\.resblocks\..*", vit_names.open_clip("visual."),
+    dropped=vit_names.TEXTS,
+    plain=tuple(f"visual.{key}" for key in vit_names.CLIP_PLAIN),
     kind="clip",
   ),
   # The visual tower alone, as robust ones are trained.
   Layout(
     "open_clip_visual", ("open_clip",), models.Vit,
-    "class_embedding", _open_clip(), plain=_CLIP_PLAIN, kind="clip",
+    "class_embedding", vit_names.open_clip(),
+    plain=vit_names.CLIP_PLAIN,
+    kind="clip",
   ),
   # Has the mark of other ViTs as well.
   Layout(
@@ -350,7 +338,7 @@ LAYOUTS = (
     "open_clip_convnext", ("open_clip",), models.ConvNext,
     r"visual\.trunk\.stages\.\d+\.blocks\.\d+\.conv_dw\.weight",
     _convnext("visual.trunk.", ("head/kernel", "visual.head.proj")),
-    dropped=_TEXTS,
+    dropped=vit_names.TEXTS,
   ),
   Layout(
     "convnext_meta", ("meta",), models.ConvNext,
@@ -420,24 +408,12 @@ LAYOUTS = (
   ),
 )  # fmt: skip
 
-_TEXT_BLOCK = r"transformer.resblocks.\1"
 # The half of open_clip's files beside the visual one; its paths are those of a
 # text tower alone.
 TEXT = Layout(
   "open_clip_text", ("open_clip",), models.Text,
   r"token_embedding\.weight",
-  (
-    ("embed/embedding", "token_embedding.weight"),
-    ("positions", "positional_embedding"),
-    (r"block(\d+)/norm(\d)", rf"{_TEXT_BLOCK}.ln_\2"),
-    (r"block(\d+)/attn/[qkv]", f"{_TEXT_BLOCK}.attn.in_proj_"),
-    (r"block(\d+)/attn/out", f"{_TEXT_BLOCK}.attn.out_proj"),
-    (r"block(\d+)/mlp/fc1", f"{_TEXT_BLOCK}.mlp.c_fc"),
-    (r"block(\d+)/mlp/fc2", f"{_TEXT_BLOCK}.mlp.c_proj"),
-    ("norm", "ln_final"),
-    ("projection/kernel", "text_projection"),
-    ("logit_scale", "logit_scale"),
-  ),
+  vit_names.CLIP_TEXT,
   dropped=(
     r"visual\..*", "attn_mask", "input_resolution", "context_length",
     "vocab_size",
@@ -450,6 +426,7 @@ FORMATS = {
   "timm": None,
   "torchvision": zoo.IMAGENET,
   "ares": zoo.IMAGENET,
+  "google": zoo.HALF,
   "microsoft": zoo.IMAGENET,
   "meta": zoo.IMAGENET,  # ConvNeXt's own
   "open_clip": zoo.CLIP,

@@ -200,7 +200,8 @@ def sized(
   kernel = network.tensors.get(head, np.zeros((2, 2)))
   if kernel.ndim != 2:
     raise ValueError(f"expected {head} of two axes, got {kernel.shape}")
-  width = max(kernel.shape[1 if head in layout.plain else 0], 2)
+  classes_last = layout.flax or head in layout.plain
+  width = max(kernel.shape[1 if classes_last else 0], 2)
   model = headed(layout, name, width, network, pool, told)
   expected = shapes(model)
   have = {
