@@ -50,7 +50,7 @@ class Layout:
     plain: keys of tensors that are as ours, neither transposed nor with
       leading axes of length 1.
     kind: the attribute that tells the family's backbones from those of other
-      layouts: "clip", "same" or none.
+      layouts: "clip", "same", "group" or none.
     pools: whether it is of timm's ViTs, which may be pooled by a mean, as names
       don't always show, and have registers and more.
     stages: of a pre-activation ResNet, how many there are; 0: any number.
@@ -77,7 +77,9 @@ class Layout:
 
   def holds(self, backbone: Any) -> bool:
     """Returns whether the backbone is one of the layout's."""
-    kinds = (k for k in ("clip", "same") if getattr(backbone, k, False))
+    kinds = (
+      k for k in ("clip", "same", "group") if getattr(backbone, k, False)
+    )
     usual = all(getattr(backbone, k, v) == v for k, v in _USUAL.items())
     return (
       isinstance(backbone, self.family)
@@ -347,6 +349,11 @@ LAYOUTS = (
   Layout(
     "resnet", ("timm", "torchvision", "ares"), models.ResNet,
     r"layer1\.0\.conv1\.weight", residual_names.RESNET,
+  ),
+  Layout(
+    "regnet", ("timm",), models.ResNet,
+    r"s1\.b1\.conv1\.conv\.weight", residual_names.REGNET,
+    kind="group",
   ),
   Layout(
     "mobilenetv3", ("timm",), models.MobileNet,

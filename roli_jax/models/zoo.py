@@ -194,6 +194,9 @@ _GLYPHS: dict[str, Callable[..., nn.Module]] = {
     ResNet, (2, 2), False, inner=16, small=True, width=16
   ),
   "glyph_wrn": _family("wrn", {"depth": 16, "width": 1}),
+  "glyph_regnet": functools.partial(
+    ResNet, (1, 3), True, width=16, group=8, widths=(16, 32)
+  ),
   "glyph_mobile": functools.partial(
     MobileNet,
     (
@@ -272,6 +275,16 @@ MODELS: dict[str, Entry] = {
     for name, (like, width) in _CIFAR_RESNETS.items()
   },
   **{name: Entry(backbone) for name, backbone in _MOBILES.items()},
+  "regnetx_004": Entry(
+    functools.partial(
+      ResNet,
+      (1, 2, 7, 12),
+      True,
+      width=32,
+      group=16,
+      widths=(32, 64, 160, 384),
+    )
+  ),
   # As ARES trained it; a file does not tell it from the one with ReLU.
   "wide_resnet50_2_gelu": Entry(
     functools.partial(ResNet, *_RESNETS["wide_resnet50_2"], act=layers.gelu)

@@ -27,7 +27,7 @@ FACTORS = {
   "backbone": (
     "glyph_vit_token", "glyph_clip", "glyph_swin", "glyph_convnext",
     "glyph_resnet", "glyph_wrn", "glyph_preact", "glyph_deit",
-    "glyph_mobile",
+    "glyph_mobile", "glyph_regnet",
   ),
   "method": tuple(peft.METHODS),
   "loss": (
@@ -60,7 +60,8 @@ def can_be(case):
                                     "glyph_swin", "glyph_deit")  # fmt: skip
   has_statistics = case["backbone"] in ("glyph_resnet", "glyph_wrn",
                                         "glyph_preact",
-                                        "glyph_mobile")  # fmt: skip
+                                        "glyph_mobile",
+                                        "glyph_regnet")  # fmt: skip
   return (
     (case["method"] != "vpt" or has_tokens)
     and (case["loss"] != "twins" or has_statistics)

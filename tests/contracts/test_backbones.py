@@ -15,7 +15,13 @@ from tests.covering import covering, mostly_slow
 
 TOYS = [name for name in models.MODELS if name.startswith("glyph")]
 # By batch.
-NORMALISED = ["glyph_resnet", "glyph_wrn", "glyph_preact", "glyph_mobile"]
+NORMALISED = [
+  "glyph_resnet",
+  "glyph_wrn",
+  "glyph_preact",
+  "glyph_mobile",
+  "glyph_regnet",
+]
 # The formats that have names for each family.
 FORMATS = [
   ("glyph_vit_token", "timm"),
@@ -35,6 +41,7 @@ FORMATS = [
   ("glyph_preact", "robustbench"),
   ("glyph_deit", "timm"),
   ("glyph_mobile", "timm"),
+  ("glyph_regnet", "timm"),
 ]
 
 
