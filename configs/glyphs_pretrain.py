@@ -6,7 +6,8 @@
 Writes `glyph_vit_robust.safetensors` (adversarial training, linf, eps 0.1) and
 its twin `glyph_vit_standard.safetensors` (clean training) to the workdir; with
 backbone=, after a colon, those of a toy of another family: glyph_vit_token,
-glyph_clip, glyph_swin, glyph_convnext, glyph_resnet, glyph_wrn, glyph_preact.
+glyph_clip, glyph_swin, glyph_convnext, glyph_resnet, glyph_wrn, glyph_preact,
+glyph_deit, glyph_mobile, glyph_regnet.
 The radius rises from 0 over the first 30% of the steps; without that, training
 stays at chance for long.
 """

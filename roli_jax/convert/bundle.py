@@ -123,14 +123,21 @@ def write(bundle: Bundle, path: pathlib.Path, half: bool = False) -> None:
 def write_tensors(
   tensors: Mapping[str, Any], path: pathlib.Path, metadata: dict[str, str]
 ) -> None:
-  """Writes a safetensors file; while it is written, readers find the old."""
+  """Writes a safetensors file; while it is written, readers find the old.
+
+  A file whose suffix is `.npz` is NumPy's, and has no metadata.
+  """
   from safetensors import numpy as safetensors
 
   partial = path.with_name(path.name + ".partial")
   # safetensors writes an array's memory in its order, even if transposed.
   arrays = {k: np.array(v, order="C") for k, v in tensors.items()}
-  # Its own save_file makes files that only their owner can read.
-  partial.write_bytes(safetensors.save(arrays, metadata))
+  if path.suffix.lower() == ".npz":
+    with partial.open("wb") as file:
+      np.savez(file, allow_pickle=False, **arrays)
+  else:
+    # Its own save_file makes files that only their owner can read.
+    partial.write_bytes(safetensors.save(arrays, metadata))
   partial.replace(path)
 
 

@@ -286,7 +286,7 @@ def save(
     bundle: as `load` returns it, perhaps with other params.
     path: the file to write. With a format it is a safetensors file, unless its
       suffix is one of PyTorch's (`.pth`, `.pt`, `.bin`): then `torch.load`
-      reads it.
+      reads it; or `.npz`: then `numpy.load`.
     format: a name in `convert.FORMATS`; None: ours.
     half: whether a file of our format holds float16, half of float32, as which
       it reads back.

@@ -15,7 +15,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from roli_jax import models
-from roli_jax.convert import residual_names, stem_names
+from roli_jax.convert import (
+  mobile_names,
+  residual_names,
+  stage_names,
+  stem_names,
+  vit_names,
+)
 from roli_jax.convert.residual_names import Rules
 from roli_jax.models import zoo
 
@@ -29,7 +35,11 @@ _TORCH = {
 }
 
 
-_KINDS = ("clip", "same", "stem")
+_KINDS = ("clip", "same", "stem", "group")
+# What ViTs have in layouts that have no names for more.
+_USUAL = {
+  "distilled": False, "registers": 0, "scaled": False, "cls_positions": True,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +58,11 @@ class Layout:
       leading axes of length 1.
     kind: the attribute that tells the family's backbones from those of other
       layouts, one of `_KINDS` or none.
-    pools: whether files of the layout may hold models that are pooled by a
-      mean, which names don't always show.
+    pools: whether it is of timm's ViTs, which may be pooled by a mean, as names
+      don't always show, and have registers and more.
     stages: of a pre-activation ResNet, how many there are; 0: any number.
+    flax: whether tensors are named and shaped as Flax does it: slashes, kernels
+      as ours, those of attention by head.
   """
 
   name: str
@@ -63,13 +75,21 @@ class Layout:
   kind: str = ""
   pools: bool = False
   stages: int = 0
+  flax: bool = False
+
+  @property
+  def projects(self) -> bool:
+    """Whether its heads are projections, as in CLIP: they have no bias."""
+    return not any(re.match(rule, "head/bias") for rule, _ in self.rules)
 
   def holds(self, backbone: Any) -> bool:
     """Returns whether the backbone is one of the layout's."""
     kinds = (k for k in _KINDS if getattr(backbone, k, False))
+    usual = all(getattr(backbone, k, v) == v for k, v in _USUAL.items())
     return (
       isinstance(backbone, self.family)
       and self.kind == next(kinds, "")
+      and (usual or self.pools)
       and self.stages in (0, len(getattr(backbone, "depths", ())))
     )
 
@@ -89,6 +109,8 @@ class Layout:
       match = re.match(f"(?:{pattern})(?=/|$)", path)
       if match:
         rest = path[match.end() :].split("/")[1:]
+        if self.flax:
+          return "/".join([match.expand(name), *rest])
         rest[-1:] = [_TORCH.get(leaf, leaf) for leaf in rest[-1:]]
         # `in_proj_` and `weight` are one word.
         return ".".join([match.expand(name), *rest]).replace("_.", "_")
@@ -111,6 +133,8 @@ class Layout:
       paths: the leaves' paths, as `keys` returns them.
       leaves: their arrays.
     """
+    if self.flax:
+      return _by_head(paths[0], leaves[0])
     if key in self.plain:
       shape = leaves[0].shape
       return leaves[0].reshape(shape[sum(np.cumprod(shape) == 1) :])
@@ -129,12 +153,26 @@ class Layout:
       tensor: the foreign tensor.
       shapes: the leaves' shapes.
     """
-    if key in self.plain:
+    if self.flax or key in self.plain:
       return [tensor.reshape(shapes[0])]
     parts = np.split(tensor, len(paths)) if len(paths) > 1 else [tensor]
     if paths[0].endswith("/kernel"):
       return [part.transpose(_FROM_TORCH[part.ndim]) for part in parts]
     return parts
+
+
+def _by_head(path: str, leaf: Any) -> Any:
+  """Returns an array of attention with an axis of heads, of 64 channels each.
+
+  So many they have in all of Google's ViTs but the huge one, which is not ours.
+  """
+  if leaf.shape[-1] % 64:
+    return leaf
+  if re.search("/attn/[qkv]/", path):
+    return leaf.reshape(*leaf.shape[:-1], -1, 64)
+  if path.endswith("/attn/out/kernel"):
+    return leaf.reshape(-1, 64, leaf.shape[-1])
+  return leaf
 
 
 # A kernel's axes as PyTorch has them, outputs, inputs, rows, columns, and back.
@@ -147,46 +185,20 @@ _HEAD = ("head", "head")
 _TIMM_VIT: Rules = (
   ("backbone/embed", "patch_embed.proj"),
   ("backbone/cls", "cls_token"),
+  ("backbone/dist", "dist_token"),
+  ("backbone/registers", "reg_token"),
   ("backbone/positions", "pos_embed"),
   (f"{_BLOCK}/attn/[qkv]", r"blocks.\1.attn.qkv"),
   (f"{_BLOCK}/attn/out", r"blocks.\1.attn.proj"),
+  (rf"{_BLOCK}/gamma(\d)", r"blocks.\1.ls\2.gamma"),
   (_BLOCK, r"blocks.\1"),
   ("backbone/norm", "norm"),
   ("backbone/fc_norm", "fc_norm"),
+  ("head/cls", "head"),
+  ("head/dist", "head_dist"),
   _HEAD,
 )
 
-
-def _torchvision_vit(fc1: str, fc2: str) -> Rules:
-  block = r"encoder.layers.encoder_layer_\1"
-  return (
-    ("backbone/embed", "conv_proj"),
-    ("backbone/cls", "class_token"),
-    ("backbone/positions", "encoder.pos_embedding"),
-    (rf"{_BLOCK}/norm(\d)", rf"{block}.ln_\2"),
-    (f"{_BLOCK}/attn/[qkv]", f"{block}.self_attention.in_proj_"),
-    (f"{_BLOCK}/attn/out", f"{block}.self_attention.out_proj"),
-    (f"{_BLOCK}/mlp/fc1", f"{block}.mlp.{fc1}"),
-    (f"{_BLOCK}/mlp/fc2", f"{block}.mlp.{fc2}"),
-    ("backbone/norm", "encoder.ln"),
-    ("head", "heads.head"),
-  )
-
-
-_CLIP_BLOCK = r"visual.transformer.resblocks.\1"
-_OPEN_CLIP: Rules = (
-  ("backbone/embed", "visual.conv1"),
-  ("backbone/cls", "visual.class_embedding"),
-  ("backbone/positions", "visual.positional_embedding"),
-  ("backbone/pre_norm", "visual.ln_pre"),
-  (rf"{_BLOCK}/norm(\d)", rf"{_CLIP_BLOCK}.ln_\2"),
-  (f"{_BLOCK}/attn/[qkv]", f"{_CLIP_BLOCK}.attn.in_proj_"),
-  (f"{_BLOCK}/attn/out", f"{_CLIP_BLOCK}.attn.out_proj"),
-  (f"{_BLOCK}/mlp/fc1", f"{_CLIP_BLOCK}.mlp.c_fc"),
-  (f"{_BLOCK}/mlp/fc2", f"{_CLIP_BLOCK}.mlp.c_proj"),
-  ("backbone/norm", "visual.ln_post"),
-  ("head/kernel", "visual.proj"),
-)
 
 _ROLI_BLOCK = r"enc.transformer.encoder.layer.\1"
 _ROLI_HEAD = ("head", "head.last_layer")
@@ -205,57 +217,7 @@ _ROLI_VIT: Rules = (
   _ROLI_HEAD,
 )
 
-_STAGE = r"backbone/stage(\d+)"
-
-
-def _swin(head: str, prefix: str = "", late: bool = False) -> Rules:
-  """Swin's names; `late`: a merge belongs to the end of the stage before."""
-  block = rf"{prefix}layers.\1.blocks.\2"
-  merges = tuple(
-    (f"backbone/stage{i}/merge", f"{prefix}layers.{i - late}.downsample")
-    for i in range(1, 10)
-  )
-  return (
-    ("backbone/embed", f"{prefix}patch_embed.proj"),
-    ("backbone/embed_norm", f"{prefix}patch_embed.norm"),
-    *merges,
-    (rf"{_STAGE}/block(\d+)/attn/[qkv]", f"{block}.attn.qkv"),
-    (rf"{_STAGE}/block(\d+)/attn/out", f"{block}.attn.proj"),
-    (
-      rf"{_STAGE}/block(\d+)/attn/relative_bias",
-      f"{block}.attn.relative_position_bias_table",
-    ),
-    (rf"{_STAGE}/block(\d+)", block),
-    ("backbone/norm", f"{prefix}norm"),
-    ("head", head),
-  )
-
-
-# Of the original Swin: what it can make again from its sizes.
-_SWIN_BUFFERS = (r".*\.relative_position_index", r".*\.attn_mask")
-
-_CONVNEXT: Rules = (
-  ("backbone/stage0/embed", "stem.0"),
-  ("backbone/stage0/patch_norm", "stem.1"),
-  (f"{_STAGE}/patch_norm", r"stages.\1.downsample.0"),
-  (f"{_STAGE}/embed", r"stages.\1.downsample.1"),
-  (rf"{_STAGE}/block(\d+)/conv", r"stages.\1.blocks.\2.conv_dw"),
-  (rf"{_STAGE}/block(\d+)", r"stages.\1.blocks.\2"),
-  ("backbone/norm", "head.norm"),
-  ("head", "head.fc"),
-)
-_CONVNEXT_META: Rules = (
-  ("backbone/stage0/embed", "downsample_layers.0.0"),
-  ("backbone/stage0/patch_norm", "downsample_layers.0.1"),
-  (f"{_STAGE}/patch_norm", r"downsample_layers.\1.0"),
-  (f"{_STAGE}/embed", r"downsample_layers.\1.1"),
-  (rf"{_STAGE}/block(\d+)/conv", r"stages.\1.\2.dwconv"),
-  (rf"{_STAGE}/block(\d+)/mlp/fc(\d)", r"stages.\1.\2.pwconv\3"),
-  (rf"{_STAGE}/block(\d+)", r"stages.\1.\2"),
-  ("backbone/norm", "norm"),
-  _HEAD,
-)
-
+_TIMM_CONVNEXT = stage_names.convnext("", ("head", "head.fc"))
 
 # Of two that a format has for a family the first is the one it writes.
 LAYOUTS = (
@@ -283,57 +245,102 @@ LAYOUTS = (
   Layout(
     "torchvision_vit", ("torchvision",), models.Vit,
     r"encoder\.layers\.encoder_layer_\d+\.mlp\.0\.weight",
-    _torchvision_vit("0", "3"),
+    vit_names.torchvision("0", "3"),
   ),
   Layout(
     "torchvision_vit_old", ("torchvision",), models.Vit,
     r"encoder\.layers\.encoder_layer_\d+\.mlp\.linear_1\.weight",
-    _torchvision_vit("linear_1", "linear_2"),
+    vit_names.torchvision("linear_1", "linear_2"),
   ),
   Layout(
     "roli_vit", ("roli",), models.Vit, r"enc\.transformer\..*", _ROLI_VIT
   ),
+  # Those of Steiner et al. 2022, and of Dosovitskiy et al. 2021.
+  Layout(
+    "google_vit", ("google",), models.Vit,
+    r"Transformer/encoderblock_\d+/LayerNorm_0/scale", vit_names.GOOGLE,
+    flax=True,
+  ),
   Layout(
     "open_clip", ("open_clip",), models.Vit,
-    r"visual\.transformer\.resblocks\..*", _OPEN_CLIP,
-    dropped=(
-      "positional_embedding", "text_projection", "logit_scale", "attn_mask",
-      r"token_embedding\..*", r"ln_final\..*", r"transformer\..*",
-    ),
-    plain=(
-      "visual.class_embedding", "visual.positional_embedding", "visual.proj",
-    ),
+    r"visual\.transformer\.resblocks\..*", vit_names.open_clip("visual."),
+    dropped=vit_names.TEXTS,
+    plain=tuple(f"visual.{key}" for key in vit_names.CLIP_PLAIN),
     kind="clip",
+  ),
+  # The visual tower alone, as robust ones are trained.
+  Layout(
+    "open_clip_visual", ("open_clip",), models.Vit,
+    "class_embedding", vit_names.open_clip(),
+    plain=vit_names.CLIP_PLAIN,
+    kind="clip",
+  ),
+  # Has the mark of other ViTs as well.
+  Layout(
+    "clip_vit", ("timm",), models.Vit,
+    r"norm_pre\.weight",
+    (("backbone/pre_norm", "norm_pre"), *_TIMM_VIT),
+    kind="clip",
+    pools=True,
   ),
   Layout(
     "swin", ("timm", "ares"), models.Swin,
     r"layers\.\d+\.blocks\.\d+\.attn\.qkv\.weight",
-    _swin("head.fc"), _SWIN_BUFFERS,
+    stage_names.swin("head.fc"), stage_names.SWIN_BUFFERS,
   ),
   Layout(
     "swin_old", ("microsoft", "timm", "ares"), models.Swin,
-    r"layers\.0\.downsample\..*", _swin("head", late=True), _SWIN_BUFFERS,
+    r"layers\.0\.downsample\..*", stage_names.swin("head", late=True),
+    stage_names.SWIN_BUFFERS,
   ),
   Layout(
     "roli_swin", ("roli",), models.Swin, r"enc\.layers\..*",
-    _swin("head.last_layer", "enc.", late=True), _SWIN_BUFFERS,
+    stage_names.swin("head.last_layer", "enc.", late=True),
+    stage_names.SWIN_BUFFERS,
   ),
   Layout(
     "convnext", ("timm", "ares"), models.ConvNext,
-    r"stages\.\d+\.blocks\.\d+\.conv_dw\.weight", _CONVNEXT,
+    r"stages\.\d+\.blocks\.\d+\.conv_dw\.weight",
+    _TIMM_CONVNEXT,
+  ),
+  Layout(
+    "open_clip_convnext", ("open_clip",), models.ConvNext,
+    r"visual\.trunk\.stages\.\d+\.blocks\.\d+\.conv_dw\.weight",
+    stage_names.convnext("visual.trunk.", ("head/kernel", "visual.head.proj")),
+    dropped=vit_names.TEXTS,
   ),
   Layout(
     "convnext_stem", ("timm",), models.ConvNext,
-    r"stem\.stem\.0\.weight", (*stem_names.CONVNEXT, *_CONVNEXT),
+    r"stem\.stem\.0\.weight", (*stem_names.CONVNEXT, *_TIMM_CONVNEXT),
     kind="stem",
   ),
   Layout(
     "convnext_meta", ("meta",), models.ConvNext,
-    r"stages\.\d+\.\d+\.dwconv\.weight", _CONVNEXT_META,
+    r"stages\.\d+\.\d+\.dwconv\.weight", stage_names.CONVNEXT_META,
   ),
   Layout(
     "resnet", ("timm", "torchvision", "ares"), models.ResNet,
     r"layer1\.0\.conv1\.weight", residual_names.RESNET,
+  ),
+  Layout(
+    "regnet", ("timm",), models.ResNet,
+    r"s1\.b1\.conv1\.conv\.weight", residual_names.REGNET,
+    kind="group",
+  ),
+  Layout(
+    "mobilenetv3", ("timm",), models.MobileNet,
+    r"blocks\.0\.0\.conv_dw\.weight", mobile_names.MOBILENETV3,
+  ),
+  Layout(
+    "efficientnet", ("efficientnet_pytorch",), models.MobileNet,
+    r"_conv_stem\.weight", mobile_names.EFFICIENTNET,
+    kind="same",
+  ),
+  Layout(
+    "transformers_efficientnet", ("transformers",), models.MobileNet,
+    r"efficientnet\.encoder\.top_conv\.weight",
+    mobile_names.TRANSFORMERS_EFFICIENTNET,
+    kind="same",
   ),
   Layout(
     "dm_wide_resnet", ("robustbench",), models.PreactResNet,
@@ -380,24 +387,12 @@ LAYOUTS = (
   ),
 )  # fmt: skip
 
-_TEXT_BLOCK = r"transformer.resblocks.\1"
 # The half of open_clip's files beside the visual one; its paths are those of a
 # text tower alone.
 TEXT = Layout(
   "open_clip_text", ("open_clip",), models.Text,
   r"token_embedding\.weight",
-  (
-    ("embed/embedding", "token_embedding.weight"),
-    ("positions", "positional_embedding"),
-    (r"block(\d+)/norm(\d)", rf"{_TEXT_BLOCK}.ln_\2"),
-    (r"block(\d+)/attn/[qkv]", f"{_TEXT_BLOCK}.attn.in_proj_"),
-    (r"block(\d+)/attn/out", f"{_TEXT_BLOCK}.attn.out_proj"),
-    (r"block(\d+)/mlp/fc1", f"{_TEXT_BLOCK}.mlp.c_fc"),
-    (r"block(\d+)/mlp/fc2", f"{_TEXT_BLOCK}.mlp.c_proj"),
-    ("norm", "ln_final"),
-    ("projection/kernel", "text_projection"),
-    ("logit_scale", "logit_scale"),
-  ),
+  vit_names.CLIP_TEXT,
   dropped=(
     r"visual\..*", "attn_mask", "input_resolution", "context_length",
     "vocab_size",
@@ -410,9 +405,12 @@ FORMATS = {
   "timm": None,
   "torchvision": zoo.IMAGENET,
   "ares": zoo.IMAGENET,
+  "google": zoo.HALF,
   "microsoft": zoo.IMAGENET,
   "meta": zoo.IMAGENET,  # ConvNeXt's own
   "open_clip": zoo.CLIP,
+  "efficientnet_pytorch": zoo.IMAGENET,
+  "transformers": zoo.IMAGENET,
   "robustbench": zoo.CIFAR,
   "roli": zoo.IMAGENET,
 }

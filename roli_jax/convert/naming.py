@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -201,7 +202,8 @@ def sized(
   kernel = network.tensors.get(head, np.zeros((2, 2)))
   if kernel.ndim != 2:
     raise ValueError(f"expected {head} of two axes, got {kernel.shape}")
-  width = max(kernel.shape[1 if head in layout.plain else 0], 2)
+  classes_last = layout.flax or head in layout.plain
+  width = max(kernel.shape[1 if classes_last else 0], 2)
   model = headed(layout, name, width, network, pool, told)
   expected = shapes(model)
   have = {
@@ -243,13 +245,11 @@ def headed(
   if name == "swin":
     model = _windowed(model, sizes.windows(layout, network))
   if layout.pools:
-    cls, late = (
-      layout.key(f"backbone/{path}") in network.tensors
-      for path in ("cls", "fc_norm/scale")
-    )
-    shown = "token" if cls and not late else "mean"
-    backbone = model.backbone.clone(pool=shown, cls=cls, fc_norm=late)
+    backbone = model.backbone.clone(**_shown(layout, network))
     model = dataclasses.replace(model, backbone=backbone)
+    if backbone.distilled:
+      head = models.heads.Pair(model.num_classes)
+      model = dataclasses.replace(model, head=head)
   elif pool == "mean":
     raise ValueError(
       f"pool=mean: names of the layout {layout.name} are not of models that are"
@@ -270,11 +270,33 @@ def _windowed(model: models.Model, shown: set[int]) -> models.Model:
   return dataclasses.replace(model, backbone=backbone, image_size=side)
 
 
+def _shown(layout: Layout, network: Network) -> dict[str, Any]:
+  """Returns the attributes of a ViT that its names and shapes show."""
+  shape = {
+    path: np.shape(network.tensors.get(layout.key(f"backbone/{path}"), 0))
+    for path in (
+      "cls", "dist", "registers", "positions", "block0/gamma1", "fc_norm/scale",
+    )
+  }  # fmt: skip
+  cls, late = bool(shape["cls"]), bool(shape["fc_norm/scale"])
+  number = shape["positions"][-2] if len(shape["positions"]) > 1 else 0
+  return {
+    "pool": "token" if cls and not late else "mean",
+    "cls": cls,
+    "fc_norm": late,
+    "distilled": bool(shape["dist"]),
+    "registers": shape["registers"][-2] if len(shape["registers"]) > 1 else 0,
+    "scaled": bool(shape["block0/gamma1"]),
+    # A square: each is a patch's.
+    "cls_positions": not (cls or shape["registers"])
+    or math.isqrt(number) ** 2 != number,
+  }
+
+
 def _created(
   layout: Layout, name: str, width: int, told: Mapping[str, Any]
 ) -> models.Model:
-  projects = layout.kind == "clip"
-  make = models.heads.projection if projects else models.heads.linear
+  make = models.heads.projection if layout.projects else models.heads.linear
   # Where it must be told, tensors tell the size of images later.
   must = name in models.FAMILIES and models.FAMILIES[name].image_size is None
   model = models.create(name, width, 1 if must else None, **told)

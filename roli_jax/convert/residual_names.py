@@ -1,5 +1,7 @@
 """Names of residual networks in other formats: rules, as in `name_maps.py`."""
 
+import itertools
+
 Rules = tuple[tuple[str, str], ...]
 
 
@@ -58,6 +60,25 @@ def robust_wrn(shortcut: str, norm: str) -> Rules:
   )
 
 
+# Stages and blocks are counted from 1.
+REGNET: Rules = (
+  ("backbone/stem", "stem.conv"),
+  ("backbone/stem_norm", "stem.bn"),
+  *(
+    (
+      f"backbone/stage{i}/block{j}/{ours}",
+      rf"s{i + 1}.b{j + 1}.{theirs}",
+    )
+    for i, j in itertools.product(range(4), range(30))
+    for ours, theirs in (
+      (r"conv(\d)", r"conv\1.conv"),
+      (r"norm(\d)", r"conv\1.bn"),
+      ("shortcut", "downsample.conv"),
+      ("shortcut_norm", "downsample.bn"),
+    )
+  ),
+  ("head", "head.fc"),
+)
 CIFAR_RESNET: Rules = (
   ("backbone/stem", "conv1"),
   ("backbone/stem_norm", "bn1"),

@@ -11,6 +11,7 @@ from roli_jax.models.families import FAMILIES, Family, Sizes
 from roli_jax.models.heads import linear as linear_head
 from roli_jax.models.hooks import Hooks
 from roli_jax.models.layers import ACTS, ATTENTIONS
+from roli_jax.models.mobile import MobileNet
 from roli_jax.models.model import INTERPOLATIONS, Model
 from roli_jax.models.preact import PreactResNet, WideResNet
 from roli_jax.models.resnet import ResNet
@@ -183,6 +184,8 @@ def with_options(
       raise ValueError(f"{model.name} has no option {name!r}")
   if pool == "token" and not model.backbone.cls:
     raise ValueError(f"this {model.name} has no class token: pool=mean")
+  if pool == "mean" and model.backbone.distilled:
+    raise ValueError(f"this {model.name} has two class tokens: pool=token")
   backbone = model.backbone.clone(**chosen) if chosen else model.backbone
   return dataclasses.replace(model, backbone=backbone, **_given(for_model))
 
@@ -220,7 +223,10 @@ def check_sizes(model: Model, told: Sizes, what: str) -> None:
 
 _FIELDS = ("name", "num_classes", "image_size", "mean", "std")
 # What names of backbones don't tell, by the attribute that holds it.
-_SHOWN_FIELDS = ("pool", "cls", "fc_norm", "window")
+_SHOWN_FIELDS = (
+  "pool", "cls", "fc_norm", "distilled", "registers", "cls_positions", "scaled",
+  "window",
+)  # fmt: skip
 _OTHER_FIELDS = {"act": "act", "eps": "norm_eps"}
 
 
@@ -246,6 +252,8 @@ def to_spec(model: Model) -> dict[str, Any]:
     (about["act"],) = names
   if isinstance(model.head, heads.Cosine):
     return {**about, "head_embed": model.head.embed}
+  if isinstance(model.head, heads.Pair):
+    return {**about, "head_pair": True}
   return {**about, "head_bias": model.head.use_bias}
 
 
@@ -254,8 +262,8 @@ def from_spec(about: Mapping[str, Any]) -> Model:
 
   Args:
     about: `name`, `num_classes`, `image_size`, `mean` and `std`; of a family
-      its sizes; and, each with a default, `interpolation`, `head_embed` or
-      `head_bias`, `act`, `norm_eps`, a ViT's `pool`, `cls` and `fc_norm`, and a
+      its sizes; and, each with a default, `interpolation`, `head_embed`,
+      `head_pair` or `head_bias`, `act`, `norm_eps`, what ViTs differ in, and a
       Swin's `window`.
   """
   num_classes = about["num_classes"]
@@ -265,6 +273,8 @@ def from_spec(about: Mapping[str, Any]) -> Model:
   if "head_embed" in about:
     head: Any = heads.cosine(num_classes, about["head_embed"])
     model = dataclasses.replace(model, head=head)
+  elif "head_pair" in about:
+    model = dataclasses.replace(model, head=heads.Pair(num_classes))
   elif not about.get("head_bias", True):
     model = dataclasses.replace(model, head=heads.projection(num_classes))
   chosen = {field: about[field] for field in _SHOWN_FIELDS if field in about}
@@ -286,6 +296,7 @@ __all__ = [
   "ConvNext",
   "Entry",
   "Hooks",
+  "MobileNet",
   "Model",
   "PreactResNet",
   "ResNet",

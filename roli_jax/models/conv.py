@@ -23,7 +23,8 @@ class Conv(nn.Module):
     width: channels after it.
     size: side of the kernel, odd.
     stride: the stride along both sides.
-    groups: 1, or as many as there are channels (depthwise, stride 1).
+    groups: 1, as many as there are channels (depthwise), or a divisor of their
+      number and of the width.
     use_bias: whether a bias is added.
     same: whether a stride's odd padding stands after, as in TensorFlow and
       Haiku; otherwise it is half the kernel on each side, as in PyTorch.
@@ -49,14 +50,16 @@ class Conv(nn.Module):
     x, kernel = nn.dtypes.promote_dtype(x, kernel)
     if self.size == self.stride == 1:
       x = x @ kernel[0, 0]
-    elif self.groups > 1:
+    elif 1 < self.groups == x.shape[-1] and self.stride == 1:
       x = _depthwise_conv(x, kernel)
     else:
+      depthwise = 1 < self.groups == x.shape[-1]
+      on_cpu = _thinned_out if depthwise else _convolve_by_products
       settings = (self.stride, self.same)
       x = jax.lax.platform_dependent(
         x,
         kernel,
-        cpu=functools.partial(_convolve_by_products, settings),
+        cpu=functools.partial(on_cpu, settings),
         default=functools.partial(_convolve, settings),
       )
     if not self.use_bias:
@@ -98,10 +101,25 @@ def _convolve_by_products(settings: Settings, x: Map, kernel: Kernel):
     return x[:, ::stride, ::stride] @ kernel[0, 0]
   seen_from = _seen(x, len(kernel), *settings)
   places = list(itertools.product(range(len(kernel)), repeat=2))
+  groups = x.shape[-1] // kernel.shape[2]
+  if groups > 1:
+    return sum(_by_group(seen_from(i, j), kernel[i, j]) for i, j in places)
   if x.shape[-1] < 16:  # products this thin are slow; a stem's
     patches = jnp.concatenate([seen_from(*place) for place in places], -1)
     return patches @ kernel.reshape(-1, kernel.shape[-1])
   return sum(seen_from(i, j) @ kernel[i, j] for i, j in places)
+
+
+def _by_group(x: Map, kernel: Float[Array, "_ _"]) -> Map:
+  """The product of each group of channels with its part of a kernel [c, d]."""
+  c, d = kernel.shape
+  groups = x.shape[-1] // c
+  y = jnp.einsum(
+    "bijgc,cgd->bijgd",
+    x.reshape(*x.shape[:3], groups, c),
+    kernel.reshape(c, groups, d // groups),
+  )
+  return y.reshape(*x.shape[:3], d)
 
 
 def _seen(
@@ -128,6 +146,17 @@ def _depthwise(x: Map, kernel: Kernel) -> Map:
   """
   whole = functools.partial(_convolve, (1, False))
   return jax.lax.platform_dependent(x, kernel, cpu=_shifted, default=whole)
+
+
+def _thinned_out(settings: Settings, x: Map, kernel: Kernel) -> Map:
+  """Each channel by itself, with a stride: of stride 1, and then few of it."""
+  stride, same = settings
+  size = len(kernel)
+  rows, columns = (
+    slice(size // 2 - _padding(n, size, stride, same)[0], None, stride)
+    for n in x.shape[1:3]
+  )
+  return _depthwise_conv(x, kernel)[:, rows, columns]
 
 
 def _shifted(x: Map, kernel: Kernel):

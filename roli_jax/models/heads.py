@@ -92,6 +92,26 @@ class Cosine(nn.Module):
     return jnp.exp(scale) * (x @ kernel)
 
 
+class Pair(nn.Module):
+  """The mean of two linear heads, one on each half of the features.
+
+  A distilled ViT's are its two class tokens (Touvron et al. 2021).
+
+  Attributes:
+    num_classes: at least 2.
+  """
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b k"]:
+    halves = zip(("cls", "dist"), jnp.split(x, 2, -1), strict=True)
+    each = [
+      nn.Dense(self.num_classes, name=name)(half) for name, half in halves
+    ]
+    return (each[0] + each[1]) / 2
+
+
 def cosine(num_classes: int, embed: int) -> Cosine:
   """A zero-shot head, `[b, d] -> [b, num_classes]`; see `Cosine`."""
   if num_classes < 2:

@@ -49,16 +49,20 @@ class Excite(nn.Module):
 
   Attributes:
     hidden: the number of units between the layers.
+    act: the activation of the first layer.
+    gate: that of the second.
   """
 
   hidden: int
+  act: layers.Activation = jax.nn.relu
+  gate: layers.Activation = jax.nn.sigmoid
 
   @nn.compact
   def __call__(self, x: Map) -> Map:
     layer = functools.partial(Conv, size=1, use_bias=True)
     y = x.mean((1, 2), keepdims=True)
-    y = jax.nn.relu(layer(self.hidden, name="fc1")(y))
-    return x * jax.nn.sigmoid(layer(x.shape[-1], name="fc2")(y))
+    y = self.act(layer(self.hidden, name="fc1")(y))
+    return x * self.gate(layer(x.shape[-1], name="fc2")(y))
 
 
 class PreactBlock(nn.Module):

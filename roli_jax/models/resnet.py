@@ -51,6 +51,7 @@ class Block(nn.Module):
     norm: normalises, called as `norm(x, name=...)`.
     act: the activation.
     hooks: where a method may enter.
+    group: channels of each group of a 3 x 3 convolution; 0: all are one.
     stride: the stride of the first 3 x 3 convolution.
   """
 
@@ -60,6 +61,7 @@ class Block(nn.Module):
   norm: functools.partial[Map]
   act: layers.Activation
   hooks: Hooks
+  group: int
   stride: int
 
   @nn.compact
@@ -71,7 +73,11 @@ class Block(nn.Module):
     for i, (width, size, stride) in enumerate(convs, 1):
       if i > 1:
         y = self.act(y)
-      y = Conv(width, size, stride, hooks=self.hooks, name=f"conv{i}")(y)
+      groups = width // self.group if self.group and size > 1 else 1
+      conv = Conv(
+        width, size, stride, groups, hooks=self.hooks, name=f"conv{i}"
+      )
+      y = conv(y)
       y = self.norm(y, f"norm{i}")
     if self.hooks.branch:
       y = self.hooks.branch(name="branch")(y)
@@ -121,6 +127,10 @@ class ResNet(nn.Module):
     width: the number of channels of the stem.
     act: the activation. Some robust ones have GELU in ReLU's place.
     eps: what normalisations add to variances.
+    group: see `Block`.
+    widths: of a RegNet (Radosavovic et al. 2020) the channels of each stage,
+      within and after its blocks; its stem is 3 x 3 and not pooled, and it and
+      each stage have a stride of 2. Empty: as the others say.
     hooks: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
@@ -133,25 +143,29 @@ class ResNet(nn.Module):
   width: int = 64
   act: layers.Activation = jax.nn.relu
   eps: float = 1e-5
+  group: int = 0
+  widths: tuple[int, ...] = ()
   hooks: Hooks = Hooks()
   scan: bool = False
   remat: bool = False
 
   @nn.compact
   def __call__(self, x: Map, *, train: bool = False) -> Float[Array, "b d"]:
-    size, stride = (3, 1) if self.small else (7, 2)
+    size, stride = (3, 1) if self.small else (3 if self.widths else 7, 2)
     norm = functools.partial(batch_norm, train=train, eps=self.eps)
     x = Conv(self.width, size, stride, name="stem")(x)
     x = self.act(norm(x, "stem_norm"))
-    if not self.small:
+    if not (self.small or self.widths):
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     wider = 4 if self.bottleneck else 1
     for i, depth in enumerate(self.depths):
       widths = (self.width * 2**i * wider, self.inner * 2**i)
+      if self.widths:
+        widths = (self.widths[i], self.widths[i])
       block = functools.partial(
-        Block, *widths, self.bottleneck, norm, self.act, self.hooks
+        Block, *widths, self.bottleneck, norm, self.act, self.hooks, self.group
       )
-      stride = 2 if i else 1
+      stride = 2 if i or self.widths else 1
       x = Stage(block, depth, stride, self.scan, self.remat, name=f"stage{i}")(
         x
       )

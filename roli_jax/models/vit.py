@@ -30,6 +30,7 @@ class Block(nn.Module):
     start: the number of tokens in front of the prompts.
     first: computes only this many tokens m, from the first; None: all n. In the
       last block nobody reads the others where the feature is the class token.
+    scaled: whether each branch is multiplied by a factor of each channel.
   """
 
   num_heads: int
@@ -40,6 +41,7 @@ class Block(nn.Module):
   hooks: Hooks = Hooks()
   start: int = 0
   first: int | None = None
+  scaled: bool = False
 
   @nn.compact
   def __call__(
@@ -62,17 +64,24 @@ class Block(nn.Module):
     attention = layers.Attention(
       self.num_heads, self.attend, self.hooks, self.first, name="attn"
     )
-    x = x[:, : self.first] + layers.drop_path(self, attention(y), rate)
+    y = self._scaled(attention(y), "gamma1")
+    x = x[:, : self.first] + layers.drop_path(self, y, rate)
     y = nn.LayerNorm(epsilon=self.eps, name="norm2")(x)
     y = layers.Mlp(self.hidden, act=self.act, name="mlp")(y)
     y = layers.drop_path(self, y, rate)
     if self.hooks.branch:
       y = self.hooks.branch(name="branch")(y)
-    return x + y
+    return x + self._scaled(y, "gamma2")
+
+  def _scaled(self, y: jax.Array, name: str) -> jax.Array:
+    if not self.scaled:
+      return y
+    start = nn.initializers.constant(1e-6)
+    return self.param(name, start, y.shape[-1:]).reshape(1, 1, -1) * y
 
 
 class Vit(nn.Module):
-  """A ViT; its feature is the class token, or the mean of all others.
+  """A ViT; its feature is the class token, or the mean of the patches.
 
   Attributes:
     patch: side of a patch in pixels; divides the image's sides.
@@ -81,8 +90,15 @@ class Vit(nn.Module):
     num_heads: divides the width.
     hidden: the width inside the MLPs.
     pool: `token`: the class token is the feature; `mean`: the mean of the
-      others.
+      patches' tokens.
     cls: whether there is a class token.
+    distilled: whether a second one follows it, which has learnt of a teacher
+      (Touvron et al. 2021); the feature is both, one after the other.
+    registers: the number of tokens after these that only blocks read (Darcet et
+      al. 2024).
+    cls_positions: whether all of these have positions; otherwise patches alone.
+    scaled: whether each branch is multiplied by a factor of each channel, as in
+      DeiT-III (Touvron et al. 2022).
     fc_norm: whether the feature is normalised, and not the tokens before it.
     clip: whether patches have no bias, and a normalisation stands before the
       blocks, as in CLIP.
@@ -104,6 +120,10 @@ class Vit(nn.Module):
   hidden: int
   pool: str = "token"
   cls: bool = True
+  distilled: bool = False
+  registers: int = 0
+  cls_positions: bool = True
+  scaled: bool = False
   fc_norm: bool = False
   clip: bool = False
   stem: Convs = ()
@@ -123,13 +143,11 @@ class Vit(nn.Module):
     del train  # no running statistics
     fan = self.patch**2 * x.shape[-1] + self.width
     x = self._embedded(x)
-    start = int(self.cls)
-    if self.cls:
-      cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
-      x = jnp.concatenate([jnp.repeat(cls, len(x), 0).astype(x.dtype), x], 1)
-    x = x + self.param(
-      "positions", nn.initializers.normal(0.02), (1, *x.shape[1:])
-    )
+    if self.cls_positions:
+      x = self._placed(self._led(x))
+    else:
+      x = self._led(self._placed(x))
+    start = self.cls + self.distilled + self.registers
     if self.clip:
       x = nn.LayerNorm(epsilon=self.eps, name="pre_norm")(x)
     num_prompted = self.depth if self.hooks.deep else 1
@@ -140,20 +158,22 @@ class Vit(nn.Module):
       x = jnp.concatenate([x[:, :start], added, x[:, start:]], 1)
     attend = layers.ATTENTIONS[self.attention]
     make = functools.partial(
-      Block, self.num_heads, self.hidden, self.act, self.eps, attend, self.hooks
-    )
+      Block, self.num_heads, self.hidden, self.act, self.eps, attend,
+      self.hooks, start, scaled=self.scaled,
+    )  # fmt: skip
     (rates,) = layers.drop_rates(self.drop_path, [self.depth])
-    alone = self.pool == "token"  # whether only the class token is read
+    alone = self.pool == "token"  # whether only class tokens are read
     whole = self.depth - alone  # blocks that compute all tokens
-    for first, part in ((None, slice(whole)), (start, slice(whole, None))):
-      block = functools.partial(make, start, first)
+    read = 1 + self.distilled
+    for first, part in ((None, slice(whole)), (read, slice(whole, None))):
+      block = functools.partial(make, first=first)
       numbers, each = range(self.depth)[part], (prompts[part], rates[part])
       x = layers.repeat(
         self, block, numbers, x, *each, scan=self.scan, remat=self.remat
       )
     if not self.fc_norm:
       x = nn.LayerNorm(epsilon=self.eps, name="norm")(x)
-    x = x[:, 0] if alone else x[:, start:].mean(1)
+    x = x[:, :read].reshape(len(x), -1) if alone else x[:, start:].mean(1)
     if self.fc_norm:
       x = nn.LayerNorm(epsilon=self.eps, name="fc_norm")(x)
     return x
@@ -168,3 +188,21 @@ class Vit(nn.Module):
     x = self.act(ConvStem(self.stem, act=self.act, name="embed")(x))
     x = Conv(self.width, 1, use_bias=True, name="embed_out")(x)
     return x.reshape(len(x), -1, self.width)
+
+  def _led(self, x: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
+    """The tokens behind those that are no patches."""
+    numbers = {
+      "cls": self.cls, "dist": self.distilled, "registers": self.registers,
+    }  # fmt: skip
+    tokens = [
+      self.param(name, nn.initializers.zeros, (1, number, self.width))
+      for name, number in numbers.items()
+      if number
+    ]
+    each = [jnp.repeat(token, len(x), 0).astype(x.dtype) for token in tokens]
+    return jnp.concatenate([*each, x], 1)
+
+  def _placed(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """The tokens, each with its position."""
+    start = nn.initializers.normal(0.02)
+    return x + self.param("positions", start, (1, *x.shape[1:]))

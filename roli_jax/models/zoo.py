@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from roli_jax.models import layers
+from roli_jax.models import layers, mobile
 from roli_jax.models.families import (
   CIFAR,
   FAMILIES,
@@ -18,6 +18,7 @@ from roli_jax.models.families import (
   Normalisation,
   Sizes,
 )
+from roli_jax.models.mobile import MobileNet
 from roli_jax.models.preact import PreactResNet
 from roli_jax.models.resnet import ResNet
 from roli_jax.models.stem import Convs
@@ -140,6 +141,50 @@ _PREACTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Depth, side of kernels, stride, factor within, width of each stage.
+_EFFICIENT = (
+  (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80),
+  (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320),
+)  # fmt: skip
+
+
+def _efficientnet(gates: bool, **options: Any) -> functools.partial[MobileNet]:
+  """The smallest EfficientNet, with or without gates."""
+  before, stages = 32, []
+  for depth, size, stride, factor, width in _EFFICIENT:
+    inputs = (before, *(width,) * (depth - 1))
+    hidden = [factor * n for n in inputs]
+    squeezed = [n // 4 for n in inputs] if gates else ()
+    stages.append(mobile.stage(size, stride, width, hidden, squeezed))
+    before = width
+  return functools.partial(
+    MobileNet, tuple(stages), 32, 1280, eps=1e-3, same=True, **options
+  )
+
+
+_MOBILES: dict[str, Callable[..., nn.Module]] = {
+  "efficientnet_b0": _efficientnet(True, squeeze_act=jax.nn.silu),
+  "efficientnet_lite0": _efficientnet(False, act=jax.nn.relu6),
+  "mobilenetv3_l": functools.partial(
+    MobileNet,
+    (
+      mobile.stage(3, 1, 16, (16,)),
+      mobile.stage(3, 2, 24, (64, 72)),
+      mobile.stage(5, 2, 40, (72, 120, 120), (24, 32, 32)),
+      mobile.stage(3, 2, 80, (240, 200, 184, 184)),
+      mobile.stage(3, 1, 112, (480, 672), (120, 168)),
+      mobile.stage(5, 2, 160, (672, 960, 960), (168, 240, 240)),
+    ),
+    16,
+    960,
+    1280,
+    act=jax.nn.hard_swish,
+    early=3,
+    gate=jax.nn.hard_sigmoid,
+  ),
+}
+
+
 def _family(
   name: str, sizes: Sizes, **options: Any
 ) -> functools.partial[nn.Module]:
@@ -161,6 +206,9 @@ _GLYPHS: dict[str, Callable[..., nn.Module]] = {
     act=layers.erfc_gelu,
   ),
   "glyph_vit_token": _family("vit", _TINY),
+  "glyph_deit": _family(
+    "vit", _TINY, registers=2, cls_positions=False, scaled=True
+  ),
   "glyph_clip": _family("vit", _TINY, clip=True, eps=1e-5),
   "glyph_swin": _family(
     "swin", {"patch": 1, "width": 16, "depth": (2, 2), "heads": (2, 4)}
@@ -179,6 +227,22 @@ _GLYPHS: dict[str, Callable[..., nn.Module]] = {
     ResNet, (2, 2), False, inner=16, small=True, width=16
   ),
   "glyph_wrn": _family("wrn", {"depth": 16, "width": 1}),
+  "glyph_regnet": functools.partial(
+    ResNet, (1, 3), True, width=16, group=8, widths=(16, 32)
+  ),
+  "glyph_mobile": functools.partial(
+    MobileNet,
+    (
+      mobile.stage(3, 1, 8, (8,)),
+      mobile.stage(3, 2, 16, (16, 32, 32), (4, 8, 8)),
+    ),
+    8,
+    24,
+    32,
+    act=jax.nn.hard_swish,
+    early=1,
+    gate=jax.nn.hard_sigmoid,
+  ),
   "glyph_preact": functools.partial(
     PreactResNet,
     (3, 1, 1, 1),
@@ -265,13 +329,27 @@ MODELS: dict[str, Entry] = {
     )
     for name, (like, width) in _CIFAR_RESNETS.items()
   },
+  **{name: Entry(backbone) for name, backbone in _MOBILES.items()},
+  "regnetx_004": Entry(
+    functools.partial(
+      ResNet,
+      (1, 2, 7, 12),
+      True,
+      width=32,
+      group=16,
+      widths=(32, 64, 160, 384),
+    )
+  ),
   # As ARES trained it; a file does not tell it from the one with ReLU.
   "wide_resnet50_2_gelu": Entry(
     functools.partial(ResNet, *_RESNETS["wide_resnet50_2"], act=layers.gelu)
   ),
-  "clip_vit_b16": Entry(
-    _family("vit", {**_VITS["b"], "patch": 16}, clip=True, eps=1e-5), CLIP
-  ),
+  **{
+    f"clip_vit_{size}{patch}": Entry(
+      _family("vit", {**_VITS[size], "patch": patch}, clip=True, eps=1e-5), CLIP
+    )
+    for size, patch in (("b", 16), ("b", 32), ("l", 14))
+  },
   # Of photographs.
   "tiny32": Entry(
     _family(

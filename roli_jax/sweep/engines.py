@@ -7,6 +7,7 @@ and its run goes on from what is on disk.
 """
 
 import dataclasses
+import logging
 import pathlib
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def _on_ray(jobs: Sequence[Job]) -> Iterator[tuple[Job, bool]]:
 
   is_ours = not ray.is_initialized()
   if is_ours:
-    ray.init(log_to_driver=False, logging_level="warning")
+    ray.init(log_to_driver=False, logging_level=logging.WARNING)
   task = ray.remote(run)
   running = {
     task.options(

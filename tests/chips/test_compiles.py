@@ -26,8 +26,9 @@ FACTORS = {
   "target": TARGETS,
   "backbone": (
     "glyph_vit_token", "glyph_clip", "glyph_swin", "glyph_convnext",
-    "glyph_resnet", "glyph_wrn", "glyph_preact", "glyph_vit_stem",
-    "glyph_convnext_stem", "glyph_xcit",
+    "glyph_resnet", "glyph_wrn", "glyph_preact", "glyph_deit",
+    "glyph_mobile", "glyph_regnet", "glyph_vit_stem", "glyph_convnext_stem",
+    "glyph_xcit",
   ),
   "method": tuple(peft.METHODS),
   "loss": (
@@ -57,9 +58,11 @@ RULES = {
 def can_be(case):
   """Whether the config's rules allow it."""
   has_tokens = case["backbone"] in ("glyph_vit_token", "glyph_clip",
-                                    "glyph_swin", "glyph_vit_stem")  # fmt: skip
+                                    "glyph_swin", "glyph_deit",
+                                    "glyph_vit_stem")  # fmt: skip
   has_statistics = case["backbone"] in (
-    "glyph_resnet", "glyph_wrn", "glyph_preact", "glyph_xcit",
+    "glyph_resnet", "glyph_wrn", "glyph_preact", "glyph_mobile",
+    "glyph_regnet", "glyph_xcit",
   )  # fmt: skip
   return (
     (case["method"] != "vpt" or has_tokens)

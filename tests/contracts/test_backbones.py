@@ -14,12 +14,15 @@ from roli_jax import convert, keys, models, trees
 from tests.covering import covering, mostly_slow
 
 TOYS = [name for name in models.MODELS if name.startswith("glyph")]
+# By batch.
 NORMALISED = [
   "glyph_resnet",
   "glyph_wrn",
   "glyph_preact",
+  "glyph_mobile",
+  "glyph_regnet",
   "glyph_xcit",
-]  # by batch
+]
 # The formats that have names for each family.
 FORMATS = [
   ("glyph_vit_token", "timm"),
@@ -27,6 +30,7 @@ FORMATS = [
   ("glyph_vit_token", "torchvision"),
   ("glyph_vit_token", "roli"),
   ("glyph_clip", "open_clip"),
+  ("glyph_clip", "timm"),
   ("glyph_swin", "timm"),
   ("glyph_swin", "microsoft"),
   ("glyph_swin", "roli"),
@@ -40,6 +44,9 @@ FORMATS = [
   ("glyph_resnet", "torchvision"),
   ("glyph_wrn", "robustbench"),
   ("glyph_preact", "robustbench"),
+  ("glyph_deit", "timm"),
+  ("glyph_mobile", "timm"),
+  ("glyph_regnet", "timm"),
 ]
 
 
@@ -191,7 +198,7 @@ def test_outputs_are_named_by_their_modules(name):
 @pytest.mark.parametrize("name, format", FORMATS)
 def test_a_state_dict_comes_back_and_forth(name, format, tmp_path):
   model, params, stats = made(name)
-  if name == "glyph_clip":
+  if format == "open_clip":
     head = models.heads.projection(3)
     model = dataclasses.replace(model, head=head)
     params = dataclasses.replace(params, head={"kernel": np.ones((32, 3))})

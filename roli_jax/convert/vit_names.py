@@ -1,0 +1,80 @@
+"""Names of ViTs in other formats: rules, as in `name_maps.py`."""
+
+from roli_jax.convert.residual_names import Rules
+
+_BLOCK = r"backbone/block(\d+)"
+
+
+def torchvision(fc1: str, fc2: str) -> Rules:
+  """Returns torchvision's, which has called the MLP's layers otherwise."""
+  block = r"encoder.layers.encoder_layer_\1"
+  return (
+    ("backbone/embed", "conv_proj"),
+    ("backbone/cls", "class_token"),
+    ("backbone/positions", "encoder.pos_embedding"),
+    (rf"{_BLOCK}/norm(\d)", rf"{block}.ln_\2"),
+    (f"{_BLOCK}/attn/[qkv]", f"{block}.self_attention.in_proj_"),
+    (f"{_BLOCK}/attn/out", f"{block}.self_attention.out_proj"),
+    (f"{_BLOCK}/mlp/fc1", f"{block}.mlp.{fc1}"),
+    (f"{_BLOCK}/mlp/fc2", f"{block}.mlp.{fc2}"),
+    ("backbone/norm", "encoder.ln"),
+    ("head", "heads.head"),
+  )
+
+
+def open_clip(prefix: str = "") -> Rules:
+  """The visual tower's names; in a file of both it has a prefix."""
+  block = rf"{prefix}transformer.resblocks.\1"
+  return (
+    ("backbone/embed", f"{prefix}conv1"),
+    ("backbone/cls", f"{prefix}class_embedding"),
+    ("backbone/positions", f"{prefix}positional_embedding"),
+    ("backbone/pre_norm", f"{prefix}ln_pre"),
+    (rf"{_BLOCK}/norm(\d)", rf"{block}.ln_\2"),
+    (f"{_BLOCK}/attn/[qkv]", f"{block}.attn.in_proj_"),
+    (f"{_BLOCK}/attn/out", f"{block}.attn.out_proj"),
+    (f"{_BLOCK}/mlp/fc1", f"{block}.mlp.c_fc"),
+    (f"{_BLOCK}/mlp/fc2", f"{block}.mlp.c_proj"),
+    ("backbone/norm", f"{prefix}ln_post"),
+    ("head/kernel", f"{prefix}proj"),
+  )
+
+
+# What open_clip's files hold of the text tower.
+TEXTS = (
+  "positional_embedding", "text_projection", "logit_scale", "attn_mask",
+  r"token_embedding\..*", r"ln_final\..*", r"transformer\..*",
+)  # fmt: skip
+CLIP_PLAIN = ("class_embedding", "positional_embedding", "proj")
+
+_TEXT_BLOCK = r"transformer.resblocks.\1"
+CLIP_TEXT: Rules = (
+  ("embed/embedding", "token_embedding.weight"),
+  ("positions", "positional_embedding"),
+  (r"block(\d+)/norm(\d)", rf"{_TEXT_BLOCK}.ln_\2"),
+  (r"block(\d+)/attn/[qkv]", f"{_TEXT_BLOCK}.attn.in_proj_"),
+  (r"block(\d+)/attn/out", f"{_TEXT_BLOCK}.attn.out_proj"),
+  (r"block(\d+)/mlp/fc1", f"{_TEXT_BLOCK}.mlp.c_fc"),
+  (r"block(\d+)/mlp/fc2", f"{_TEXT_BLOCK}.mlp.c_proj"),
+  ("norm", "ln_final"),
+  ("projection/kernel", "text_projection"),
+  ("logit_scale", "logit_scale"),
+)
+
+_GOOGLE_BLOCK = r"Transformer/encoderblock_\1"
+_GOOGLE_ATTENTION = f"{_GOOGLE_BLOCK}/MultiHeadDotProductAttention_1"
+GOOGLE: Rules = (
+  ("backbone/embed", "embedding"),
+  ("backbone/cls", "cls"),
+  ("backbone/positions", "Transformer/posembed_input/pos_embedding"),
+  (f"{_BLOCK}/norm1", f"{_GOOGLE_BLOCK}/LayerNorm_0"),
+  (f"{_BLOCK}/norm2", f"{_GOOGLE_BLOCK}/LayerNorm_2"),
+  (f"{_BLOCK}/attn/q", f"{_GOOGLE_ATTENTION}/query"),
+  (f"{_BLOCK}/attn/k", f"{_GOOGLE_ATTENTION}/key"),
+  (f"{_BLOCK}/attn/v", f"{_GOOGLE_ATTENTION}/value"),
+  (f"{_BLOCK}/attn/out", f"{_GOOGLE_ATTENTION}/out"),
+  (f"{_BLOCK}/mlp/fc1", f"{_GOOGLE_BLOCK}/MlpBlock_3/Dense_0"),
+  (f"{_BLOCK}/mlp/fc2", f"{_GOOGLE_BLOCK}/MlpBlock_3/Dense_1"),
+  ("backbone/norm", "Transformer/encoder_norm"),
+  ("head", "head"),
+)
