@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from roli_jax import models
-from roli_jax.convert import residual_names, stem_names
+from roli_jax.convert import residual_names, variant_names
 from roli_jax.convert.residual_names import Rules
 from roli_jax.models import zoo
 
@@ -29,7 +29,7 @@ _TORCH = {
 }
 
 
-_KINDS = ("clip", "same", "stem")
+_KINDS = ("clip", "same", "stem", "sparse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +235,14 @@ def _swin(head: str, prefix: str = "", late: bool = False) -> Rules:
 _SWIN_BUFFERS = (r".*\.relative_position_index", r".*\.attn_mask")
 
 _CONVNEXT: Rules = (
+  (rf"{_STAGE}/block(\d+)/sparse", r"stages.\1.blocks.\2.drop_path.1"),
+  (rf"{_STAGE}/block(\d+)/mlp/sparse", r"stages.\1.blocks.\2.mlp.act.0"),
+)
+# What counted the batches that MeanSparse has its statistics of.
+variant_names.SPARSE_COUNTERS = (
+  r".*\.(flag_update_statistics|batch_num|momentum|epsilon)",
+)
+_CONVNEXT: Rules = (
   ("backbone/stage0/embed", "stem.0"),
   ("backbone/stage0/patch_norm", "stem.1"),
   (f"{_STAGE}/patch_norm", r"stages.\1.downsample.0"),
@@ -266,19 +274,20 @@ LAYOUTS = (
   ),
   Layout(
     "vit_stem", ("timm",), models.Vit,
-    r"patch_embed\.proj\.stem\.0\.weight", (*stem_names.VIT, *_TIMM_VIT),
+    r"patch_embed\.proj\.stem\.0\.weight",
+    (*variant_names.STEM_VIT, *_TIMM_VIT),
     kind="stem",
     pools=True,
   ),
   # Their blocks have a ViT's names.
   Layout(
     "xcit", ("timm",), models.Xcit,
-    r"cls_attn_blocks\.\d+\.attn\.q\.weight", stem_names.xcit("pos_embed"),
+    r"cls_attn_blocks\.\d+\.attn\.q\.weight", variant_names.xcit("pos_embed"),
   ),
   Layout(
     "xcit_meta", ("meta",), models.Xcit,
     r"cls_attn_blocks\.\d+\.attn\.qkv\.weight",
-    stem_names.xcit("pos_embeder", ("attn/[qkv]", "attn.qkv")),
+    variant_names.xcit("pos_embeder", ("attn/[qkv]", "attn.qkv")),
   ),
   Layout(
     "torchvision_vit", ("torchvision",), models.Vit,
@@ -311,6 +320,13 @@ LAYOUTS = (
     _swin("head.fc"), _SWIN_BUFFERS,
   ),
   Layout(
+    "swin_sparse", ("timm",), models.Swin,
+    r"layers\.\d+\.blocks\.\d+\.mlp\.meansparse1\.threshold",
+    (*variant_names.SPARSE_SWIN, *_swin("head.fc")),
+    (*_SWIN_BUFFERS, *variant_names.SPARSE_COUNTERS),
+    kind="sparse",
+  ),
+  Layout(
     "swin_old", ("microsoft", "timm", "ares"), models.Swin,
     r"layers\.0\.downsample\..*", _swin("head", late=True), _SWIN_BUFFERS,
   ),
@@ -323,8 +339,14 @@ LAYOUTS = (
     r"stages\.\d+\.blocks\.\d+\.conv_dw\.weight", _CONVNEXT,
   ),
   Layout(
+    "convnext_sparse", ("timm",), models.ConvNext,
+    r"stages\.\d+\.blocks\.\d+\.drop_path\.1\.threshold",
+    (*variant_names.SPARSE_CONVNEXT, *_CONVNEXT), variant_names.SPARSE_COUNTERS,
+    kind="sparse",
+  ),
+  Layout(
     "convnext_stem", ("timm",), models.ConvNext,
-    r"stem\.stem\.0\.weight", (*stem_names.CONVNEXT, *_CONVNEXT),
+    r"stem\.stem\.0\.weight", (*variant_names.STEM_CONVNEXT, *_CONVNEXT),
     kind="stem",
   ),
   Layout(
@@ -338,8 +360,7 @@ LAYOUTS = (
   Layout(
     "dm_wide_resnet", ("robustbench",), models.PreactResNet,
     r"init_conv\.weight", residual_names.DM_WIDE_RESNET,
-    # What counted the batches that MeanSparse has its statistics of.
-    dropped=(r"(.*\.)?meansparse_\w+\.(flag_update_statistics|batch_num)",),
+    dropped=variant_names.SPARSE_COUNTERS,
     kind="same",
     stages=3,
   ),
