@@ -37,7 +37,7 @@ def native_size(backbone: Any, shapes: dict[str, tuple[int, ...]]) -> int:
   windows = [
     window(x) for k, x in shapes.items() if k.endswith("relative_bias")
   ]
-  return min(windows, default=0) * smallest(backbone)
+  return min(windows) * smallest(backbone) if windows else 0
 
 
 def window(table: tuple[int, ...]) -> int:
