@@ -63,6 +63,10 @@ SMALL = {
   "mimir_swin_l": functools.partial(
     Swin, 12, (2, 1, 1), (2, 3, 4), patch=2, window=8, eps=1e-6
   ),
+  "meansparse_swin_l": functools.partial(
+    Swin, 12, (2, 1, 1, 1), (2, 3, 4, 6), patch=2, sparse=True
+  ),
+  "meansparse_convnext_l": functools.partial(CONVNEXT, sparse=True),
   "vit_s16_cvst": functools.partial(
     Vit, 16, 24, 2, 2, 96, stem=((4, 2), (8, 2), (16, 2), (32, 2))
   ),
@@ -83,6 +87,8 @@ LAYOUT = {
   "wrn_a4": "robust_wrn_norm1",
   "wrn": "wide_resnet",
   "mimir_swin_l": "swin_old",
+  "meansparse_swin_l": "swin_sparse",
+  "meansparse_convnext_l": "convnext_sparse",
   "vit_s16_cvst": "vit_stem",
   **dict.fromkeys(("convnext_t_cvst", "convnext_b_cvst"), "convnext_stem"),
   **dict.fromkeys(("xcit_s12", "xcit_s12_cifar"), "xcit"),
@@ -90,7 +96,17 @@ LAYOUT = {
 # The format of its names, where it isn't RobustBench's.
 FORMAT = {
   "resnet": "torchvision",
-  **dict.fromkeys(("swin_old", "vit_stem", "convnext_stem", "xcit"), "timm"),
+  **dict.fromkeys(
+    (
+      "swin_old",
+      "swin_sparse",
+      "vit_stem",
+      "convnext_stem",
+      "convnext_sparse",
+      "xcit",
+    ),
+    "timm",
+  ),
 }
 FACTS = json.loads((golden.FOLDER / "robustbench" / "facts.json").read_text())
 

@@ -19,7 +19,7 @@ from roli_jax.convert import (
   mobile_names,
   residual_names,
   stage_names,
-  stem_names,
+  variant_names,
   vit_names,
 )
 from roli_jax.convert.residual_names import Rules
@@ -35,7 +35,7 @@ _TORCH = {
 }
 
 
-_KINDS = ("clip", "same", "stem", "group")
+_KINDS = ("clip", "same", "stem", "sparse", "group")
 # What ViTs have in layouts that have no names for more.
 _USUAL = {
   "distilled": False, "registers": 0, "scaled": False, "cls_positions": True,
@@ -228,19 +228,20 @@ LAYOUTS = (
   ),
   Layout(
     "vit_stem", ("timm",), models.Vit,
-    r"patch_embed\.proj\.stem\.0\.weight", (*stem_names.VIT, *_TIMM_VIT),
+    r"patch_embed\.proj\.stem\.0\.weight",
+    (*variant_names.STEM_VIT, *_TIMM_VIT),
     kind="stem",
     pools=True,
   ),
   # Their blocks have a ViT's names.
   Layout(
     "xcit", ("timm",), models.Xcit,
-    r"cls_attn_blocks\.\d+\.attn\.q\.weight", stem_names.xcit("pos_embed"),
+    r"cls_attn_blocks\.\d+\.attn\.q\.weight", variant_names.xcit("pos_embed"),
   ),
   Layout(
     "xcit_meta", ("meta",), models.Xcit,
     r"cls_attn_blocks\.\d+\.attn\.qkv\.weight",
-    stem_names.xcit("pos_embeder", ("attn/[qkv]", "attn.qkv")),
+    variant_names.xcit("pos_embeder", ("attn/[qkv]", "attn.qkv")),
   ),
   Layout(
     "torchvision_vit", ("torchvision",), models.Vit,
@@ -289,6 +290,13 @@ LAYOUTS = (
     stage_names.swin("head.fc"), stage_names.SWIN_BUFFERS,
   ),
   Layout(
+    "swin_sparse", ("timm",), models.Swin,
+    r"layers\.\d+\.blocks\.\d+\.mlp\.meansparse1\.threshold",
+    (*variant_names.SPARSE_SWIN, *stage_names.swin("head.fc")),
+    (*stage_names.SWIN_BUFFERS, *variant_names.SPARSE_COUNTERS),
+    kind="sparse",
+  ),
+  Layout(
     "swin_old", ("microsoft", "timm", "ares"), models.Swin,
     r"layers\.0\.downsample\..*", stage_names.swin("head", late=True),
     stage_names.SWIN_BUFFERS,
@@ -310,8 +318,15 @@ LAYOUTS = (
     dropped=vit_names.TEXTS,
   ),
   Layout(
+    "convnext_sparse", ("timm",), models.ConvNext,
+    r"stages\.\d+\.blocks\.\d+\.drop_path\.1\.threshold",
+    (*variant_names.SPARSE_CONVNEXT, *_TIMM_CONVNEXT),
+    variant_names.SPARSE_COUNTERS,
+    kind="sparse",
+  ),
+  Layout(
     "convnext_stem", ("timm",), models.ConvNext,
-    r"stem\.stem\.0\.weight", (*stem_names.CONVNEXT, *_TIMM_CONVNEXT),
+    r"stem\.stem\.0\.weight", (*variant_names.STEM_CONVNEXT, *_TIMM_CONVNEXT),
     kind="stem",
   ),
   Layout(
@@ -345,8 +360,7 @@ LAYOUTS = (
   Layout(
     "dm_wide_resnet", ("robustbench",), models.PreactResNet,
     r"init_conv\.weight", residual_names.DM_WIDE_RESNET,
-    # What counted the batches that MeanSparse has its statistics of.
-    dropped=(r"(.*\.)?meansparse_\w+\.(flag_update_statistics|batch_num)",),
+    dropped=variant_names.SPARSE_COUNTERS,
     kind="same",
     stages=3,
   ),

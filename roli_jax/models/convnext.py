@@ -17,9 +17,11 @@ class Block(nn.Module):
   """x + gamma * mlp(norm(depthwise 7 x 7 (x))).
 
   Attributes:
+    sparse: see `ConvNext`.
     hooks: where a method may enter.
   """
 
+  sparse: bool
   hooks: Hooks
 
   @nn.compact
@@ -30,11 +32,14 @@ class Block(nn.Module):
     width = x.shape[-1]
     y = Conv(width, 7, groups=width, use_bias=True, name="conv")(x)
     y = _norm(name="norm")(y)
-    y = layers.Mlp(4 * width, self.hooks.dense, name="mlp")(y)
+    y = layers.Mlp(4 * width, self.hooks.dense, sparse=self.sparse, name="mlp")(
+      y
+    )
     if self.hooks.branch:
       y = self.hooks.branch(name="branch")(y)
     gamma = self.param("gamma", nn.initializers.constant(1e-6), (width,))
-    return x + layers.drop_path(self, gamma.reshape(1, 1, 1, -1) * y, rate)
+    y = layers.drop_path(self, gamma.reshape(1, 1, 1, -1) * y, rate)
+    return x + (layers.MeanSparse(name="sparse")(y) if self.sparse else y)
 
 
 class Stage(nn.Module):
@@ -47,6 +52,7 @@ class Stage(nn.Module):
     first: whether the stage is the stem, which normalises after the patches,
       where the others do before.
     rates: a rate for each block, see `layers.drop_path`.
+    sparse: see `ConvNext`.
     hooks: where a method may enter.
     scan: see `layers.repeat`.
     remat: see `layers.repeat`.
@@ -57,6 +63,7 @@ class Stage(nn.Module):
   stem: Convs
   first: bool
   rates: tuple[float, ...]
+  sparse: bool
   hooks: Hooks
   scan: bool
   remat: bool
@@ -64,7 +71,7 @@ class Stage(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
     x = self._embedded(x)
-    make = functools.partial(Block, self.hooks)
+    make = functools.partial(Block, self.sparse, self.hooks)
     blocks = range(len(self.rates))
     return layers.repeat(
       self, make, blocks, x, self.rates, scan=self.scan, remat=self.remat
@@ -89,6 +96,8 @@ class ConvNext(nn.Module):
     patch: side of the stem's patches in pixels.
     stem: convolutions in place of those patches, of their stride: see
       `ConvStem`; empty: there are none.
+    sparse: whether `layers.MeanSparse` stands before each activation, and after
+      each branch.
     drop_path: the last block's rate of `layers.drop_path`, in training.
     hooks: where a method may enter.
     scan: see `layers.repeat`.
@@ -99,6 +108,7 @@ class ConvNext(nn.Module):
   depths: tuple[int, ...]
   patch: int = 4
   stem: Convs = ()
+  sparse: bool = False
   drop_path: float = 0.0
   hooks: Hooks = Hooks()
   scan: bool = False
@@ -110,7 +120,11 @@ class ConvNext(nn.Module):
   ) -> Float[Array, "b d"]:
     del train  # no running statistics
     make = functools.partial(
-      Stage, hooks=self.hooks, scan=self.scan, remat=self.remat
+      Stage,
+      sparse=self.sparse,
+      hooks=self.hooks,
+      scan=self.scan,
+      remat=self.remat,
     )
     rates = layers.drop_rates(self.drop_path, self.depths)
     stages = enumerate(zip(self.widths, rates, strict=True))

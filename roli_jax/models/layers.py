@@ -228,6 +228,28 @@ ACTS: dict[str, Activation] = {
 }
 
 
+class MeanSparse(nn.Module):
+  """x, or its channel's mean where x is close to it (Amini et al. 2024).
+
+  Close is nearer than `threshold` standard deviations. Mean, variance and
+  threshold are set after training, from the data; they are kept among the
+  running statistics, and no training moves them. What is replaced has no
+  gradient, as in the published networks.
+  """
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+    def kept(name: str, shape: tuple[int, ...]) -> jax.Array:
+      values = self.variable("batch_stats", name, jnp.zeros, shape).value
+      return jnp.asarray(values, x.dtype)
+
+    channels = (*(1,) * (x.ndim - 1), x.shape[-1])
+    mean = kept("mean", channels[-1:]).reshape(channels)
+    var = kept("var", channels[-1:]).reshape(channels)
+    near = kept("threshold", ()) * jnp.sqrt(var)
+    return jnp.where(jnp.abs(x - mean) < near, mean, x)
+
+
 class Mlp(nn.Module):
   """Two layers with an exact GELU between them.
 
@@ -235,16 +257,20 @@ class Mlp(nn.Module):
     hidden: the width between them.
     dense: makes the layers, called as `nn.Dense` is.
     act: the GELU.
+    sparse: whether `MeanSparse` stands before it.
   """
 
   hidden: int
   dense: Callable[..., nn.Module] = nn.Dense
   act: Activation = gelu
+  sparse: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-    hidden = self.act(self.dense(self.hidden, name="fc1")(x))
-    return self.dense(x.shape[-1], name="fc2")(hidden)
+    hidden = self.dense(self.hidden, name="fc1")(x)
+    if self.sparse:
+      hidden = MeanSparse(name="sparse")(hidden)
+    return self.dense(x.shape[-1], name="fc2")(self.act(hidden))
 
 
 class PatchEmbed(nn.Module):

@@ -9,36 +9,14 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from roli_jax.models import layers
 from roli_jax.models.conv import Conv
 from roli_jax.models.hooks import Hooks
+from roli_jax.models.layers import MeanSparse
 from roli_jax.models.resnet import Map, Stage, batch_norm
 from roli_jax.types import Array, Float
-
-
-class MeanSparse(nn.Module):
-  """x, or its channel's mean where x is close to it (Amini et al. 2024).
-
-  Close is nearer than `threshold` standard deviations. Mean, variance and
-  threshold are set after training, from the data; they are kept among the
-  running statistics, and no training moves them. Pixels of the map that are
-  replaced have no gradient, as in the published networks.
-  """
-
-  @nn.compact
-  def __call__(self, x: Map) -> Map:
-    def kept(name: str, shape: tuple[int, ...]) -> jax.Array:
-      values = self.variable("batch_stats", name, jnp.zeros, shape).value
-      return jnp.asarray(values, x.dtype)
-
-    channels = (1, 1, 1, x.shape[-1])
-    mean = kept("mean", channels[3:]).reshape(channels)
-    var = kept("var", channels[3:]).reshape(channels)
-    near = kept("threshold", ()) * jnp.sqrt(var)
-    return jnp.where(jnp.abs(x - mean) < near, mean, x)
 
 
 class Excite(nn.Module):

@@ -120,6 +120,7 @@ class Block(nn.Module):
     window: the side of a window, in tokens.
     side: the side of the map, in tokens.
     eps: what the normalisations add to variances, > 0.
+    sparse: see `Swin`.
     hooks: where a method may enter.
     attention: which of `Swin.attentions`.
   """
@@ -128,6 +129,7 @@ class Block(nn.Module):
   window: int
   side: int
   eps: float
+  sparse: bool
   hooks: Hooks
   attention: str
 
@@ -152,13 +154,19 @@ class Block(nn.Module):
       x = jnp.concatenate([prompts, x[:, before:]], 1)
     y = nn.LayerNorm(epsilon=self.eps, name="norm1")(x)
     y = self._attend(y[:, :before], y[:, before:], shift)
-    x = x + layers.drop_path(self, y, rate)
+    x = self._sparse(x + layers.drop_path(self, y, rate), "sparse1")
     y = nn.LayerNorm(epsilon=self.eps, name="norm2")(x)
-    y = layers.Mlp(4 * x.shape[-1], name="mlp")(y)
+    y = layers.Mlp(4 * x.shape[-1], sparse=self.sparse, name="mlp")(y)
+    y = self._sparse(y, "sparse_mlp")
     y = layers.drop_path(self, y, rate)
     if self.hooks.branch:
       y = self.hooks.branch(name="branch")(y)
-    return x + y
+    return self._sparse(x + y, "sparse2")
+
+  def _sparse(
+    self, x: Float[Array, "b n d"], name: str
+  ) -> Float[Array, "b n d"]:
+    return layers.MeanSparse(name=name)(x) if self.sparse else x
 
   def _attend(
     self,
@@ -234,6 +242,7 @@ class Stage(nn.Module):
     window: the side of a window, in tokens.
     fan: see `Hooks.tokens`.
     eps: what the normalisations add to variances, > 0.
+    sparse: see `Swin`.
     hooks: where a method may enter.
     attention: which of `attentions`.
     scan: see `layers.repeat`.
@@ -247,6 +256,7 @@ class Stage(nn.Module):
   window: int
   fan: int
   eps: float
+  sparse: bool
   hooks: Hooks
   attention: str
   scan: bool
@@ -275,6 +285,7 @@ class Stage(nn.Module):
       self.window,
       self.side,
       self.eps,
+      self.sparse,
       self.hooks,
       self.attention,
     )
@@ -296,6 +307,8 @@ class Swin(nn.Module):
       the side of the last stage's map, which is the image's divided by all
       strides: 7 at 224.
     eps: what the normalisations add to variances, > 0.
+    sparse: whether `layers.MeanSparse` stands before each activation, and after
+      each MLP and each sum.
     drop_path: the last block's rate of `layers.drop_path`, in training.
     hooks: where a method may enter.
     attention: which of `attentions`.
@@ -309,6 +322,7 @@ class Swin(nn.Module):
   patch: int = 4
   window: int | None = None
   eps: float = 1e-5
+  sparse: bool = False
   drop_path: float = 0.0
   hooks: Hooks = Hooks()
   attention: str = "plain"
@@ -329,6 +343,7 @@ class Swin(nn.Module):
     shared = (
       fan,
       self.eps,
+      self.sparse,
       self.hooks,
       self.attention,
       self.scan,

@@ -280,6 +280,11 @@ MODELS: dict[str, Entry] = {
     f"convnext_{size}": Entry(_family("convnext", sizes))
     for size, sizes in _CONVNEXTS.items()
   },
+  # Of Amini et al. 2024.
+  "meansparse_swin_l": Entry(_family("swin", _SWINS["l"], sparse=True)),
+  "meansparse_convnext_l": Entry(
+    _family("convnext", _CONVNEXTS["l"], sparse=True)
+  ),
   **{
     name: Entry(_family(family, sizes, stem=convs), RAW)
     for name, (family, sizes, convs) in _CVSTS.items()

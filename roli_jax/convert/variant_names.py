@@ -1,4 +1,7 @@
-"""Names of networks that convolve before their blocks, as in `name_maps.py`."""
+"""Names of variants of transformers in other formats, as in `name_maps.py`.
+
+Of those with a stem of convolutions, of MeanSparse and of XCiT.
+"""
 
 from roli_jax.convert.residual_names import Rules
 
@@ -19,12 +22,25 @@ def _singh(ours: str, theirs: str) -> Rules:
   )
 
 
-# In front of the rules of those without.
-CONVNEXT: Rules = _singh("backbone/stage0/stem", "stem.stem")
-VIT: Rules = (
+# All these stand in front of the rules of the family.
+STEM_CONVNEXT: Rules = _singh("backbone/stage0/stem", "stem.stem")
+STEM_VIT: Rules = (
   *_singh("backbone/embed", "patch_embed.proj.stem"),
   ("backbone/embed_out", "patch_embed.proj.stem.12"),
 )
+
+_BLOCK = r"backbone/stage(\d+)/block(\d+)"
+SPARSE_SWIN: Rules = (
+  (rf"{_BLOCK}/sparse(\d)", r"layers.\1.blocks.\2.meansparse\3"),
+  (f"{_BLOCK}/sparse_mlp", r"layers.\1.blocks.\2.mlp.meansparse2"),
+  (f"{_BLOCK}/mlp/sparse", r"layers.\1.blocks.\2.mlp.meansparse1"),
+)
+SPARSE_CONVNEXT: Rules = (
+  (f"{_BLOCK}/sparse", r"stages.\1.blocks.\2.drop_path.1"),
+  (f"{_BLOCK}/mlp/sparse", r"stages.\1.blocks.\2.mlp.act.0"),
+)
+# Beside these, for the batches that they have their statistics of.
+SPARSE_COUNTERS = (r".*\.(flag_update_statistics|batch_num|momentum|epsilon)",)
 
 
 def xcit(positions: str, *of_class: tuple[str, str]) -> Rules:
