@@ -42,7 +42,8 @@ def test_requirements_are_those_of_the_package(project, root):
   users = project["dependencies"] + extras["data"] + extras["plots"]
   assert lines(root / "requirements.txt") == sorted(users)
   tests = ["-r requirements.txt", *extras["test"][1:]]
-  tests += extras["hub"] + extras["notebooks"] + extras["track"]
+  for extra in ("docs", "hub", "notebooks", "track"):
+    tests += extras[extra]
   assert lines(root / "requirements-test.txt") == sorted(tests)
 
 
