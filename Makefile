@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-all test-chips bench bench-chip clean
+.PHONY: demo docs test test-all test-chips bench bench-chip clean
 
 demo: $(VENV)/ready
 	$(RUN) -m roli_jax.main --config=configs/glyphs_roli.py --workdir=runs/demo
@@ -26,6 +26,10 @@ test-all: $(VENV)/ready-test
 CHIPS ?= .venv-chips
 test-chips: $(CHIPS)/ready
 	JAX_ENABLE_COMPILATION_CACHE=false timeout 1500 $(CHIPS)/bin/python -m pytest -n 2 --dist loadgroup -m chips tests/chips
+
+# The documentation as a site: site/index.html.
+docs: $(VENV)/ready-test
+	$(RUN) -m mkdocs build --strict
 
 bench: $(VENV)/ready
 	$(RUN) -m roli_jax.main --mode=bench --config=configs/bench.py
@@ -52,4 +56,4 @@ $(CHIPS)/ready: requirements-chips.txt requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CHIPS) runs .jax_cache
+	rm -rf $(VENV) $(CHIPS) runs site .jax_cache

@@ -59,7 +59,7 @@ def ruled(shapes: Any, over: Mesh, rules: Sequence[Any] = ()) -> Any:
   optimizer keeps one for each leaf, and a leaf that has no dimension for an
   axis given alone.
 
-  Example:
+  Examples:
     >>> shapes = {"fc1": {"kernel": jax.ShapeDtypeStruct((8, 32), "float32")}}
     >>> rules = (("fc1/kernel", (None, "model")), (".*", "data"))
     >>> tuple(ruled(shapes, mesh(), rules)["fc1"]["kernel"].sharding.spec)

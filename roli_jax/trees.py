@@ -53,7 +53,7 @@ def unpaths(leaves: dict[str, Any]) -> dict[str, Any]:
 def label(tree: Any, rules: Rules[T]) -> Any:
   """Labels each leaf by the first rule whose pattern matches all of its path.
 
-  Example:
+  Examples:
     >>> rules = (("head/.*", "head"), (".*", "frozen"))
     >>> label({"head": {"bias": 0}, "backbone": {"bias": 0}}, rules)
     {'backbone': {'bias': 'frozen'}, 'head': {'bias': 'head'}}

@@ -113,6 +113,8 @@ def test_configs_import_nothing_of_ours_but_configs(root):
   "line, absent",
   [
     ("import roli_jax", "jax"),
+    ("from roli_jax import main; main.run(['--help'])", "numpy"),
+    ("from roli_jax import main; main.run(['--help'])", "ml_collections"),
     ("from roli_jax import attacks, threat, evaluate", "flax"),
     ("from roli_jax import train", "ml_collections"),
     ("from roli_jax import report", "matplotlib"),

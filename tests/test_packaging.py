@@ -42,7 +42,7 @@ def test_requirements_are_those_of_the_package(project, root):
   users = project["dependencies"] + extras["data"] + extras["plots"]
   assert lines(root / "requirements.txt") == sorted(users)
   tests = ["-r requirements.txt", *extras["test"][1:]]
-  for name in ("hub", "notebooks", "track", "slurm", "ray"):
+  for name in ("docs", "hub", "notebooks", "track", "slurm", "ray"):
     tests += extras[name]
   assert lines(root / "requirements-test.txt") == sorted(tests)
 

@@ -34,7 +34,7 @@ ATTACKS: dict[str, Any] = {
 def build(name: str, threat: ThreatModel, **fields: Any) -> Attack:
   """The attack of that name.
 
-  Example:
+  Examples:
     >>> threat = ThreatModel("linf", eps=8 / 255)
     >>> build("pgd", threat, num_steps=7, step_size="2/255").num_steps
     7

@@ -179,7 +179,7 @@ def params_of(tree: Mapping[str, PyTree]) -> Params:
 
 def check(bundle: Bundle, what: str) -> None:
   """Raises a ValueError unless the leaves are the model's, floats, finite."""
-  expected = jax.eval_shape(bundle.model.init, jax.random.key(0))
+  expected = bundle.model.shapes()
   variables = (bundle.params, bundle.stats)
   trees.check_same(variables, expected, what)
   arrays = {k: v for tree in variables for k, v in trees.paths(tree).items()}
@@ -252,7 +252,7 @@ def fitted(
     model, params, resampled = resample.to_size(model, params, image_size)
   if num_classes is not None:
     model = with_classes(model, num_classes)
-    like, _ = jax.eval_shape(model.init, jax.random.key(0))
+    like, _ = model.shapes()
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.head)
     params = dataclasses.replace(params, head=zeros)
     bundle = dataclasses.replace(bundle, classes=())

@@ -89,7 +89,7 @@ def from_stage(
     step = checkpoints.best_step() if step is None else step
     meta = checkpoint.restore_meta(checkpoints, step)
     model = enter(models.from_spec(meta["model"]), meta)
-    like = jax.eval_shape(model.init, jax.random.key(0))
+    like = model.shapes()
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like

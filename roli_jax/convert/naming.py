@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from roli_jax import models, trees
@@ -309,7 +308,7 @@ def _created(
 @functools.cache
 def shapes(model: models.Model) -> Shapes:
   """Returns the shape of each leaf, parameters and statistics, by path."""
-  variables = jax.eval_shape(model.init, jax.random.key(0))
+  variables = model.shapes()
   return {k: tuple(v.shape) for k, v in leaves(*variables).items()}
 
 

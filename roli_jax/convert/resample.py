@@ -65,7 +65,7 @@ def to_size(
     ValueError: the backbone can't take images of that side.
   """
   model = dataclasses.replace(model, image_size=image_size)
-  like, _ = jax.eval_shape(model.init, jax.random.key(0))
+  like, _ = model.shapes()
   shapes = {k: v.shape for k, v in trees.paths(like.backbone).items()}
   leaves = trees.paths(params.backbone)
   changed = [p for p, leaf in leaves.items() if leaf.shape != shapes[p]]

@@ -4,9 +4,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
-from roli_jax import keys, models, peft, sharding, specs, step
+from roli_jax import models, peft, sharding, specs, step
 from roli_jax.experiment.run import Run, expand_stages
 from roli_jax.experiment.stages import Stage
 from roli_jax.files import checkpoint
@@ -39,7 +37,7 @@ def restore(
       f"{directory.parent} has a head of {model.num_classes} classes,"
       f" {run.config['data']['name']} has {classes}"
     )
-  shapes = jax.eval_shape(model.init, keys.root(0))
+  shapes = model.shapes()
   placed = sharding.ruled(shapes, run.mesh)
   with checkpoint.manager(directory.parent, reading=True) as checkpoints:
     best_step = int(directory.name)

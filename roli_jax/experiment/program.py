@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from roli_jax import attacks, keys, models, objectives, peft, sharding, step
+from roli_jax import attacks, models, objectives, peft, sharding, step
 from roli_jax import state as states
 from roli_jax.experiment import build
 from roli_jax.experiment.run import Run, training_images
@@ -129,7 +129,7 @@ def _compile(run: Run, stage: Stage) -> Program:
       f"the loss autolora and the method autolora go together, got"
       f" {stage.name}.loss.name={stage.loss} with method={method.name}"
     )
-  params, stats = jax.eval_shape(model.init, keys.root(0))
+  params, stats = model.shapes()
   tx = build.build_optimizer(run, stage, method.labels(params))
   train_step = step.make_train_step(
     models.with_options(for_devices(run, model), dtype=run.compute_dtype),

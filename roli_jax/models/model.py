@@ -69,6 +69,10 @@ class Model:
     )
     return params, variables.get("batch_stats", {})
 
+  def shapes(self) -> tuple[Params, PyTree]:
+    """The shapes of what `init` returns; traced once for equal models."""
+    return _init.eval_shape(self, keys.root(0))
+
   def __call__(
     self,
     params: Params,
@@ -155,3 +159,6 @@ class Model:
       wider = jnp.promote_types(features.dtype, jnp.float32)
       features = features.astype(wider)
     return features, changed
+
+
+_init = jax.jit(Model.init, static_argnums=0)

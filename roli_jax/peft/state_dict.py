@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from roli_jax import convert, models, specs, trees
@@ -82,7 +81,7 @@ def load(
   model = METHODS[method](**fields).apply_to(
     with_classes(bundle.model, len(classifier))
   )
-  like, _ = jax.eval_shape(model.init, jax.random.key(0))
+  like, _ = model.shapes()
   shapes = trees.paths({"peft": like.peft, "head": like.head})
   theirs = {_name(path): path for path in shapes}
   turned = {key: _turned(key, array) for key, array in arrays.items()}

@@ -77,7 +77,7 @@ def lower(
   if chosen.attack is None:
     return _lower_step(run, chosen.stage)
   model = build_model(run, chosen.stage)
-  variables = jax.eval_shape(model.init, keys.root(0))
+  variables = model.shapes()
   return measure.lower(
     run, build_predict(run, chosen.stage), variables, chosen.attack
   )

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from roli_jax import convert, data, keys, models, peft, sharding, specs
+from roli_jax import convert, data, models, peft, sharding, specs
 from roli_jax.experiment.build import build_model, method_fields
 from roli_jax.experiment.run import Run, backbone_sizes, build_run
 from roli_jax.experiment.stages import Stage
@@ -68,7 +68,7 @@ def planned(
       backbone.get("image_size") or None,
       **told,
     )
-    return convert.Bundle(model, *jax.eval_shape(model.init, keys.root(0)))
+    return convert.Bundle(model, *model.shapes())
 
   return dataclasses.replace(
     run, config=config, mesh=over, data=splits, load=load

@@ -357,7 +357,7 @@ def borda(configs: Sequence[Mapping[K, float]]) -> list[int]:
   The lowest value has rank 1; equal values share the lowest of their ranks, as
   in the Guide.
 
-  Example:
+  Examples:
     >>> borda([{"clean": 0.9, "linf": 0.1}, {"clean": 0.8, "linf": 0.1}])
     [3, 2]
 

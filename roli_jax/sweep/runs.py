@@ -47,7 +47,7 @@ class SweptRun:
 def grid(words: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
   """Returns all combinations of the alternatives in a command line.
 
-  Example:
+  Examples:
     >>> grid(["--config=X.py:method=full|lora", "--config.seed=0|1"])[1]
     ('method=full-seed=1', ('--config=X.py:method=full', '--config.seed=1'))
 
