@@ -18,7 +18,7 @@ GOOD = "print('good')"
 BAD = "sys.exit(2)"
 KILLED_ONCE = f"{FIRST} os.kill(os.getpid(), 9) if first else print('good')"
 ALWAYS_KILLED = "os.kill(os.getpid(), 9)"
-WAITS_ONCE = f"{FIRST} time.sleep(600 if first else 0)"
+WAITS = "\nwhile not os.path.exists('go'): time.sleep(0.05)"
 
 
 @pytest.fixture
@@ -35,7 +35,8 @@ def job(tmp_path):
 
 
 def starts(tmp_path, name):
-  return [int(pid) for pid in (tmp_path / name).read_text().split()]
+  file = tmp_path / name
+  return [int(pid) for pid in file.read_text().split()] if file.exists() else []
 
 
 def test_here_a_cell_that_is_killed_has_failed(job, tmp_path):
@@ -77,34 +78,29 @@ def test_a_ray_cluster_runs_again_what_a_killed_node_had(
 ):
   from ray import cluster_utils
 
-  head = {"num_cpus": 0, "include_dashboard": False}
+  head = {"num_cpus": 1, "include_dashboard": False}
   cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
   try:
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    lost = cluster.add_node(num_cpus=1)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    jobs = [job("good", GOOD), job("bad", BAD), job("waits", WAITS_ONCE)]
+    names = ("first", "second")
+    jobs = [job("bad", BAD), *(job(name, WAITS) for name in names)]
     ended = engines.ENGINES["ray"](jobs)
-    # These two end, and only the one that waits is left to be lost.
-    found = {
-      one.name: succeeded for one, succeeded in (next(ended), next(ended))
-    }
-    _wait((tmp_path / "waits").exists)
-    (left,) = starts(tmp_path, "waits")
-    worker = _parent(left)
-    (lost,) = [
-      node
-      for node in nodes
-      if _parent(worker)
-      in [one.process.pid for one in node.all_processes["raylet"]]
-    ]
+    one, succeeded = next(ended)
+    found = {one.name: succeeded}
+    _wait(lambda: all(starts(tmp_path, name) for name in names))  # one a node
+    cells = {name: starts(tmp_path, name)[0] for name in names}
+    (raylet,) = [one.process.pid for one in lost.all_processes["raylet"]]
+    (its,) = [k for k in names if _parent(_parent(cells[k])) == raylet]
     cluster.remove_node(lost, allow_graceful=False)
+    _wait(lambda: not _is_there(cells[its]))
+    (tmp_path / "go").touch()
     found |= {one.name: succeeded for one, succeeded in ended}
-    assert found == {"good": True, "bad": False, "waits": True}
-    assert len(starts(tmp_path, "waits")) == 2
-    assert len(starts(tmp_path, "bad")) == 1
-    _wait(lambda: not _is_there(left))
   finally:
     cluster.shutdown()
+  assert found == {"bad": False, "first": True, "second": True}
+  counts = {name: len(starts(tmp_path, name)) for name in found}
+  assert counts == {"bad": 1, "first": 1, "second": 1, its: 2}
 
 
 def _parent(pid):
@@ -113,9 +109,9 @@ def _parent(pid):
 
 def test_a_cell_ends_with_who_runs_it(job, tmp_path):
   code = "import subprocess, sys; subprocess.run(sys.argv[1:])"
-  waits = engines._tied(job("waits", WAITS_ONCE).command)
+  waits = engines._tied(job("waits", WAITS).command)
   parent = subprocess.Popen([sys.executable, "-c", code, *waits], cwd=tmp_path)
-  _wait(lambda: (tmp_path / "waits").exists() and starts(tmp_path, "waits"))
+  _wait(lambda: starts(tmp_path, "waits"))
   (left,) = starts(tmp_path, "waits")
   parent.kill()
   parent.wait()
