@@ -235,14 +235,6 @@ def _swin(head: str, prefix: str = "", late: bool = False) -> Rules:
 _SWIN_BUFFERS = (r".*\.relative_position_index", r".*\.attn_mask")
 
 _CONVNEXT: Rules = (
-  (rf"{_STAGE}/block(\d+)/sparse", r"stages.\1.blocks.\2.drop_path.1"),
-  (rf"{_STAGE}/block(\d+)/mlp/sparse", r"stages.\1.blocks.\2.mlp.act.0"),
-)
-# What counted the batches that MeanSparse has its statistics of.
-variant_names.SPARSE_COUNTERS = (
-  r".*\.(flag_update_statistics|batch_num|momentum|epsilon)",
-)
-_CONVNEXT: Rules = (
   ("backbone/stage0/embed", "stem.0"),
   ("backbone/stage0/patch_norm", "stem.1"),
   (f"{_STAGE}/patch_norm", r"stages.\1.downsample.0"),
