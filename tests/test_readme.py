@@ -1,37 +1,43 @@
-"""What the README prints works as printed."""
+"""What README.md and the pages of docs/ print works as printed."""
 
-import importlib
+import pathlib
 import re
+import shlex
 
 import numpy as np
 import pytest
 
-from configs import cifar_roli, glyphs_roli, roli
-from roli_jax import convert, main, models
+from configs import cifar_roli, roli
+from roli_jax import convert, models
 from roli_jax.convert import registry
+from roli_jax.experiment import command_line
+from roli_jax.sweep import runs
 
-CONFIGS = (
-  "glyphs_roli",
-  "glyphs_pretrain",
-  "bench",
-  "cifar_roli",
-  "convert",
-  "evaluate",
-  "guide",
-  "pretrain",
-  "roli",
-  "tiny_roli",
-)
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
-@pytest.fixture(scope="module")
-def readme(root):
-  return (root / "README.md").read_text()
+def _commands():
+  """Each command that a page prints, with the page: words after the program."""
+  for page in PAGES:
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.M | re.S)
+    text = "".join(blocks).replace("\\\n", " ")
+    for line in re.findall(
+      r"^ *(?:python -m roli_jax\.main|roli) (.*)", text, re.M
+    ):
+      yield page.stem, *shlex.split(line, comments=True)
 
 
-def test_the_library_example_runs_and_trains(readme, capsys, devices):
+COMMANDS = list(_commands())
+
+
+def _python(page):
+  return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_the_library_example_runs_and_trains(root, capsys, devices):
   devices(1)
-  code, _ = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+  code, _ = _python(root / "docs" / "library.md")
   names = {}
   exec(code, names)
   result = names["result"]
@@ -39,12 +45,21 @@ def test_the_library_example_runs_and_trains(readme, capsys, devices):
   assert "value" in capsys.readouterr().out
 
 
+def test_your_own_model_is_attacked_in_ten_lines(root, capsys, devices):
+  devices(1)
+  (code,) = _python(root / "README.md")
+  assert len(code.splitlines()) <= 10
+  exec(code.replace("(32, 8", "(16, 8"), {})
+  assert "'apgd_ce'" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_attack_example_runs_and_goes_on(
-  readme, capsys, devices, tmp_path, monkeypatch
+  root, capsys, devices, tmp_path, monkeypatch
 ):
   devices(1)
   monkeypatch.chdir(tmp_path)
-  _, code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+  _, code = _python(root / "docs" / "library.md")
   names = {}
   exec(code.replace("(32, 8", "(16, 8"), names)
   assert "pass gradients" in capsys.readouterr().out
@@ -100,22 +115,39 @@ def test_the_table_of_models_names_all(root):
     assert re.search(rf"\b{format}\b", table), format
 
 
-def test_what_it_says_of_the_example_holds(readme):
-  assert len(re.findall(r"^python -m roli_jax\.main", readme, re.M)) == 28
-  for config in re.findall(r"--config=configs/(\w+)\.py", readme):
-    assert config in CONFIGS
-  for config, text in re.findall(
-    r"configs/((?:cifar_)?roli)\.py:(\S+)", readme
-  ):
-    importlib.import_module(f"configs.{config}").get_config(text)
-  for table in re.findall(r":table=(\w+)", readme):
-    assert table in glyphs_roli.TABLES
-  for mode in re.findall(r"--mode=(\w+)", readme):
-    assert mode in main.MODES
+def test_commands_stand_on_all_pages_that_print_them():
+  assert len(COMMANDS) >= 60
+  pages = {page for page, *_ in COMMANDS}
+  assert {"README", "first_run", "recipes", "install", "zoo"} <= pages
 
 
-def test_every_module_stands_on_the_map(readme, root):
-  block = readme.split("## The map")[1].split("```")[1]
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_printed_command_is_understood(words, root, monkeypatch):
+  monkeypatch.chdir(root)
+  # What the reader fills in, or the shell.
+  given = [
+    re.sub(r"\bmine\.py", "configs/glyphs_roli.py", word).replace(
+      "$table", "default"
+    )
+    for word in words[1:]
+    if word != "$MUON"
+  ]
+  if "..." in given:
+    return
+  if not any(word.startswith("--config=") for word in given):
+    given.append("--config=glyphs_roli")  # in place of the run's own
+  command = command_line.parse(given)
+  assert command.mode in command_line.MODES
+  if command.mode == "sweep":
+    cells = runs.swept_runs(
+      command.swept, lambda words: command_line.parse(words).config
+    )
+    assert len(list(cells)) > 1
+
+
+def test_every_module_stands_on_the_map(root):
+  page = (root / "docs" / "architecture.md").read_text()
+  block = page.split("## The map")[1].split("```")[1]
   named = set(re.findall(r"(\w+)(?:\.py|/)", block))
   modules = {path.stem for path in (root / "roli_jax").iterdir()}
   small = {
@@ -126,14 +158,14 @@ def test_every_module_stands_on_the_map(readme, root):
   assert modules - small - hidden <= named
 
 
-def test_the_readme_names_files_that_are_there(readme, root):
-  for name in re.findall(r"\]\((\S+?)\)", readme):
-    assert (root / name).is_file(), name
+def test_links_arrive_in_a_checkout():
+  for page in PAGES:
+    for name in re.findall(r"\]\((?!http)([^\s)#]+)", page.read_text()):
+      assert (page.parent / name).is_file(), (page.name, name)
 
 
 def test_an_interval_says_what_it_is(root):
-  paths = [root / "README.md", *(root / "docs").glob("*.md")]
-  paths += [*(root / "colabs").glob("*.ipynb")]
+  paths = [*PAGES, *(root / "colabs").glob("*.ipynb")]
   paths += [*(root / "roli_jax").rglob("*.py")]
   for path in paths:
     text = re.sub(r'(\s|"|\\n|,)+', " ", path.read_text())
