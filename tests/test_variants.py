@@ -39,6 +39,7 @@ VITS = {
 NETS = {
   "mobilenetv3": ("mobilenetv3_l", "mobilenetv3"),
   "lite0": ("efficientnet_lite0", "efficientnet"),
+  "hf_b0": ("efficientnet_b0", "transformers_efficientnet"),
   "regnetx": ("regnetx_004", "regnet"),
 }
 FACTS = json.loads((golden.FOLDER / "variants" / "facts.json").read_text())

@@ -150,11 +150,12 @@ _EFFICIENT = (
 
 def _efficientnet(gates: bool, **options: Any) -> functools.partial[MobileNet]:
   """The smallest EfficientNet, with or without gates."""
-  before, stages = 32, []
+  before = 32
+  stages: list[tuple[mobile.Inverted, ...]] = []
   for depth, size, stride, factor, width in _EFFICIENT:
     inputs = (before, *(width,) * (depth - 1))
     hidden = [factor * n for n in inputs]
-    squeezed = [n // 4 for n in inputs] if gates else ()
+    squeezed = [n // 4 for n in inputs] if gates else []
     stages.append(mobile.stage(size, stride, width, hidden, squeezed))
     before = width
   return functools.partial(
