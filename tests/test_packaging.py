@@ -14,6 +14,7 @@ from roli_jax import corruptions, data, main
 from roli_jax.data import decode, glyphs, tfds
 from roli_jax.results import page
 from roli_jax.results.pictures import empty
+from roli_jax.sweep.engines import ENGINES
 from tests import cli, pictures
 
 TEST_TOOLS = {
@@ -86,6 +87,8 @@ CALLS = {
   ),
   "plots": ("matplotlib", "plots", lambda _: empty(1, 1)),
   "page": ("plotly", "plots", lambda path: page.write(path, [])),
+  "slurm": ("submitit", "slurm", lambda _: next(ENGINES["submitit"]([]))),
+  "ray": ("ray", "ray", lambda _: next(ENGINES["ray"]([]))),
 }
 
 
