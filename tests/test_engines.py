@@ -1,5 +1,6 @@
 """Engines of sweeps: what is lost is given again, what fails is not."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -61,6 +62,12 @@ def test_submitit_runs_again_what_was_lost_alone(job, tmp_path, monkeypatch):
   }  # fmt: skip
 
 
+def test_slurm_has_no_tpus(job):
+  asks = dataclasses.replace(job("tpu", GOOD), num_tpus=4)
+  with pytest.raises(ValueError, match="tpu asks for TPU chips"):
+    next(engines.ENGINES["submitit"]([asks]))
+
+
 def _is_there(pid):
   return pathlib.Path(f"/proc/{pid}").exists()
 
@@ -84,7 +91,8 @@ def test_a_ray_cluster_runs_again_what_a_killed_node_had(
     lost = cluster.add_node(num_cpus=1)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     names = ("first", "second")
-    jobs = [job("bad", BAD), *(job(name, WAITS) for name in names)]
+    jobs = [job("bad", BAD), job("killed", KILLED_ONCE)]
+    jobs += [job(name, WAITS) for name in names]
     ended = engines.ENGINES["ray"](jobs)
     one, succeeded = next(ended)
     found = {one.name: succeeded}
@@ -98,9 +106,10 @@ def test_a_ray_cluster_runs_again_what_a_killed_node_had(
     found |= {one.name: succeeded for one, succeeded in ended}
   finally:
     cluster.shutdown()
-  assert found == {"bad": False, "first": True, "second": True}
-  counts = {name: len(starts(tmp_path, name)) for name in found}
-  assert counts == {"bad": 1, "first": 1, "second": 1, its: 2}
+  assert not found.pop("bad")
+  assert found == {"killed": True, "first": True, "second": True}
+  counts = {one.name: len(starts(tmp_path, one.name)) for one in jobs}
+  assert counts == {"bad": 1, "killed": 2, "first": 1, "second": 1, its: 2}
 
 
 def _parent(pid):

@@ -92,6 +92,12 @@ def _here(jobs: Sequence[Job]) -> Iterator[tuple[Job, bool]]:
 def _on_submitit(jobs: Sequence[Job]) -> Iterator[tuple[Job, bool]]:
   """A job of Slurm each; without Slurm, all at once on this machine."""
   extras.need("submitit")
+  for job in jobs:
+    if job.num_tpus:
+      raise ValueError(
+        f"{job.name} asks for TPU chips, and Slurm hands out GPUs; take"
+        " --sweep_on=ray"
+      )
   running = {_submitted(job): (job, 1) for job in jobs}
   try:
     while running:
