@@ -339,7 +339,7 @@ LAYOUTS = (
   Layout(
     "open_clip_convnext", ("open_clip",), models.ConvNext,
     r"visual\.trunk\.stages\.\d+\.blocks\.\d+\.conv_dw\.weight",
-    _convnext("visual.trunk.", ("head/kernel", "visual.head.proj")),
+    _convnext("visual.trunk.", ("head/kernel", "visual.head.proj.weight")),
     dropped=vit_names.TEXTS,
   ),
   Layout(
