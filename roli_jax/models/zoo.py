@@ -122,7 +122,7 @@ _EFFICIENT = (
 )  # fmt: skip
 
 
-def _efficientnet(gates: bool, **options: Any) -> functools.partial[nn.Module]:
+def _efficientnet(gates: bool, **options: Any) -> functools.partial[MobileNet]:
   """The smallest EfficientNet, with or without gates."""
   before = 32
   stages: list[tuple[mobile.Inverted, ...]] = []
