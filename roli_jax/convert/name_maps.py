@@ -314,7 +314,9 @@ LAYOUTS = (
   Layout(
     "open_clip_convnext", ("open_clip",), models.ConvNext,
     r"visual\.trunk\.stages\.\d+\.blocks\.\d+\.conv_dw\.weight",
-    stage_names.convnext("visual.trunk.", ("head/kernel", "visual.head.proj")),
+    stage_names.convnext(
+      "visual.trunk.", ("head/kernel", "visual.head.proj.weight")
+    ),
     dropped=vit_names.TEXTS,
   ),
   Layout(
