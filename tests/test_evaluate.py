@@ -214,8 +214,9 @@ def test_the_judge_is_precise_whatever_the_model_asks_for(toy):
     classifier._in_eights, static_argnums=(0, 1, 2)
   )
   text = in_eights.lower(
-    on.mesh, classifier._judge, 1, ((), keys.root(0)), (examples,)
-  ).as_text()
+    on.mesh, classifier._judge, 1, ((), keys.root(0)), (examples,),
+    np.ones(64, bool),
+  ).as_text()  # fmt: skip
   assert "HIGHEST" in text
 
 

@@ -135,7 +135,7 @@ def run(
     update(int((attack.length - running.steps[called_off]).sum()))
     running = running.at(~called_off)
     fresh: list[tuple[int, int]] = []
-    while queue and len(running) + len(fresh) < pool.sizes[-1]:
+    while queue and len(running) + len(fresh) < pool.function.sizes[-1]:
       pair = queue.popleft()
       if is_called_off(*pair):
         update(attack.length)
@@ -223,14 +223,10 @@ class _Pool:
     function: the function.
     attack: the search.
     subjects: the images.
-    sizes: how many rows a batch may have, smallest first.
   """
 
   def __init__(self, function: Classifier, attack: Search, subjects: Subjects):
     self.function, self.attack, self.subjects = function, attack, subjects
-    # On a CPU eight rows without a job cost nothing: one size will do.
-    on_cpu = classifier.runs_on_cpu(function.mesh)
-    self.sizes = function.sizes[-1:] if on_cpu else function.sizes
     # The attack as a job sees it: other numbers of jobs compile nothing.
     self._of_a_job = dataclasses.replace(
       attack, num_restarts=1, num_targets=min(1, attack.num_targets)
@@ -254,11 +250,9 @@ class _Pool:
       The jobs where they are now, which of them are done, bool [b], and how
       many steps all rows have taken, those without a job among them.
     """
-    devices, total = self.function.mesh.size, len(running)
-    size = min(s for s in self.sizes if s >= total)
-    # By eights, each device in turn: few jobs are spread over all of them.
-    eights = np.arange(size).reshape(devices, -1, classifier.SMALLEST)
-    places = eights.swapaxes(0, 1).ravel()[:total]
+    total = len(running)
+    size = min(s for s in self.function.sizes if s >= total)
+    places = self.function.places(size, total)
     self._rows, counts = self._advance(
       self.function.mesh,
       self.function.dtype,
@@ -276,7 +270,7 @@ class _Pool:
 
   def lower(self) -> Lowered:
     """The program that takes a full batch on by all steps, not compiled."""
-    none = np.zeros(self.sizes[-1], np.int64)
+    none = np.zeros(self.function.sizes[-1], np.int64)
     news = self._starts(none, none)
     rows = jax.eval_shape(_empty, self._of_a_job, self._key, news)
     fresh = jax.ShapeDtypeStruct(none.shape, bool)

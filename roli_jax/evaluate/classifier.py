@@ -5,6 +5,7 @@ nor on how many devices there are.
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -82,11 +83,21 @@ class Classifier:
   def sizes(self) -> tuple[int, ...]:
     """The sizes of batches that programs are compiled for, smallest first.
 
-    Multiples of eight rows a device: the batch size, a quarter and a 16th.
+    Multiples of eight rows a device: the batch size, a quarter and a 16th. On a
+    CPU, where eight rows of which none counts cost nothing, the first alone.
     """
     unit = SMALLEST * self.mesh.size
     large = unit * -(-self.batch_size // unit)
-    return tuple(sorted({unit * -(-large // (k * unit)) for k in (1, 4, 16)}))
+    parts = (1,) if runs_on_cpu(self.mesh) else (1, 4, 16)
+    return tuple(sorted({unit * -(-large // (k * unit)) for k in parts}))
+
+  def places(self, size: int, count: int) -> np.ndarray:
+    """Where so many rows stand in a batch, int [count].
+
+    By eights, each device in turn: few rows are spread over all devices.
+    """
+    eights = np.arange(size).reshape(self.mesh.size, -1, SMALLEST)
+    return eights.swapaxes(0, 1).ravel()[:count]
 
   def judge(
     self, examples: Examples
@@ -156,7 +167,10 @@ class Classifier:
     )
     whole = (attack, self.params, keys.root(self.seed))
     parts = (examples, array(jnp.float32))
-    return in_eights.lower(self.mesh, _attack, self.dtype, whole, parts)
+    counted = array(jnp.bool_)
+    return in_eights.lower(
+      self.mesh, _attack, self.dtype, whole, parts, counted
+    )
 
   def _on_all(
     self,
@@ -186,13 +200,13 @@ class Classifier:
     examples: Examples,
     *others: np.ndarray,
   ) -> Iterator[tuple[slice, Any, int]]:
-    """Runs a program on the rows, in pieces of two sizes.
+    """Runs a program on the rows, in pieces of the two largest sizes.
 
     The last piece is filled up with copies of the last row.
 
     Yields:
       The rows of a piece, what the program returns for them, as NumPy arrays,
-      and how many rows were padding.
+      and how many rows that were run were padding.
     """
     in_eights = self.programs.compiled(_in_eights, static_argnums=(0, 1, 2))
     indices = examples.indices.astype(np.uint32)  # what keys are folded from
@@ -202,15 +216,20 @@ class Classifier:
     while start < n:
       size = large if n - start >= large else small
       stop = min(start + size, n)
-      at = np.minimum(np.arange(start, start + size), n - 1)
+      places = self.places(size, stop - start)
+      at, counted = np.full(size, stop - 1), np.zeros(size, bool)
+      at[places], counted[places] = np.arange(start, stop), True
       piece = (examples[at], *(x[at] for x in others))
-      parts = sharding.spread(piece, self.mesh)
-      found = in_eights(self.mesh, program, setting, whole, parts)
-      count = stop - start
-      real = jax.tree.map(
-        lambda x, count=count: x[:count], sharding.fetch(found)
+      *parts, counted = sharding.spread((*piece, counted), self.mesh)
+      found = in_eights(
+        self.mesh, program, setting, whole, tuple(parts), counted
       )
-      yield slice(start, stop), real, size - count
+      real = jax.tree.map(
+        lambda x, places=places: x[places], sharding.fetch(found)
+      )
+      eights = -(-len(places) // SMALLEST)
+      ran = eights * SMALLEST if runs_on_cpu(self.mesh) else size
+      yield slice(start, stop), real, ran - len(places)
       start = stop
 
 
@@ -347,11 +366,18 @@ def _in_eights(
   setting: int | str | None,
   whole: PyTree,
   parts: tuple[PyTree, ...],
+  counted: Bool[Array, " b"],
 ) -> Any:
-  """A program on each device's share of the rows of `parts`."""
-  return map_in_eights(
-    lambda *args: program(fn, setting, *args), mesh, whole, parts
-  )
+  """A program on each device's share of the rows of `parts` that count."""
+
+  def run(whole: PyTree, counted: Bool[Array, " b"], *parts: PyTree) -> Any:
+    found = functools.partial(program, fn, setting, whole, *parts)
+    if not runs_on_cpu(mesh):
+      return found()
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(found))
+    return jax.lax.cond(counted.any(), found, lambda: nothing)
+
+  return map_in_eights(run, mesh, whole, (counted, *parts))
 
 
 def runs_on_cpu(mesh: Mesh) -> bool:
