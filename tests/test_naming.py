@@ -43,7 +43,7 @@ FOREIGN = {
     "features.0.weight": zeros(8, 3, 3, 3),
     "classifier.6.weight": zeros(2, 8),
   },
-  "Google's ViT": {"cls": zeros(1, 1, 8), "Transformer/encoder/bias": zeros(8)},
+  "Haiku's": {"net/~/linear/w": zeros(8, 8), "net/~/linear/b": zeros(8)},
   "Hugging Face's": {"vit.encoder.layer.0.attention.query.weight": zeros(8, 8)},
 }
 

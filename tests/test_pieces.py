@@ -105,7 +105,8 @@ def test_killed_it_goes_on_and_attacks_no_finished_piece_again(
   # Pieces are no matter of the batch, which may have been too large.
   found = go(build_run({**run.config, "eval_batch_size": 8}))
   same(found, whole)
-  np.testing.assert_array_equal(found.adv, whole.adv)
+  # A program for another size of batch rounds otherwise.
+  np.testing.assert_allclose(found.adv, whole.adv, atol=1e-6)
   assert before < entries()
   later = {file.parent.name for file, _ in entries() - before}
   assert later == {"piece-00001", "piece-00002"}

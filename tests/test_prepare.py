@@ -284,9 +284,12 @@ def test_prepare_refuses_what_it_can_not_fetch(home, tmp_path):
   )
   assert cars.returncode == 2 and "kaggle.com" in cars.stderr
   made_cifar.folders(home / "data/cifar10", "cifar10")
-  weights = cli.run("--config=cifar_roli", "--mode=prepare", cwd=home)
+  weights = cli.run(
+    "--config=cifar_roli", "--config.backbone.weights=ares", "--mode=prepare",
+    cwd=home,
+  )  # fmt: skip
   assert weights.stdout == "cifar10 is there\n"
-  assert weights.returncode == 2 and "aresbench" in weights.stderr
+  assert weights.returncode == 2 and "swin_b at 'ares'" in weights.stderr
   bench = cli.run("--config=bench", "--mode=prepare", cwd=home)
   assert bench.returncode == 2 and "nothing to fetch" in bench.stderr
   for done in (cars, weights, bench):
