@@ -35,6 +35,14 @@ VITS = {
     CLIP, num_heads=1, act=models.ACTS["quick_gelu"]
   ),
 }  # fmt: skip
+# EVA-02, which names and shapes tell from other ViTs.
+EVA = functools.partial(
+  SMALL, hidden=170, pool="mean", fc_norm=True, eva=True, act=jax.nn.silu
+)
+EVAS = {
+  "eva02": functools.partial(EVA, gate_norm=True),
+  "eva02_fused": EVA,
+}
 # Of full size, on images of 64 x 64, with the layouts of their names.
 NETS = {
   "mobilenetv3": ("mobilenetv3_l", "mobilenetv3"),
@@ -48,7 +56,8 @@ FACTS = json.loads((golden.FOLDER / "variants" / "facts.json").read_text())
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
   """The small ViTs are models too."""
-  entries = {name: Entry(make, image_size=32) for name, make in VITS.items()}
+  makes = {**VITS, **EVAS}
+  entries = {name: Entry(make, image_size=32) for name, make in makes.items()}
   monkeypatch.setattr(models, "MODELS", {**models.MODELS, **entries})
 
 
@@ -58,9 +67,11 @@ def state_of(name):
     name, layout = NETS[name]
     model = models.create(name, 1000, 64)
   else:
-    layout = {"clip_timm": "clip_vit", "clip_bare": "open_clip_visual"}.get(
-      name, "vit"
-    )
+    layout = {
+      "clip_timm": "clip_vit",
+      "clip_bare": "open_clip_visual",
+      **dict(zip(EVAS, EVAS, strict=True)),
+    }.get(name, "vit")
     model = models.create(name, 10)
   if name == "distilled":
     model = dataclasses.replace(model, head=heads.Pair(10))
@@ -77,7 +88,7 @@ def state_of(name):
   return model, values
 
 
-@pytest.mark.parametrize("name", [*VITS, *NETS])
+@pytest.mark.parametrize("name", [*VITS, *EVAS, *NETS])
 def test_names_and_parameters_are_the_originals(name):
   model, state = state_of(name)
   params, _ = jax.eval_shape(model.init, keys.root(0))
@@ -117,7 +128,10 @@ def of_original(name, model, params, stats):
 
 
 @pytest.mark.parametrize(
-  "name", mostly_slow(VITS, "deit3", "distilled", "reg_avg", "clip_bare")
+  "name",
+  mostly_slow(
+    [*VITS, *EVAS], "deit3", "distilled", "reg_avg", "clip_bare", *EVAS
+  ),
 )
 def test_variants_of_vits_are_the_originals(name):
   model, state = state_of(name)

@@ -35,7 +35,8 @@ _TORCH = {
 }
 
 
-_KINDS = ("clip", "same", "stem", "sparse", "group")
+_KINDS = ("clip", "same", "stem", "sparse", "group", "gate_norm", "eva")
+_FIRST = re.compile("/(q|gate)/")  # of what is stacked
 # What ViTs have in layouts that have no names for more.
 _USUAL = {
   "distilled": False, "registers": 0, "scaled": False, "cls_positions": True,
@@ -117,12 +118,15 @@ class Layout:
     raise ValueError(f"the layout {self.name} has no name for {path}")
 
   def keys(self, paths: Iterable[str]) -> dict[str, list[str]]:
-    """Returns the paths behind each foreign key, in their order: q, k, v."""
+    """Returns the paths behind each foreign key, in their order: q, k, v.
+
+    The two of a gated MLP are a gate and what it gates.
+    """
     leaves: dict[str, list[str]] = {}
     for path in paths:
       leaves.setdefault(self.key(path), []).append(path)
     for stacked in leaves.values():
-      stacked.sort(key=lambda path: ("/q/" not in path, path))
+      stacked.sort(key=lambda path: (not _FIRST.search(path), path))
     return leaves
 
   def outward(self, key: str, paths: list[str], leaves: list[Any]) -> Any:
@@ -282,6 +286,19 @@ LAYOUTS = (
     r"norm_pre\.weight",
     (("backbone/pre_norm", "norm_pre"), *_TIMM_VIT),
     kind="clip",
+    pools=True,
+  ),
+  # So have these.
+  Layout(
+    "eva02", ("timm",), models.Vit,
+    r"blocks\.\d+\.attn\.q_proj\.weight", (*vit_names.EVA02, *_TIMM_VIT),
+    kind="gate_norm",
+    pools=True,
+  ),
+  Layout(
+    "eva02_fused", ("timm",), models.Vit,
+    r"blocks\.\d+\.attn\.q_bias", (*vit_names.EVA02_FUSED, *_TIMM_VIT),
+    kind="eva",
     pools=True,
   ),
   Layout(

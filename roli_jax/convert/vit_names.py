@@ -40,6 +40,17 @@ def open_clip(prefix: str = "") -> Rules:
   )
 
 
+# These stand in front of timm's rules of other ViTs.
+EVA02: Rules = (
+  (f"{_BLOCK}/attn/([qkv])", r"blocks.\1.attn.\2_proj"),
+  (f"{_BLOCK}/mlp/gate", r"blocks.\1.mlp.fc1_g"),
+  (f"{_BLOCK}/mlp/fc1", r"blocks.\1.mlp.fc1_x"),
+)
+EVA02_FUSED: Rules = (
+  (f"{_BLOCK}/attn/([qv])/bias", r"blocks.\1.attn.\2_bias"),
+  (f"{_BLOCK}/mlp/gate", r"blocks.\1.mlp.fc1"),
+)
+
 # What open_clip's files hold of the text tower.
 TEXTS = (
   "positional_embedding", "text_projection", "logit_scale", "attn_mask",

@@ -22,6 +22,7 @@ from roli_jax.models.mobile import MobileNet
 from roli_jax.models.preact import PreactResNet
 from roli_jax.models.resnet import ResNet
 from roli_jax.models.stem import Convs
+from roli_jax.models.vit import Vit
 from roli_jax.models.xcit import Xcit
 
 CLIP = (
@@ -194,6 +195,22 @@ def _family(
   return FAMILIES[name].backbone({**patch, **sizes}, **options)
 
 
+def _eva(width: int, depth: int, num_heads: int, **options: Any) -> Any:
+  """An EVA-02 (Fang et al. 2024), by default of patches of 14."""
+  return functools.partial(
+    Vit,
+    width=width,
+    depth=depth,
+    num_heads=num_heads,
+    hidden=8 * width // 3,
+    pool="mean",
+    fc_norm=True,
+    eva=True,
+    act=jax.nn.silu,
+    **{"patch": 14, **options},
+  )
+
+
 _TINY = {"patch": 2, "width": 32, "depth": 2, "heads": 2}
 # Of 8 x 8 grey images. The first has weights that come with the package; the
 # others are toys of each family, to try a whole run with.
@@ -210,6 +227,7 @@ _GLYPHS: dict[str, Callable[..., nn.Module]] = {
   "glyph_deit": _family(
     "vit", _TINY, registers=2, cls_positions=False, scaled=True
   ),
+  "glyph_eva": _eva(32, 2, 2, patch=2, gate_norm=True),
   "glyph_clip": _family("vit", _TINY, clip=True, eps=1e-5),
   "glyph_swin": _family(
     "swin", {"patch": 1, "width": 16, "depth": (2, 2), "heads": (2, 4)}
@@ -356,6 +374,8 @@ MODELS: dict[str, Entry] = {
     )
     for size, patch in (("b", 16), ("b", 32), ("l", 14))
   },
+  "eva02_ti14": Entry(_eva(192, 12, 3), CLIP),
+  "eva02_b14": Entry(_eva(768, 12, 12, gate_norm=True), CLIP),
   # Of photographs.
   "tiny32": Entry(
     _family(

@@ -28,7 +28,7 @@ FACTORS = {
     "glyph_vit_token", "glyph_clip", "glyph_swin", "glyph_convnext",
     "glyph_resnet", "glyph_wrn", "glyph_preact", "glyph_deit",
     "glyph_mobile", "glyph_regnet", "glyph_vit_stem", "glyph_convnext_stem",
-    "glyph_xcit",
+    "glyph_xcit", "glyph_eva",
   ),
   "method": tuple(peft.METHODS),
   "loss": (
@@ -59,7 +59,7 @@ def can_be(case):
   """Whether the config's rules allow it."""
   has_tokens = case["backbone"] in ("glyph_vit_token", "glyph_clip",
                                     "glyph_swin", "glyph_deit",
-                                    "glyph_vit_stem")  # fmt: skip
+                                    "glyph_vit_stem", "glyph_eva")  # fmt: skip
   has_statistics = case["backbone"] in (
     "glyph_resnet", "glyph_wrn", "glyph_preact", "glyph_mobile",
     "glyph_regnet", "glyph_xcit",

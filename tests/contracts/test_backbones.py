@@ -45,6 +45,7 @@ FORMATS = [
   ("glyph_wrn", "robustbench"),
   ("glyph_preact", "robustbench"),
   ("glyph_deit", "timm"),
+  ("glyph_eva", "timm"),
   ("glyph_mobile", "timm"),
   ("glyph_regnet", "timm"),
 ]
