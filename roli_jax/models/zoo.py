@@ -9,6 +9,7 @@ import jax
 from flax import linen as nn
 
 from roli_jax.models import layers, mobile
+from roli_jax.models.coatnet import Coatnet
 from roli_jax.models.families import (
   CIFAR,
   FAMILIES,
@@ -187,6 +188,21 @@ _MOBILES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+# Of timm's own, which differ in more than their sizes.
+_COATNETS: dict[str, dict[str, Any]] = {
+  "coatnet_0_rw": {
+    "depths": (2, 3, 7, 2), "widths": (96, 192, 384, 768),
+    "stem_widths": (32, 64),
+    "pooled": True, "squeeze_first": True, "squeeze_act": jax.nn.relu,
+    "shortcut_bias": False,
+  },
+  "coatnet_2_rw": {
+    "depths": (2, 6, 14, 2), "widths": (128, 256, 512, 1024),
+    "stem_widths": (64, 128),
+  },
+}  # fmt: skip
+
+
 def _family(
   name: str, sizes: Sizes, **options: Any
 ) -> functools.partial[nn.Module]:
@@ -248,6 +264,9 @@ _GLYPHS: dict[str, Callable[..., nn.Module]] = {
   "glyph_wrn": _family("wrn", {"depth": 16, "width": 1}),
   "glyph_regnet": functools.partial(
     ResNet, (1, 3), True, width=16, group=8, widths=(16, 32)
+  ),
+  "glyph_coatnet": functools.partial(
+    Coatnet, (2, 2), (32, 32), (8, 16), stride=1
   ),
   "glyph_mobile": functools.partial(
     MobileNet,
@@ -373,6 +392,10 @@ MODELS: dict[str, Entry] = {
       _family("vit", {**_VITS[size], "patch": patch}, clip=True, eps=1e-5), CLIP
     )
     for size, patch in (("b", 16), ("b", 32), ("l", 14))
+  },
+  **{
+    name: Entry(functools.partial(Coatnet, **attributes), HALF)
+    for name, attributes in _COATNETS.items()
   },
   "eva02_ti14": Entry(_eva(192, 12, 3), CLIP),
   "eva02_b14": Entry(_eva(768, 12, 12, gate_norm=True), CLIP),

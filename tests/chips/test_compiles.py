@@ -28,7 +28,7 @@ FACTORS = {
     "glyph_vit_token", "glyph_clip", "glyph_swin", "glyph_convnext",
     "glyph_resnet", "glyph_wrn", "glyph_preact", "glyph_deit",
     "glyph_mobile", "glyph_regnet", "glyph_vit_stem", "glyph_convnext_stem",
-    "glyph_xcit", "glyph_eva",
+    "glyph_xcit", "glyph_eva", "glyph_coatnet",
   ),
   "method": tuple(peft.METHODS),
   "loss": (
@@ -62,7 +62,7 @@ def can_be(case):
                                     "glyph_vit_stem", "glyph_eva")  # fmt: skip
   has_statistics = case["backbone"] in (
     "glyph_resnet", "glyph_wrn", "glyph_preact", "glyph_mobile",
-    "glyph_regnet", "glyph_xcit",
+    "glyph_regnet", "glyph_xcit", "glyph_coatnet",
   )  # fmt: skip
   return (
     (case["method"] != "vpt" or has_tokens)
