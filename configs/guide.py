@@ -50,13 +50,20 @@ ROLI_PROBE_LR, PEFT_LR = 1e-2, 1e-3
 
 # Our models by what stands before the dot in the Guide's ids.
 MODELS = {
+  "coatnet_0_rw_224": "coatnet_0_rw",
+  "coatnet_2_rw_224": "coatnet_2_rw",
   "convnext_base": "convnext_b",
   "convnext_tiny": "convnext_t",
   "deit_small_patch16_224": "deit_s16",
   "deit_tiny_patch16_224": "deit_ti16",
+  "efficientnet-b0": "efficientnet_b0",
+  "eva02_base_patch14_224": "eva02_b14",
+  "eva02_tiny_patch14_224": "eva02_ti14",
+  "mobilenetv3_large_100": "mobilenetv3_l",
   "swin_base_patch4_window7_224": "swin_b",
   "swin_tiny_patch4_window7_224": "swin_t",
   "vit_base_patch16_224": "vit_b16",
+  "vit_base_patch16_clip_224": "clip_vit_b16",
   "vit_small_patch16_224": "vit_s16",
 }
 
@@ -115,7 +122,9 @@ def get_config(text: str = "") -> ConfigDict:
   name = MODELS.get(family, family)
   backbone = common.backbone(name, f"weights/{arg.backbone}")
   # As in the Guide, whose training moves them.
-  backbone["updates_stats"] = name.startswith("resnet")
+  backbone["updates_stats"] = name.startswith(
+    ("coatnet", "efficientnet", "mobilenet", "regnet", "resnet")
+  )
   lr, head = {
     ("full", "ranli"): (LR, HEAD_LR / LR),
     ("full", "roli"): (LR, 1.0),  # one rate, as RoLI has it

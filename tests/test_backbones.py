@@ -119,6 +119,10 @@ SIZES = {
   "efficientnet_lite0": (4_652_008, 3_371_008, 42_016),
   "mobilenetv3_l": (5_483_032, 4_202_032, 24_400),
   "regnetx_004": (5_157_512, 4_772_512, 36_672),
+  "coatnet_0_rw": (27_435_562, 26_666_562, 11_584),
+  "coatnet_2_rw": (73_868_400, 72_843_400, 30_080),
+  "eva02_ti14": (5_695_144, 5_502_144, 0),
+  "eva02_b14": (86_527_720, 85_758_720, 0),
   "tiny32": (1_543_912, 1_414_912, 0),
 }
 
@@ -343,7 +347,10 @@ def pinned(name):
 
 
 TOYS = [name for name in models.MODELS if name.startswith("glyph")]
-VARIANTS = ("glyph_vit_stem", "glyph_convnext_stem", "glyph_xcit")
+VARIANTS = (
+  "glyph_vit_stem", "glyph_convnext_stem", "glyph_xcit", "glyph_eva",
+  "glyph_coatnet",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", mostly_slow(TOYS, *{*TOYS} - {*VARIANTS}))

@@ -485,6 +485,8 @@ def test_backbone_and_head_have_rates_of_their_own():
     ("robust_deit_small_patch16_224", "deit_s16"),
     ("robust_resnet50", "resnet50"),
     ("vit_base_patch16_224.mae", "vit_b16"),
+    ("eva02_tiny_patch14_224.mim_in22k", "eva02_ti14"),
+    ("coatnet_0_rw_224.sw_in1k", "coatnet_0_rw"),
     ("swin_t", "swin_t"),
   ],
 )
@@ -492,7 +494,8 @@ def test_the_guides_backbones_are_known_by_its_ids(backbone, name):
   config = config_of(backbone=backbone)["backbone"]
   assert config["name"] == name and name in models.MODELS
   assert config["weights"] == f"weights/{backbone}"
-  assert config["updates_stats"] == (name == "resnet50")
+  moves = name in ("resnet50", "coatnet_0_rw")
+  assert config["updates_stats"] == moves
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from roli_jax import convert, keys, models, trees
 from roli_jax.convert import state_dict
-from roli_jax.models import Entry, Vit, heads
+from roli_jax.models import Coatnet, Entry, Vit, heads
 from tests import golden
 from tests.covering import mostly_slow
 
@@ -35,6 +35,24 @@ VITS = {
     CLIP, num_heads=1, act=models.ACTS["quick_gelu"]
   ),
 }  # fmt: skip
+# EVA-02, which names and shapes tell from other ViTs.
+EVA = functools.partial(
+  SMALL, hidden=170, pool="mean", fc_norm=True, eva=True, act=jax.nn.silu
+)
+EVAS = {
+  "eva02": functools.partial(EVA, gate_norm=True),
+  "eva02_fused": EVA,
+}
+# CoAtNets, of images of 64 x 64.
+COAT = functools.partial(Coatnet, (1, 2, 2, 1), (16, 32, 64, 64), (8, 16))
+COATS = {
+  "coatnet": COAT,
+  "coatnet_first": functools.partial(
+    COAT, pooled=True, squeeze_first=True, squeeze_act=jax.nn.relu,
+    shortcut_bias=False,
+  ),
+}  # fmt: skip
+SMALLS = {**VITS, **EVAS, **COATS}
 # Of full size, on images of 64 x 64, with the layouts of their names.
 NETS = {
   "mobilenetv3": ("mobilenetv3_l", "mobilenetv3"),
@@ -47,8 +65,11 @@ FACTS = json.loads((golden.FOLDER / "variants" / "facts.json").read_text())
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-  """The small ViTs are models too."""
-  entries = {name: Entry(make, image_size=32) for name, make in VITS.items()}
+  """The small ones are models too."""
+  entries = {
+    name: Entry(make, image_size=64 if name in COATS else 32)
+    for name, make in SMALLS.items()
+  }
   monkeypatch.setattr(models, "MODELS", {**models.MODELS, **entries})
 
 
@@ -58,9 +79,11 @@ def state_of(name):
     name, layout = NETS[name]
     model = models.create(name, 1000, 64)
   else:
-    layout = {"clip_timm": "clip_vit", "clip_bare": "open_clip_visual"}.get(
-      name, "vit"
-    )
+    layout = {
+      "clip_timm": "clip_vit",
+      "clip_bare": "open_clip_visual",
+      **{name: name for name in (*EVAS, *COATS)},
+    }.get(name, "vit")
     model = models.create(name, 10)
   if name == "distilled":
     model = dataclasses.replace(model, head=heads.Pair(10))
@@ -77,7 +100,7 @@ def state_of(name):
   return model, values
 
 
-@pytest.mark.parametrize("name", [*VITS, *NETS])
+@pytest.mark.parametrize("name", [*SMALLS, *NETS])
 def test_names_and_parameters_are_the_originals(name):
   model, state = state_of(name)
   params, _ = jax.eval_shape(model.init, keys.root(0))
@@ -117,9 +140,12 @@ def of_original(name, model, params, stats):
 
 
 @pytest.mark.parametrize(
-  "name", mostly_slow(VITS, "deit3", "distilled", "reg_avg", "clip_bare")
+  "name",
+  mostly_slow(
+    SMALLS, "deit3", "distilled", "reg_avg", "clip_bare", *EVAS, *COATS
+  ),
 )
-def test_variants_of_vits_are_the_originals(name):
+def test_variants_are_the_originals(name):
   model, state = state_of(name)
   act = "quick_gelu" if name == "clip_bare" else None
   bundle = convert.load(state, name, act=act, **RAW)

@@ -34,6 +34,31 @@ MOBILENETV3: Rules = (
   ("head", "classifier"),
 )  # fmt: skip
 
+
+def coatnet(gates: str) -> Rules:
+  """Returns the rules of timm's CoAtNets, which differ in the name of gates."""
+  return (
+    ("backbone/stem0", "stem.conv1"),
+    ("backbone/stem_norm", "stem.norm1"),
+    ("backbone/stem1", "stem.conv2"),
+    # A block that attends; the first of a stage has a stride of 2.
+    (r"backbone/stage(\d+)/block0/norm1", r"stages.\1.blocks.0.norm1.norm"),
+    *_timm(
+      _BLOCK, r"stages.\1.blocks.\2",
+      ("norm", "pre_norm"),
+      ("expand", "conv1_1x1"), ("expand_norm", "norm1"),
+      ("depthwise", "conv2_kxk"), ("depthwise_norm", "norm2"),
+      ("excite", gates), ("project", "conv3_1x1"),
+      ("shortcut", "shortcut.expand"),
+      ("attn/[qkv]", "attn.qkv"), ("attn/out", "attn.proj"),
+      ("attn/relative_bias", "attn.rel_pos.relative_position_bias_table"),
+    ),
+    (_BLOCK, r"stages.\1.blocks.\2"),
+    ("backbone/norm", "norm"),
+    ("head", "head.fc"),
+  )  # fmt: skip
+
+
 # Blocks of each stage of the smallest EfficientNet, whose originals count them
 # through.
 _DEPTHS = (1, 2, 2, 3, 3, 4, 1)

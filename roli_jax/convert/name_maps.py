@@ -35,7 +35,11 @@ _TORCH = {
 }
 
 
-_KINDS = ("clip", "same", "stem", "sparse", "group")
+_KINDS = (
+  "clip", "same", "stem", "sparse", "group", "gate_norm", "eva",
+  "squeeze_first",
+)  # fmt: skip
+_FIRST = re.compile("/(q|gate)/")  # of what is stacked
 # What ViTs have in layouts that have no names for more.
 _USUAL = {
   "distilled": False, "registers": 0, "scaled": False, "cls_positions": True,
@@ -61,6 +65,9 @@ class Layout:
     pools: whether it is of timm's ViTs, which may be pooled by a mean, as names
       don't always show, and have registers and more.
     stages: of a pre-activation ResNet, how many there are; 0: any number.
+    convolved: a pattern of paths whose kernels, matrices here, are convolutions
+      of 1 x 1 there.
+    head: what is stacked is so by head, of this many channels; 0: as a whole.
     flax: whether tensors are named and shaped as Flax does it: slashes, kernels
       as ours, those of attention by head.
   """
@@ -75,6 +82,8 @@ class Layout:
   kind: str = ""
   pools: bool = False
   stages: int = 0
+  convolved: str = r"(?!)"
+  head: int = 0
   flax: bool = False
 
   @property
@@ -117,12 +126,15 @@ class Layout:
     raise ValueError(f"the layout {self.name} has no name for {path}")
 
   def keys(self, paths: Iterable[str]) -> dict[str, list[str]]:
-    """Returns the paths behind each foreign key, in their order: q, k, v."""
+    """Returns the paths behind each foreign key, in their order: q, k, v.
+
+    The two of a gated MLP are a gate and what it gates.
+    """
     leaves: dict[str, list[str]] = {}
     for path in paths:
       leaves.setdefault(self.key(path), []).append(path)
     for stacked in leaves.values():
-      stacked.sort(key=lambda path: ("/q/" not in path, path))
+      stacked.sort(key=lambda path: (not _FIRST.search(path), path))
     return leaves
 
   def outward(self, key: str, paths: list[str], leaves: list[Any]) -> Any:
@@ -140,7 +152,21 @@ class Layout:
       return leaves[0].reshape(shape[sum(np.cumprod(shape) == 1) :])
     if paths[0].endswith("/kernel"):
       leaves = [leaf.transpose(_TO_TORCH[leaf.ndim]) for leaf in leaves]
-    return np.concatenate(leaves) if len(leaves) > 1 else leaves[0]
+    tensor = self._stacked(leaves) if len(leaves) > 1 else leaves[0]
+    if paths[0].endswith("/kernel") and re.search(self.convolved, paths[0]):
+      tensor = tensor[..., None, None]
+    return tensor
+
+  def _stacked(self, leaves: list[Any]) -> Any:
+    """Returns several leaves as one, of which `_parts` makes them again."""
+    rest = leaves[0].shape[1:]
+    heads = [leaf.reshape(-1, self.head or len(leaf), *rest) for leaf in leaves]
+    return np.concatenate(heads, 1).reshape(-1, *rest)
+
+  def _parts(self, tensor: Any, number: int) -> list[Any]:
+    rest = tensor.shape[1:]
+    heads = tensor.reshape(-1, number * self.head or len(tensor), *rest)
+    return [part.reshape(-1, *rest) for part in np.split(heads, number, 1)]
 
   def inward(
     self, key: str, paths: list[str], tensor: Any, shapes: list[tuple]
@@ -155,7 +181,9 @@ class Layout:
     """
     if self.flax or key in self.plain:
       return [tensor.reshape(shapes[0])]
-    parts = np.split(tensor, len(paths)) if len(paths) > 1 else [tensor]
+    if paths[0].endswith("/kernel") and re.search(self.convolved, paths[0]):
+      tensor = tensor[..., 0, 0]
+    parts = self._parts(tensor, len(paths)) if len(paths) > 1 else [tensor]
     if paths[0].endswith("/kernel"):
       return [part.transpose(_FROM_TORCH[part.ndim]) for part in parts]
     return parts
@@ -179,57 +207,19 @@ def _by_head(path: str, leaf: Any) -> Any:
 _TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
 _FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
 
-_BLOCK = r"backbone/block(\d+)"
-_HEAD = ("head", "head")
-
-_TIMM_VIT: Rules = (
-  ("backbone/embed", "patch_embed.proj"),
-  ("backbone/cls", "cls_token"),
-  ("backbone/dist", "dist_token"),
-  ("backbone/registers", "reg_token"),
-  ("backbone/positions", "pos_embed"),
-  (f"{_BLOCK}/attn/[qkv]", r"blocks.\1.attn.qkv"),
-  (f"{_BLOCK}/attn/out", r"blocks.\1.attn.proj"),
-  (rf"{_BLOCK}/gamma(\d)", r"blocks.\1.ls\2.gamma"),
-  (_BLOCK, r"blocks.\1"),
-  ("backbone/norm", "norm"),
-  ("backbone/fc_norm", "fc_norm"),
-  ("head/cls", "head"),
-  ("head/dist", "head_dist"),
-  _HEAD,
-)
-
-
-_ROLI_BLOCK = r"enc.transformer.encoder.layer.\1"
-_ROLI_HEAD = ("head", "head.last_layer")
-_ROLI_VIT: Rules = (
-  ("backbone/embed", "enc.transformer.embeddings.patch_embeddings"),
-  ("backbone/cls", "enc.transformer.embeddings.cls_token"),
-  ("backbone/positions", "enc.transformer.embeddings.position_embeddings"),
-  (f"{_BLOCK}/norm1", f"{_ROLI_BLOCK}.attention_norm"),
-  (f"{_BLOCK}/norm2", f"{_ROLI_BLOCK}.ffn_norm"),
-  (f"{_BLOCK}/attn/q", f"{_ROLI_BLOCK}.attn.query"),
-  (f"{_BLOCK}/attn/k", f"{_ROLI_BLOCK}.attn.key"),
-  (f"{_BLOCK}/attn/v", f"{_ROLI_BLOCK}.attn.value"),
-  (f"{_BLOCK}/mlp", f"{_ROLI_BLOCK}.ffn"),
-  (_BLOCK, _ROLI_BLOCK),
-  ("backbone/norm", "enc.transformer.encoder.encoder_norm"),
-  _ROLI_HEAD,
-)
-
 _TIMM_CONVNEXT = stage_names.convnext("", ("head", "head.fc"))
 
 # Of two that a format has for a family the first is the one it writes.
 LAYOUTS = (
   Layout(
     "vit", ("timm", "ares"), models.Vit,
-    r"blocks\.\d+\.attn\.qkv\.weight", _TIMM_VIT,
+    r"blocks\.\d+\.attn\.qkv\.weight", vit_names.TIMM,
     pools=True,
   ),
   Layout(
     "vit_stem", ("timm",), models.Vit,
     r"patch_embed\.proj\.stem\.0\.weight",
-    (*variant_names.STEM_VIT, *_TIMM_VIT),
+    (*variant_names.STEM_VIT, *vit_names.TIMM),
     kind="stem",
     pools=True,
   ),
@@ -254,7 +244,7 @@ LAYOUTS = (
     vit_names.torchvision("linear_1", "linear_2"),
   ),
   Layout(
-    "roli_vit", ("roli",), models.Vit, r"enc\.transformer\..*", _ROLI_VIT
+    "roli_vit", ("roli",), models.Vit, r"enc\.transformer\..*", vit_names.ROLI
   ),
   # Those of Steiner et al. 2022, and of Dosovitskiy et al. 2021.
   Layout(
@@ -280,8 +270,21 @@ LAYOUTS = (
   Layout(
     "clip_vit", ("timm",), models.Vit,
     r"norm_pre\.weight",
-    (("backbone/pre_norm", "norm_pre"), *_TIMM_VIT),
+    (("backbone/pre_norm", "norm_pre"), *vit_names.TIMM),
     kind="clip",
+    pools=True,
+  ),
+  # So have these.
+  Layout(
+    "eva02", ("timm",), models.Vit,
+    r"blocks\.\d+\.attn\.q_proj\.weight", (*vit_names.EVA02, *vit_names.TIMM),
+    kind="gate_norm",
+    pools=True,
+  ),
+  Layout(
+    "eva02_fused", ("timm",), models.Vit,
+    r"blocks\.\d+\.attn\.q_bias", (*vit_names.EVA02_FUSED, *vit_names.TIMM),
+    kind="eva",
     pools=True,
   ),
   Layout(
@@ -347,6 +350,19 @@ LAYOUTS = (
   Layout(
     "mobilenetv3", ("timm",), models.MobileNet,
     r"blocks\.0\.0\.conv_dw\.weight", mobile_names.MOBILENETV3,
+  ),
+  *(
+    Layout(
+      name, ("timm",), models.Coatnet,
+      rf"stages\.\d+\.blocks\.\d+\.{gates}\.fc1\.weight",
+      mobile_names.coatnet(gates),
+      kind=kind,
+      convolved="/(attn|mlp)/",
+      head=32,
+    )
+    for name, gates, kind in (
+      ("coatnet", "se", ""), ("coatnet_first", "se_early", "squeeze_first"),
+    )
   ),
   Layout(
     "efficientnet", ("efficientnet_pytorch",), models.MobileNet,

@@ -4,6 +4,50 @@ from roli_jax.convert.residual_names import Rules
 
 _BLOCK = r"backbone/block(\d+)"
 
+TIMM: Rules = (
+  ("backbone/embed", "patch_embed.proj"),
+  ("backbone/cls", "cls_token"),
+  ("backbone/dist", "dist_token"),
+  ("backbone/registers", "reg_token"),
+  ("backbone/positions", "pos_embed"),
+  (f"{_BLOCK}/attn/[qkv]", r"blocks.\1.attn.qkv"),
+  (f"{_BLOCK}/attn/out", r"blocks.\1.attn.proj"),
+  (rf"{_BLOCK}/gamma(\d)", r"blocks.\1.ls\2.gamma"),
+  (_BLOCK, r"blocks.\1"),
+  ("backbone/norm", "norm"),
+  ("backbone/fc_norm", "fc_norm"),
+  ("head/cls", "head"),
+  ("head/dist", "head_dist"),
+  ("head", "head"),
+)
+
+# These stand in front of timm's rules of other ViTs.
+EVA02: Rules = (
+  (f"{_BLOCK}/attn/([qkv])", r"blocks.\1.attn.\2_proj"),
+  (f"{_BLOCK}/mlp/gate", r"blocks.\1.mlp.fc1_g"),
+  (f"{_BLOCK}/mlp/fc1", r"blocks.\1.mlp.fc1_x"),
+)
+EVA02_FUSED: Rules = (
+  (f"{_BLOCK}/attn/([qv])/bias", r"blocks.\1.attn.\2_bias"),
+  (f"{_BLOCK}/mlp/gate", r"blocks.\1.mlp.fc1"),
+)
+
+_ROLI_BLOCK = r"enc.transformer.encoder.layer.\1"
+ROLI: Rules = (
+  ("backbone/embed", "enc.transformer.embeddings.patch_embeddings"),
+  ("backbone/cls", "enc.transformer.embeddings.cls_token"),
+  ("backbone/positions", "enc.transformer.embeddings.position_embeddings"),
+  (f"{_BLOCK}/norm1", f"{_ROLI_BLOCK}.attention_norm"),
+  (f"{_BLOCK}/norm2", f"{_ROLI_BLOCK}.ffn_norm"),
+  (f"{_BLOCK}/attn/q", f"{_ROLI_BLOCK}.attn.query"),
+  (f"{_BLOCK}/attn/k", f"{_ROLI_BLOCK}.attn.key"),
+  (f"{_BLOCK}/attn/v", f"{_ROLI_BLOCK}.attn.value"),
+  (f"{_BLOCK}/mlp", f"{_ROLI_BLOCK}.ffn"),
+  (_BLOCK, _ROLI_BLOCK),
+  ("backbone/norm", "enc.transformer.encoder.encoder_norm"),
+  ("head", "head.last_layer"),
+)
+
 
 def torchvision(fc1: str, fc2: str) -> Rules:
   """Returns torchvision's, which has called the MLP's layers otherwise."""

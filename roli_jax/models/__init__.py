@@ -6,6 +6,7 @@ from typing import Any
 
 from roli_jax import specs
 from roli_jax.models import heads
+from roli_jax.models.coatnet import Coatnet
 from roli_jax.models.convnext import ConvNext
 from roli_jax.models.families import FAMILIES, Family, Sizes
 from roli_jax.models.heads import linear as linear_head
@@ -293,6 +294,7 @@ __all__ = [
   "MODELS",
   "POOLS",
   "SIZES",
+  "Coatnet",
   "ConvNext",
   "Entry",
   "Hooks",

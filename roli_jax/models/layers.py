@@ -164,21 +164,27 @@ class Attention(nn.Module):
     attend: mixes the values, as `attention` does.
     hooks: where a method may enter.
     first: the result has this many tokens m, from the first; None: all n.
+    key_bias: whether keys have a bias.
   """
 
   num_heads: int
   attend: Callable[..., jax.Array]
   hooks: Hooks
   first: int | None
+  key_bias: bool = True
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
     asking = x[:, : self.first]
     q, k, v = (
-      self.hooks.dense(x.shape[-1], name=name)(tokens).reshape(
-        *tokens.shape[:2], self.num_heads, -1
+      self.hooks.dense(x.shape[-1], use_bias=use_bias, name=name)(
+        tokens
+      ).reshape(*tokens.shape[:2], self.num_heads, -1)
+      for name, tokens, use_bias in (
+        ("q", asking, True),
+        ("k", x, self.key_bias),
+        ("v", x, True),
       )
-      for name, tokens in (("q", asking), ("k", x), ("v", x))
     )
     mixed = self.attend(q, k, v)
     return nn.Dense(x.shape[-1], name="out")(mixed.reshape(asking.shape))

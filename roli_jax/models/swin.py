@@ -74,19 +74,21 @@ class WindowAttention(nn.Module):
     window: the side of a window, in tokens.
     hooks: where a method may enter.
     attention: which of `Swin.attentions`.
+    width: of the tokens after it; None: that before it.
   """
 
   num_heads: int
   window: int
   hooks: Hooks
   attention: str
+  width: int | None = None
 
   @nn.compact
   def __call__(
     self,
     x: Float[Array, "b w n d"],
     mask: Float[Array, "w places places"] | None,
-  ) -> Float[Array, "b w n d"]:
+  ) -> Float[Array, "b w n e"]:
     """Mixes the tokens of each window.
 
     Args:
@@ -109,7 +111,8 @@ class WindowAttention(nn.Module):
     before = x.shape[2] - self.window**2
     bias = jnp.pad(bias, ((0, 0), (0, 0), (before, 0), (before, 0)))
     mixed = layers.ATTENTIONS[self.attention](q, k, v, bias[None])
-    return nn.Dense(x.shape[-1], name="out")(mixed.reshape(x.shape))
+    width = self.width or x.shape[-1]
+    return nn.Dense(width, name="out")(mixed.reshape(x.shape))
 
 
 class Block(nn.Module):

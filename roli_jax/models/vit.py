@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from roli_jax.models import layers
+from roli_jax.models import eva, layers
 from roli_jax.models.conv import Conv
 from roli_jax.models.hooks import Hooks
 from roli_jax.models.stem import Convs, ConvStem
@@ -31,6 +31,8 @@ class Block(nn.Module):
     first: computes only this many tokens m, from the first; None: all n. In the
       last block nobody reads the others where the feature is the class token.
     scaled: whether each branch is multiplied by a factor of each channel.
+    key_bias: whether keys have a bias.
+    mlp: makes the MLP, called as `layers.Mlp` is.
   """
 
   num_heads: int
@@ -42,6 +44,8 @@ class Block(nn.Module):
   start: int = 0
   first: int | None = None
   scaled: bool = False
+  key_bias: bool = True
+  mlp: Callable[..., nn.Module] = layers.Mlp
 
   @nn.compact
   def __call__(
@@ -62,12 +66,13 @@ class Block(nn.Module):
       x = jnp.concatenate([x[:, : self.start], prompts, x[:, end:]], 1)
     y = nn.LayerNorm(epsilon=self.eps, name="norm1")(x)
     attention = layers.Attention(
-      self.num_heads, self.attend, self.hooks, self.first, name="attn"
-    )
+      self.num_heads, self.attend, self.hooks, self.first, self.key_bias,
+      name="attn",
+    )  # fmt: skip
     y = self._scaled(attention(y), "gamma1")
     x = x[:, : self.first] + layers.drop_path(self, y, rate)
     y = nn.LayerNorm(epsilon=self.eps, name="norm2")(x)
-    y = layers.Mlp(self.hidden, act=self.act, name="mlp")(y)
+    y = self.mlp(self.hidden, act=self.act, name="mlp")(y)
     y = layers.drop_path(self, y, rate)
     if self.hooks.branch:
       y = self.hooks.branch(name="branch")(y)
@@ -102,6 +107,9 @@ class Vit(nn.Module):
     fc_norm: whether the feature is normalised, and not the tokens before it.
     clip: whether patches have no bias, and a normalisation stands before the
       blocks, as in CLIP.
+    eva: whether queries and keys are turned by their place, keys have no bias,
+      and MLPs have gates, as in EVA-02: see `eva`.
+    gate_norm: whether these MLPs normalise what they have gated.
     stem: convolutions in place of the patches, of their stride: see `ConvStem`;
       one of 1 x 1 after them makes tokens. Empty: there are none.
     eps: what the normalisations add to variances, > 0.
@@ -126,6 +134,8 @@ class Vit(nn.Module):
   scaled: bool = False
   fc_norm: bool = False
   clip: bool = False
+  eva: bool = False
+  gate_norm: bool = False
   stem: Convs = ()
   eps: float = 1e-6
   act: layers.Activation = layers.gelu
@@ -142,6 +152,7 @@ class Vit(nn.Module):
   ) -> Float[Array, "b d"]:
     del train  # no running statistics
     fan = self.patch**2 * x.shape[-1] + self.width
+    options = self._options(x)
     x = self._embedded(x)
     if self.cls_positions:
       x = self._placed(self._led(x))
@@ -156,10 +167,9 @@ class Vit(nn.Module):
     )
     if added is not None:
       x = jnp.concatenate([x[:, :start], added, x[:, start:]], 1)
-    attend = layers.ATTENTIONS[self.attention]
     make = functools.partial(
-      Block, self.num_heads, self.hidden, self.act, self.eps, attend,
-      self.hooks, start, scaled=self.scaled,
+      Block, self.num_heads, self.hidden, self.act, self.eps, hooks=self.hooks,
+      start=start, scaled=self.scaled, **options,
     )  # fmt: skip
     (rates,) = layers.drop_rates(self.drop_path, [self.depth])
     alone = self.pool == "token"  # whether only class tokens are read
@@ -177,6 +187,22 @@ class Vit(nn.Module):
     if self.fc_norm:
       x = nn.LayerNorm(epsilon=self.eps, name="fc_norm")(x)
     return x
+
+  def _options(self, x: Float[Array, "b h w c"]) -> dict[str, Any]:
+    """How the blocks attend, and what their MLPs are, for such images."""
+    attend = layers.ATTENTIONS[self.attention]
+    if not self.eva:
+      return {"attend": attend}
+    rows, columns = (side // self.patch for side in x.shape[1:3])
+    return {
+      "attend": functools.partial(
+        eva.turned_attention, attend, (rows, columns)
+      ),
+      "key_bias": False,
+      "mlp": functools.partial(
+        eva.GatedMlp, eps=self.eps if self.gate_norm else None
+      ),
+    }
 
   def _embedded(self, x: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
     """The tokens of the image's patches."""

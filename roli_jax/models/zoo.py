@@ -9,6 +9,7 @@ import jax
 from flax import linen as nn
 
 from roli_jax.models import layers, mobile
+from roli_jax.models.coatnet import Coatnet
 from roli_jax.models.families import (
   CIFAR,
   FAMILIES,
@@ -22,6 +23,7 @@ from roli_jax.models.mobile import MobileNet
 from roli_jax.models.preact import PreactResNet
 from roli_jax.models.resnet import ResNet
 from roli_jax.models.stem import Convs
+from roli_jax.models.vit import Vit
 from roli_jax.models.xcit import Xcit
 
 CLIP = (
@@ -186,12 +188,43 @@ _MOBILES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+# Of timm's own, which differ in more than their sizes.
+_COATNETS: dict[str, dict[str, Any]] = {
+  "coatnet_0_rw": {
+    "depths": (2, 3, 7, 2), "widths": (96, 192, 384, 768),
+    "stem_widths": (32, 64),
+    "pooled": True, "squeeze_first": True, "squeeze_act": jax.nn.relu,
+    "shortcut_bias": False,
+  },
+  "coatnet_2_rw": {
+    "depths": (2, 6, 14, 2), "widths": (128, 256, 512, 1024),
+    "stem_widths": (64, 128),
+  },
+}  # fmt: skip
+
+
 def _family(
   name: str, sizes: Sizes, **options: Any
 ) -> functools.partial[nn.Module]:
   """One of a family; a ViT, Swin or ConvNeXt has patches of 4 unless said."""
   patch = {"patch": 4} if "patch" in FAMILIES[name].attributes else {}
   return FAMILIES[name].backbone({**patch, **sizes}, **options)
+
+
+def _eva(width: int, depth: int, num_heads: int, **options: Any) -> Any:
+  """An EVA-02 (Fang et al. 2024), by default of patches of 14."""
+  return functools.partial(
+    Vit,
+    width=width,
+    depth=depth,
+    num_heads=num_heads,
+    hidden=8 * width // 3,
+    pool="mean",
+    fc_norm=True,
+    eva=True,
+    act=jax.nn.silu,
+    **{"patch": 14, **options},
+  )
 
 
 _TINY = {"patch": 2, "width": 32, "depth": 2, "heads": 2}
@@ -210,6 +243,7 @@ _GLYPHS: dict[str, Callable[..., nn.Module]] = {
   "glyph_deit": _family(
     "vit", _TINY, registers=2, cls_positions=False, scaled=True
   ),
+  "glyph_eva": _eva(32, 2, 2, patch=2, gate_norm=True),
   "glyph_clip": _family("vit", _TINY, clip=True, eps=1e-5),
   "glyph_swin": _family(
     "swin", {"patch": 1, "width": 16, "depth": (2, 2), "heads": (2, 4)}
@@ -230,6 +264,9 @@ _GLYPHS: dict[str, Callable[..., nn.Module]] = {
   "glyph_wrn": _family("wrn", {"depth": 16, "width": 1}),
   "glyph_regnet": functools.partial(
     ResNet, (1, 3), True, width=16, group=8, widths=(16, 32)
+  ),
+  "glyph_coatnet": functools.partial(
+    Coatnet, (2, 2), (32, 32), (8, 16), stride=1
   ),
   "glyph_mobile": functools.partial(
     MobileNet,
@@ -356,6 +393,12 @@ MODELS: dict[str, Entry] = {
     )
     for size, patch in (("b", 16), ("b", 32), ("l", 14))
   },
+  **{
+    name: Entry(functools.partial(Coatnet, **attributes), HALF)
+    for name, attributes in _COATNETS.items()
+  },
+  "eva02_ti14": Entry(_eva(192, 12, 3), CLIP),
+  "eva02_b14": Entry(_eva(768, 12, 12, gate_norm=True), CLIP),
   # Of photographs.
   "tiny32": Entry(
     _family(

@@ -175,9 +175,11 @@ def _lora_hooks(dropout: float | int, **options: Any) -> Hooks:
   )
 
 
-def _lora_dense(features: int, *, name: str, **options: Any) -> nn.Module:
-  if name == "k":
-    return nn.Dense(features, name=name)
+def _lora_dense(
+  features: int, *, name: str, use_bias: bool = True, **options: Any
+) -> nn.Module:
+  if name == "k":  # which alone may lack a bias
+    return nn.Dense(features, use_bias, name=name)
   return modules.LoraDense(features, name=name, **options)
 
 

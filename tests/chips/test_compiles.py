@@ -42,7 +42,7 @@ FACTORS = {
 # Relatives of these, and what no option treats otherwise: one step of each.
 OTHERS = (
   "glyph_deit", "glyph_vit_stem", "glyph_convnext_stem", "glyph_xcit",
-  "glyph_mobile", "glyph_regnet",
+  "glyph_mobile", "glyph_regnet", "glyph_eva", "glyph_coatnet",
 )  # fmt: skip
 RULES = {
   "copies": (1, ()),

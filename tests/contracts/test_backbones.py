@@ -22,6 +22,7 @@ NORMALISED = [
   "glyph_mobile",
   "glyph_regnet",
   "glyph_xcit",
+  "glyph_coatnet",
 ]
 # The formats that have names for each family.
 FORMATS = [
@@ -45,6 +46,8 @@ FORMATS = [
   ("glyph_wrn", "robustbench"),
   ("glyph_preact", "robustbench"),
   ("glyph_deit", "timm"),
+  ("glyph_eva", "timm"),
+  ("glyph_coatnet", "timm"),
   ("glyph_mobile", "timm"),
   ("glyph_regnet", "timm"),
 ]
