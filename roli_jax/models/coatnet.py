@@ -5,6 +5,7 @@ widen.
 """
 
 import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -168,7 +169,7 @@ class Coatnet(nn.Module):
     x = Conv(first, 3, self.stride, name="stem0")(x)
     x = jax.nn.silu(norm(x, "stem_norm"))
     x = Conv(second, 3, name="stem1")(x)
-    block: functools.partial[nn.Module]
+    block: Callable[..., nn.Module]
     for i, (depth, width) in enumerate(
       zip(self.depths, self.widths, strict=True)
     ):
