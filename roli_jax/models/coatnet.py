@@ -5,8 +5,7 @@ widen.
 """
 
 import functools
-from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 from flax import linen as nn
@@ -169,7 +168,7 @@ class Coatnet(nn.Module):
     x = Conv(first, 3, self.stride, name="stem0")(x)
     x = jax.nn.silu(norm(x, "stem_norm"))
     x = Conv(second, 3, name="stem1")(x)
-    block: Callable[..., nn.Module]
+    block: functools.partial[Any]
     for i, (depth, width) in enumerate(
       zip(self.depths, self.widths, strict=True)
     ):
