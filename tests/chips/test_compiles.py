@@ -161,8 +161,10 @@ def test_a_step_compiles(name, case):
   assert found["flops"] > 0 and found["peak_bytes"] > 0
   assert sent["outside"] > 0
   # Each image is attacked by itself: only split weights have to be gathered.
+  # But XLA splits a grouped convolution's gradient by groups on GPUs.
+  by_groups = (name, case["backbone"]) == ("h100:4", "glyph_regnet")
   if case["rules"] in ("copies", "zero1"):
-    assert sent["in_loop"] == 0
+    assert bool(sent["in_loop"]) == by_groups
 
 
 @pytest.mark.parametrize("name, _", [on(n, None, "m2_mix") for n in TARGETS])
