@@ -84,7 +84,9 @@ def ruled(shapes: Any, over: Mesh, rules: Sequence[Any] = ()) -> Any:
         if isinstance(axes, str):
           return _along(shape, axes, sizes[axes])
         _check_divides(name, shape, axes, sizes)
-        return PartitionSpec(*axes)
+        # One number for a whole dimension, as FTP keeps, is every device's.
+        pairs = zip(shape, axes, strict=False)
+        return PartitionSpec(*(axis if n > 1 else None for n, axis in pairs))
     return PartitionSpec()
 
   return trees.map_named(
@@ -138,7 +140,7 @@ def _check_divides(
   sizes: Mapping[str, int],
 ) -> None:
   fits = len(axes) <= len(shape) and all(
-    axis is None or n % sizes[axis] == 0
+    axis is None or n == 1 or n % sizes[axis] == 0
     for n, axis in zip(shape, axes, strict=False)
   )
   if not fits:
