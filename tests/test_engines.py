@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from roli_jax.experiment import command_line
 from roli_jax.sweep import engines, runs
 
 # Notes its start; then does what it is told in place of a run.
@@ -38,6 +39,10 @@ def job(tmp_path):
 def starts(tmp_path, name):
   file = tmp_path / name
   return [int(pid) for pid in file.read_text().split()] if file.exists() else []
+
+
+def test_the_flag_names_every_engine():
+  assert tuple(engines.ENGINES) == command_line._ENGINES
 
 
 def test_here_a_cell_that_is_killed_has_failed(job, tmp_path):

@@ -66,19 +66,26 @@ def torchvision(fc1: str, fc2: str) -> Rules:
   )
 
 
+def _resblocks(ours: str, prefix: str = "") -> Rules:
+  """Returns open_clip's names of the blocks of either tower."""
+  block = rf"{prefix}transformer.resblocks.\1"
+  return (
+    (rf"{ours}/norm(\d)", rf"{block}.ln_\2"),
+    (f"{ours}/attn/[qkv]", f"{block}.attn.in_proj_"),
+    (f"{ours}/attn/out", f"{block}.attn.out_proj"),
+    (f"{ours}/mlp/fc1", f"{block}.mlp.c_fc"),
+    (f"{ours}/mlp/fc2", f"{block}.mlp.c_proj"),
+  )
+
+
 def open_clip(prefix: str = "") -> Rules:
   """The visual tower's names; in a file of both it has a prefix."""
-  block = rf"{prefix}transformer.resblocks.\1"
   return (
     ("backbone/embed", f"{prefix}conv1"),
     ("backbone/cls", f"{prefix}class_embedding"),
     ("backbone/positions", f"{prefix}positional_embedding"),
     ("backbone/pre_norm", f"{prefix}ln_pre"),
-    (rf"{_BLOCK}/norm(\d)", rf"{block}.ln_\2"),
-    (f"{_BLOCK}/attn/[qkv]", f"{block}.attn.in_proj_"),
-    (f"{_BLOCK}/attn/out", f"{block}.attn.out_proj"),
-    (f"{_BLOCK}/mlp/fc1", f"{block}.mlp.c_fc"),
-    (f"{_BLOCK}/mlp/fc2", f"{block}.mlp.c_proj"),
+    *_resblocks(_BLOCK, prefix),
     ("backbone/norm", f"{prefix}ln_post"),
     ("head/kernel", f"{prefix}proj"),
   )
@@ -91,15 +98,10 @@ TEXTS = (
 )  # fmt: skip
 CLIP_PLAIN = ("class_embedding", "positional_embedding", "proj")
 
-_TEXT_BLOCK = r"transformer.resblocks.\1"
 CLIP_TEXT: Rules = (
   ("embed/embedding", "token_embedding.weight"),
   ("positions", "positional_embedding"),
-  (r"block(\d+)/norm(\d)", rf"{_TEXT_BLOCK}.ln_\2"),
-  (r"block(\d+)/attn/[qkv]", f"{_TEXT_BLOCK}.attn.in_proj_"),
-  (r"block(\d+)/attn/out", f"{_TEXT_BLOCK}.attn.out_proj"),
-  (r"block(\d+)/mlp/fc1", f"{_TEXT_BLOCK}.mlp.c_fc"),
-  (r"block(\d+)/mlp/fc2", f"{_TEXT_BLOCK}.mlp.c_proj"),
+  *_resblocks(r"block(\d+)"),
   ("norm", "ln_final"),
   ("projection/kernel", "text_projection"),
   ("logit_scale", "logit_scale"),

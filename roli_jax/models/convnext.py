@@ -37,8 +37,7 @@ class Block(nn.Module):
     )
     if self.hooks.branch:
       y = self.hooks.branch(name="branch")(y)
-    gamma = self.param("gamma", nn.initializers.constant(1e-6), (width,))
-    y = layers.drop_path(self, gamma.reshape(1, 1, 1, -1) * y, rate)
+    y = layers.drop_path(self, layers.scaled(self, "gamma", y, 1e-6), rate)
     return x + (layers.MeanSparse(name="sparse")(y) if self.sparse else y)
 
 

@@ -176,17 +176,13 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
     asking = x[:, : self.first]
-    q, k, v = (
-      self.hooks.dense(x.shape[-1], use_bias=use_bias, name=name)(
-        tokens
-      ).reshape(*tokens.shape[:2], self.num_heads, -1)
-      for name, tokens, use_bias in (
-        ("q", asking, True),
-        ("k", x, self.key_bias),
-        ("v", x, True),
-      )
-    )
-    mixed = self.attend(q, k, v)
+
+    def by_head(name: str, tokens: jax.Array, use_bias: bool) -> jax.Array:
+      dense = self.hooks.dense(x.shape[-1], use_bias=use_bias, name=name)
+      return dense(tokens).reshape(*tokens.shape[:2], self.num_heads, -1)
+
+    q, k = by_head("q", asking, True), by_head("k", x, self.key_bias)
+    mixed = self.attend(q, k, by_head("v", x, True))
     return nn.Dense(x.shape[-1], name="out")(mixed.reshape(asking.shape))
 
 
@@ -254,6 +250,14 @@ class MeanSparse(nn.Module):
     var = kept("var", channels[-1:]).reshape(channels)
     near = kept("threshold", ()) * jnp.sqrt(var)
     return jnp.where(jnp.abs(x - mean) < near, mean, x)
+
+
+def scaled(
+  module: nn.Module, name: str, x: Float[Array, "... d"], start: float | int
+) -> Float[Array, "... d"]:
+  """x times a factor of each channel, which `module` learns from `start`."""
+  gamma = module.param(name, nn.initializers.constant(start), x.shape[-1:])
+  return gamma.reshape(*(1,) * (x.ndim - 1), -1) * x
 
 
 class Mlp(nn.Module):

@@ -69,20 +69,17 @@ class Block(nn.Module):
       self.num_heads, self.attend, self.hooks, self.first, self.key_bias,
       name="attn",
     )  # fmt: skip
-    y = self._scaled(attention(y), "gamma1")
+    y = self._scaled("gamma1", attention(y))
     x = x[:, : self.first] + layers.drop_path(self, y, rate)
     y = nn.LayerNorm(epsilon=self.eps, name="norm2")(x)
     y = self.mlp(self.hidden, act=self.act, name="mlp")(y)
     y = layers.drop_path(self, y, rate)
     if self.hooks.branch:
       y = self.hooks.branch(name="branch")(y)
-    return x + self._scaled(y, "gamma2")
+    return x + self._scaled("gamma2", y)
 
-  def _scaled(self, y: jax.Array, name: str) -> jax.Array:
-    if not self.scaled:
-      return y
-    start = nn.initializers.constant(1e-6)
-    return self.param(name, start, y.shape[-1:]).reshape(1, 1, -1) * y
+  def _scaled(self, name: str, y: jax.Array) -> jax.Array:
+    return layers.scaled(self, name, y, 1e-6) if self.scaled else y
 
 
 class Vit(nn.Module):

@@ -124,17 +124,9 @@ class Block(nn.Module):
       y = branch(nn.LayerNorm(epsilon=self.eps, name=f"norm{i}")(x))
       if branch is mlp and self.hooks.branch:
         y = self.hooks.branch(name="branch")(y)
-      y = _scaled(self, f"gamma{i}", y)
+      y = layers.scaled(self, f"gamma{i}", y, 1)
       x = x + layers.drop_path(self, y, rate)
     return x
-
-
-def _scaled(
-  module: nn.Module, name: str, x: Float[Array, "... d"]
-) -> Float[Array, "... d"]:
-  """x times a number for each channel, which the module learns."""
-  gamma = module.param(name, nn.initializers.ones, x.shape[-1:])
-  return x * gamma.reshape(*(1,) * (x.ndim - 1), -1)
 
 
 class ClassBlock(nn.Module):
@@ -161,12 +153,12 @@ class ClassBlock(nn.Module):
       self.num_heads, layers.attention, self.hooks, 1, name="attn"
     )
     y = jnp.concatenate([attention(y), y[:, 1:]], 1)
-    x = x + _scaled(self, "gamma1", y)
+    x = x + layers.scaled(self, "gamma1", y, 1)
     x = nn.LayerNorm(epsilon=self.eps, name="norm2")(x)
     y = layers.Mlp(4 * x.shape[-1], act=self.act, name="mlp")(x[:, :1])
     if self.hooks.branch:
       y = self.hooks.branch(name="branch")(y)
-    y = _scaled(self, "gamma2", y)
+    y = layers.scaled(self, "gamma2", y, 1)
     return x + jnp.concatenate([y, x[:, 1:]], 1)
 
 
