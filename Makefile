@@ -25,7 +25,7 @@ test-all: $(VENV)/ready-test
 # Toys of everything, compiled by the compilers of TPUs and GPUs, without any.
 CHIPS ?= .venv-chips
 test-chips: $(CHIPS)/ready
-	JAX_ENABLE_COMPILATION_CACHE=false timeout 1500 $(CHIPS)/bin/python -m pytest -n 2 --dist loadgroup -m chips tests/chips
+	JAX_ENABLE_COMPILATION_CACHE=false timeout 2400 $(CHIPS)/bin/python -m pytest -n 2 --dist loadgroup -m chips tests/chips
 
 # The documentation as a site: site/index.html.
 docs: $(VENV)/ready-test

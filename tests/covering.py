@@ -64,7 +64,9 @@ def mostly_slow(words: Iterable[Any], *fast: Any) -> list[Any]:
 
 
 def pairwise(
-  factors: Mapping[str, Sequence[str]], allowed: Callable[[dict], bool]
+  factors: Mapping[str, Sequence[str]],
+  allowed: Callable[[dict], bool],
+  apart: Iterable[set[str]] = (),
 ) -> list[dict[str, str]]:
   """Few cases, in which all that can stand beside each other once does.
 
@@ -74,11 +76,14 @@ def pairwise(
   Args:
     factors: the values of each.
     allowed: whether a case, or the part of one, may be.
+    apart: pairs of factors that have nothing to do with each other: their
+      values need not meet.
   """
-  names = list(factors)
+  apart = list(apart)
   wanted = {
     frozenset([(a, x), (b, y)])
-    for a, b in itertools.combinations(names, 2)
+    for a, b in itertools.combinations(factors, 2)
+    if {a, b} not in apart
     for x, y in itertools.product(factors[a], factors[b])
   }
   cases: list[dict[str, str]] = []

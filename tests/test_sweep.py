@@ -1,6 +1,7 @@
 """Grids of runs: names, commands, what is skipped, what fails."""
 
 import json
+import logging
 
 import pytest
 
@@ -156,18 +157,19 @@ def test_commands_are_printed_for_a_scheduler(tmp_path):
 def test_other_engines_leave_the_same(swept, tmp_path):
   path, words, _ = swept
   again = tmp_path / "runs"
-  words = [
-    w.replace("7|20", "20").replace(str(path), str(again)) for w in words
-  ]
+  words = [w.replace("0|1", "0").replace(str(path), str(again)) for w in words]
+  handler = logging.FileHandler(tmp_path / "log.txt")
   done = cli.run(*words, "--sweep_on=submitit")
-  assert done.returncode == 0, done.stderr
+  assert done.returncode == 2
+  assert "1 of 2 cells failed: train_size=7" in done.stderr
 
   def kept(folder):
     names = ("run", "seconds")
     rows = record.read(folder / "results.jsonl")
     return [{k: v for k, v in row.items() if k not in names} for row in rows]
 
-  assert kept(again) == kept(path)
+  assert kept(again) == [row for row in kept(path) if row["seed"] == 0]
   assert {f.name for f in (again / "logs").glob("*.txt")} == {
-    "seed=0.txt", "seed=1.txt",
+    "train_size=7.txt", "train_size=20.txt",
   }  # fmt: skip
+  handler.stream.write("handlers of others stay open")

@@ -170,6 +170,22 @@ def test_mobile_networks_are_the_originals(name):
   assert back.keys() == state.keys()
 
 
+def test_a_new_head_of_a_distilled_vit_becomes_its_two():
+  """As `linear` writes it: one on both class tokens."""
+  model = models.create("distilled", 3)
+  params, stats = model.init(keys.root(0))
+  params = dataclasses.replace(
+    params, head={**params.head, "bias": np.arange(3, dtype=np.float32)}
+  )
+  state = convert.to_state_dict(convert.Bundle(model, params, stats), "timm")
+  again = convert.load(state, "distilled", None, model.mean, model.std)
+  assert isinstance(again.model.head, heads.Pair)
+  x = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
+  found = again.model.logits(again.params, again.stats, x)
+  expected = model.logits(params, stats, x)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_what_a_distilled_vit_can_not_be():
   model = models.create("distilled", 10)
   with pytest.raises(ValueError, match="two class tokens: pool=token"):

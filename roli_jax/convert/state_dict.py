@@ -253,9 +253,12 @@ def to_state_dict(bundle: Bundle, format: str) -> dict[str, np.ndarray]:
       " merge what the method has added first"
     )
   layout = next((x for x in known if x.name == bundle.layout), known[0])
+  params = bundle.params
+  if getattr(backbone, "distilled", False) and "kernel" in params.head:
+    params = dataclasses.replace(params, head=models.heads.pair(params.head))
   arrays = {
     path: np.asarray(leaf)
-    for path, leaf in naming.leaves(bundle.params, bundle.stats).items()
+    for path, leaf in naming.leaves(params, bundle.stats).items()
   }
   state = {
     key: layout.outward(key, paths, [arrays[path] for path in paths])

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,15 @@ class Pair(nn.Module):
       nn.Dense(self.num_classes, name=name)(half) for name, half in halves
     ]
     return (each[0] + each[1]) / 2
+
+
+def pair(linear: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """The parameters of `Pair` that compute what those of a linear head do."""
+  halves = jnp.split(2 * jnp.asarray(linear["kernel"]), 2)
+  return {
+    name: {**linear, "kernel": half}
+    for name, half in zip(("cls", "dist"), halves, strict=True)
+  }
 
 
 def cosine(num_classes: int, embed: int) -> Cosine:

@@ -8,6 +8,7 @@ and its run goes on from what is on disk.
 
 import dataclasses
 import logging
+import os
 import pathlib
 import subprocess
 import sys
@@ -91,6 +92,8 @@ def _here(jobs: Sequence[Job]) -> Iterator[tuple[Job, bool]]:
 
 def _on_submitit(jobs: Sequence[Job]) -> Iterator[tuple[Job, bool]]:
   """A job of Slurm each; without Slurm, all at once on this machine."""
+  # What it does to logging when it is imported closes the handlers of others.
+  os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
   extras.need("submitit")
   for job in jobs:
     if job.num_tpus:

@@ -100,10 +100,14 @@ def plainly_seen(name):
   return seen(*made(name))
 
 
+# Each by itself on two families, both at once on all.
 @pytest.mark.parametrize(
   "name, option",
   covering(
-    itertools.product(TOYS, ("scan", "remat", "both")),
+    [
+      *itertools.product(("glyph_swin", "glyph_vit"), ("scan", "remat")),
+      *((name, "both") for name in TOYS),
+    ],
     among=("glyph_swin", "glyph_vit"),
   ),
 )
@@ -140,8 +144,9 @@ def test_half_precision_errs_by_less_than_two_percent(name):
   assert got.dtype == jnp.float32
   error = np.sqrt(np.mean((got - exact) ** 2) / np.mean(exact**2))
   assert 0 < error < 0.02
-  grads = jax.jit(jax.grad(lambda p: half.logits(p, stats, images()).sum()))
-  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(grads(params)))
+  gradient = jax.grad(lambda p: half.logits(p, stats, images()).sum())
+  grads = jax.eval_shape(gradient, params)
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -173,8 +178,9 @@ def test_a_batch_moves_statistics_by_a_tenth():
   np.testing.assert_allclose(after["stem_norm"]["mean"], mean, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", mostly_slow(TOYS, "glyph_vit", "glyph_wrn"))
+@pytest.mark.parametrize("name", TOYS)
 def test_curvature_can_be_asked_for(name):
+  """Every operation has one; that it is finite is seen on two."""
   model, params, stats = made(name)
 
   def loss(x):
@@ -183,7 +189,10 @@ def test_curvature_can_be_asked_for(name):
   def along(x):
     return jax.jvp(jax.grad(loss), (x,), (jnp.ones_like(x),))[1]
 
-  assert np.isfinite(jax.jit(along)(images(2))).all()
+  if name in ("glyph_vit", "glyph_wrn"):
+    assert np.isfinite(jax.jit(along)(images(2))).all()
+  else:
+    assert jax.eval_shape(along, images(2)).shape == images(2).shape
 
 
 @pytest.mark.parametrize(
