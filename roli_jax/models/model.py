@@ -1,6 +1,7 @@
 """A model: resize, normalise, backbone, head; pure functions of its trees."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -121,6 +122,8 @@ class Model:
       for path, leaf in trees.paths(seen["intermediates"]).items()
     }
 
+  # Traced once for images of a shape, whatever programs it becomes part of.
+  @functools.partial(jax.jit, static_argnums=(0, 4, 6), inline=True)
   def _apply(
     self,
     params: Params,

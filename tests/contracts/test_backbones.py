@@ -181,7 +181,8 @@ def test_a_batch_moves_statistics_by_a_tenth():
 @pytest.mark.parametrize("name", TOYS)
 def test_curvature_can_be_asked_for(name):
   """Every operation has one; that it is finite is seen on two."""
-  model, params, stats = made(name)
+  model, *variables = made(name)
+  params, stats = jax.device_put(variables)
 
   def loss(x):
     return (model.logits(params, stats, x) ** 2).sum()
