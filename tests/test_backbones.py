@@ -176,7 +176,7 @@ def test_parameters_by_hand_are_the_originals():
 def test_parameter_counts_are_the_originals(name):
   of_cifar = models.MODELS[name].normalisation == zoo.CIFAR
   model = models.create(name, 10 if of_cifar else 1000)
-  params, stats = jax.eval_shape(model.init, keys.root(0))
+  params, stats = model.shapes()
   whole, backbone, running = SIZES[name]
   assert trees.size(params) == whole
   assert trees.size(params.backbone) == backbone
@@ -321,7 +321,7 @@ def pinned(name):
     noise = rng.standard_normal(x.shape) / max(x.size // x.shape[-1], 4) ** 0.5
     return 1 + noise / 10 if path.endswith(("scale", "gamma", "var")) else noise
 
-  variables = trees.map_named(drawn, jax.eval_shape(model.init, keys.root(0)))
+  variables = trees.map_named(drawn, model.shapes())
   shape = (2, model.image_size, model.image_size, model.channels)
   images = np.random.default_rng(0).uniform(size=shape)
 

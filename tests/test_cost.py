@@ -26,7 +26,7 @@ def _small(depth=4, **options):
 
 def _forward(model, batch=1):
   """FLOPs of the logits."""
-  params, stats = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+  params, stats = model.shapes()
   side = model.image_size
   images = _floats(batch, side, side, model.channels)
   return cost.flops(model.logits, params, stats, images)
@@ -34,7 +34,7 @@ def _forward(model, batch=1):
 
 def _compiled(model, method, batch):
   """XLA's working memory in bytes, on one device: attack's and update's."""
-  params, stats = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+  params, stats = model.shapes()
   halves = trees.split(params, method.trains(params))
   side = model.image_size
   images = _floats(batch, side, side, model.channels)
@@ -133,7 +133,7 @@ def test_a_scan_counts_as_its_blocks():
 
 def test_xla_counts_the_same_and_what_is_elementwise():
   model = models.create("vit_ti16", 10)
-  params, stats = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+  params, stats = model.shapes()
   theirs = timing.flops(model.logits, params, stats, _floats(1, 224, 224, 3))
   assert 1.0 < theirs / _forward(model) < 1.05
 
@@ -175,7 +175,7 @@ def test_the_gradient_by_the_pixels_is_two_passes_and_attention_again():
 @pytest.mark.parametrize("name", ["linear", "full"])
 def test_the_head_counts_as_if_it_were_traced(name):
   method, model = peft.METHODS[name](), _small(depth=1)
-  params, stats = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+  params, stats = model.shapes()
   halves = trees.split(params, method.trains(params))
 
   def logits(trained, frozen, stats, images):
@@ -219,7 +219,7 @@ def test_activations_are_what_xla_keeps(remat):
 
 
 def _num_weights(model):
-  params, _ = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+  params, _ = model.shapes()
   return trees.size(params)
 
 

@@ -6,13 +6,12 @@ import json
 import pathlib
 import re
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import guide as configs
-from roli_jax import data, keys, models, trees
+from roli_jax import data, models, trees
 from roli_jax.data import archives, transforms, verify
 from roli_jax.experiment import stage_tests as score
 from roli_jax.experiment.build import build_attack
@@ -460,7 +459,7 @@ def test_the_tests_fill_the_columns():
   "name", ["glyph_vit_token", "glyph_swin", "glyph_convnext", "glyph_resnet"]
 )
 def test_biases_and_norms_are_exempt_from_decay(name):
-  params, _ = jax.eval_shape(models.create(name, 3).init, keys.root(0))
+  params, _ = models.create(name, 3).shapes()
   exempt = config_of()["adapt"]["optim"]["no_decay"]
   rules = [*((pattern, False) for pattern in exempt), (".*", True)]
   decays = trees.paths(trees.label(params, rules))

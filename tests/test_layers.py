@@ -111,7 +111,7 @@ def test_a_swin_takes_the_attentions_that_have_a_bias():
 def test_fused_attention_says_that_it_wants_half_precision():
   model = models.create("glyph_vit_token", 2, attention="fused")
   with pytest.raises(ValueError, match="set the model's dtype to bfloat16"):
-    jax.eval_shape(model.init, keys.root(0))
+    model.shapes()
 
 
 def test_gelu_and_its_derivatives_are_exact():

@@ -24,7 +24,7 @@ def random_bundle(name=MODEL, num_classes=10):
   rng = np.random.default_rng(0)
   params, stats = jax.tree.map(
     lambda x: rng.normal(size=x.shape, scale=0.2).astype(np.float32),
-    jax.eval_shape(model.init, jax.random.key(0)),
+    model.shapes(),
   )
   return convert.Bundle(model, params, stats)
 

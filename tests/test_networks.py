@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from roli_jax import convert, keys, models, peft, trees
+from roli_jax import convert, models, peft, trees
 from roli_jax.convert import networks
 from tests.covering import covering
 
@@ -17,7 +17,7 @@ def drawn(model, seed=0):
   rng = np.random.default_rng(seed)
   return jax.tree.map(
     lambda x: rng.normal(size=x.shape).astype(x.dtype),
-    jax.eval_shape(model.init, keys.root(0)),
+    model.shapes(),
   )
 
 
@@ -158,7 +158,7 @@ def test_one_mean_is_that_of_all_channels():
       model := models.create("wrn_28_10", 2),
       *jax.tree.map(
         lambda x: np.zeros(x.shape, x.dtype),
-        jax.eval_shape(model.init, keys.root(0)),
+        model.shapes(),
       ),
     ),
     "robustbench",

@@ -66,7 +66,7 @@ def logits(model, params, stats, images):
 def variables(name, method=peft.full):
   """The model with the method in it, and arrays far from their starts."""
   model = method().apply_to(MODELS[name])
-  params, stats = jax.eval_shape(model.init, keys.root(0))
+  params, stats = model.shapes()
   rng = np.random.default_rng(0)
 
   def fill(path, x):

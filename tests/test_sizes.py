@@ -47,7 +47,7 @@ def made(name):
   """A small model of a family, or a named one, with random arrays."""
   model = models.create(name, 5, **SMALL.get(name, {}))
   rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(model.init, keys.root(0))
+  shapes = model.shapes()
   params, stats = jax.tree.map(
     lambda x: rng.uniform(0.1, 1, x.shape).astype(x.dtype), shapes
   )
@@ -63,7 +63,7 @@ def same(bundle, other):
 
 def size(name, num_classes, **sizes):
   model = models.create(name, num_classes, **sizes)
-  return trees.size(jax.eval_shape(model.init, keys.root(0))[0])
+  return trees.size(model.shapes()[0])
 
 
 VIT_S16 = {"patch": 16, "width": 384, "depth": 12, "heads": 6}
@@ -106,7 +106,7 @@ def test_other_channels_are_centred_at_a_half(channels):
   model = models.create("wrn", 3, depth=10, width=1, channels=channels)
   assert model.mean == model.std == (0.5,) * channels
   images = np.full((2, 16, 16, channels), 0.5, np.float32)
-  params, stats = jax.eval_shape(model.init, keys.root(0))
+  params, stats = model.shapes()
   logits = jax.eval_shape(model.logits, params, stats, images)
   assert logits.shape == (2, 3)
 
@@ -138,7 +138,7 @@ def test_sizes_that_can_not_be_are_refused(name, sizes, message):
 def test_images_that_patches_do_not_tile_are_refused():
   model = models.create("vit", 10, image_size=30, **{**VIT_S16, "patch": 4})
   with pytest.raises(ValueError, match="4 do not tile images of 30 x 30"):
-    jax.eval_shape(model.init, keys.root(0))
+    model.shapes()
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -177,7 +177,7 @@ def test_windows_that_are_larger_than_the_last_map_are_read(tmp_path):
   """Of maps of 8, 4 and 2; MIMIR's Swin-L has windows of 14, then of 7."""
   small = made("swin").model
   large = dataclasses.replace(small, backbone=small.backbone.clone(window=4))
-  shapes = jax.eval_shape(large.init, keys.root(0))
+  shapes = large.shapes()
   ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
   bundle, path = convert.Bundle(large, *ones), tmp_path / "x.safetensors"
   both = {"mean": large.mean, "std": large.std}

@@ -89,7 +89,7 @@ def state_of(name):
     model = dataclasses.replace(model, head=heads.Pair(10))
   if name == "clip_bare":
     model = dataclasses.replace(model, head=heads.projection(24))
-  shapes = jax.eval_shape(model.init, keys.root(0))
+  shapes = model.shapes()
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   bundle = convert.Bundle(model, *zeros, layout)
   state = convert.to_state_dict(bundle, state_dict.format_of(bundle))
@@ -103,7 +103,7 @@ def state_of(name):
 @pytest.mark.parametrize("name", [*SMALLS, *NETS])
 def test_names_and_parameters_are_the_originals(name):
   model, state = state_of(name)
-  params, _ = jax.eval_shape(model.init, keys.root(0))
+  params, _ = model.shapes()
   assert FACTS[name] == {
     "tensors": len(state),
     "parameters": trees.size(params),
@@ -190,7 +190,7 @@ def test_what_a_distilled_vit_can_not_be():
   model = models.create("distilled", 10)
   with pytest.raises(ValueError, match="two class tokens: pool=token"):
     models.with_options(model, pool="mean")
-  params, stats = jax.eval_shape(model.init, keys.root(0))
+  params, stats = model.shapes()
   bundle = convert.Bundle(model, params, stats)
   with pytest.raises(ValueError, match="torchvision has no names"):
     convert.to_state_dict(bundle, "torchvision")
@@ -204,7 +204,7 @@ def test_googles_files_have_its_names_and_shapes(tmp_path):
   rng = np.random.default_rng(0)
   params, _ = jax.tree.map(
     lambda x: rng.standard_normal(x.shape, np.float32),
-    jax.eval_shape(model.init, keys.root(0)),
+    model.shapes(),
   )
   convert.save(convert.Bundle(model, params, {}), tmp_path / "x.npz", "google")
   block = "Transformer/encoderblock_1"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from roli_jax import convert, keys, models, trees
+from roli_jax import convert, models, trees
 from tests.covering import covering, mostly_slow
 
 TOYS = [name for name in models.MODELS if name.startswith("glyph")]
@@ -62,7 +62,7 @@ def images(n=8):
 def made(name):
   """A model whose arrays are far from their starts, and the arrays."""
   model = models.create(name, 3)
-  shapes = jax.eval_shape(model.init, keys.root(0))
+  shapes = model.shapes()
   rng = np.random.default_rng(1)
 
   def drawn(path, leaf):
@@ -115,7 +115,7 @@ def test_options_of_speed_change_no_number_and_no_name(name, option):
   model, params, stats = made(name)
   on = ("scan", "remat") if option == "both" else (option,)
   other = models.with_options(model, **dict.fromkeys(on, True))
-  again, _ = jax.eval_shape(other.init, keys.root(0))
+  again, _ = other.shapes()
   trees.check_same(again, params, name)
 
   close(seen(other, params, stats), plainly_seen(name))
