@@ -183,6 +183,10 @@ def backbone(name: str, weights: str) -> dict:
     # framework leaves it open: relu, gelu, silu or quick_gelu; "": the name's.
     "act": "",
     "norm_eps": 0.0,  # what normalisations add to variances; 0: the name's
+    # Per channel, in units of [0, 1]; (): the name's, the file's own, or the
+    # format's.
+    "mean": (),
+    "std": (),
     # What the feature of another framework's ViT is, `token` or `mean`, where
     # the names in its file leave it open; "": as `convert.load` chooses.
     "pool": "",

@@ -85,6 +85,28 @@ def test_weights_without_a_threat_model_want_one(home, known):
   assert done.returncode == 2 and "attack=corruptions:standard" in done.stderr
 
 
+def test_another_network_of_the_same_name_has_no_rows_of_the_first(
+  home, content
+):
+  (home / "toy.pth").write_bytes(content)
+  words = (
+    "--mode=evaluate", *WORDS, *FEW, "--config.threat.norm=linf",
+    "--config.threat.eps=0.1", "--config.num_images=1",
+    "--config.backbone.weights=toy.pth",
+  )  # fmt: skip
+  assert cli.run(*words, cwd=home).returncode == 0
+  changed = cli.run(*words, "--config.backbone.pool=mean", cwd=home)
+  assert changed.returncode == 2 and "another --workdir" in changed.stderr
+  told = (
+    f"--config.backbone.name={MODEL}", "--config.backbone.act=gelu",
+    "--config.backbone.norm_eps=1e-6", "--config.backbone.pool=token",
+    "--config.backbone.mean=(0.35,)", "--config.backbone.std=(0.39,)",
+    "--config.backbone.strict=True",
+  )  # fmt: skip
+  strict = cli.run(*words, *told, cwd=home)
+  assert strict.returncode == 0, strict.stderr
+
+
 def test_a_bare_file_says_in_the_report_what_was_assumed(home, content):
   (home / "toy.pth").write_bytes(content)
   told = ("--config.threat.norm=linf", "--config.threat.eps=0.1")
@@ -101,10 +123,13 @@ def test_a_bare_file_says_in_the_report_what_was_assumed(home, content):
 
 def test_what_is_stated_is_of_the_same_attack_alone():
   checkpoint = Checkpoint(
-    NAME, "", norm="linf", eps="8/255", clean=0.9, robust=0.5
+    NAME, "", data="cifar10", norm="linf", eps="8/255", clean=0.9, robust=0.5
   )
-  attacked = {"attack": "autoattack", "norm": "linf", "eps": 8 / 255}
-  assert checkpoint.stated({"attack": "none"}) == 0.9
+  attacked = {
+    "data": "cifar10", "attack": "autoattack", "norm": "linf", "eps": 8 / 255,
+  }  # fmt: skip
+  assert checkpoint.stated({"data": "cifar10", "attack": "none"}) == 0.9
+  assert checkpoint.stated({"data": "folder", "attack": "none"}) is None
   assert checkpoint.stated(attacked) == 0.5
   for other in ({"eps": 4 / 255}, {"norm": "l2"}, {"attack": "apgd_ce"}):
     assert checkpoint.stated({**attacked, **other}) is None

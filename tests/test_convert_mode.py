@@ -1,5 +1,8 @@
 """--mode=convert as a user types it, and toys of each family all the way."""
 
+import dataclasses
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -44,6 +47,36 @@ def test_a_file_becomes_a_bundle_and_says_how(folder, converted):
   seen = np.load(folder / "out" / "glyph_swin.check.npz")
   logits = bundle.model.logits(bundle.params, {}, seen["images"])
   np.testing.assert_allclose(logits, seen["logits"], atol=1e-4)
+
+
+FAMILY = functools.partial(
+  models.create, "vit", 5, 8, patch=4, width=32, depth=1, heads=4, channels=1
+)
+
+
+def distilled():
+  model = models.create("glyph_vit_token", 5)
+  backbone = model.backbone.clone(distilled=True)
+  return dataclasses.replace(model, backbone=backbone)
+
+
+@pytest.mark.parametrize("made", [FAMILY, distilled])
+def test_a_bundle_becomes_another_formats_file(made, tmp_path):
+  """What tensors don't show is told when it is read back."""
+  model = made()
+  bundle = convert.Bundle(model, *jax.jit(model.init)(keys.root(0)))
+  convert.save(bundle, tmp_path / "ours.safetensors")
+  done = cli.run(
+    *CONVERT, f"--config.source={tmp_path}/ours.safetensors",
+    f"--config.output={tmp_path}/out", "--config.format=timm",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  again = convert.load(tmp_path / "out" / f"{model.name}.pth", model.name,
+                       heads=models.sizes(model).get("heads"))  # fmt: skip
+  x = np.random.default_rng(0).random((2, 8, 8, model.channels), np.float32)
+  found = again.model.logits(again.params, {}, x)
+  expected = model.logits(bundle.params, {}, x)
+  np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_the_same_again_is_left_and_another_refused(folder, converted):

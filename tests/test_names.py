@@ -1,5 +1,6 @@
 """Published weights by name: what is known of them, fetched, held to it."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -274,8 +275,8 @@ def test_a_normalisation_in_the_file_must_be_the_names(home, known):
 # Assumptions.
 
 WORDS = {
-  "act": "gelu", "norm_eps": 1e-6, "pool": "token", "mean": (0.35,),
-  "std": (0.39,),
+  "model": MODEL, "act": "gelu", "norm_eps": 1e-6, "pool": "token",
+  "mean": (0.35,), "std": (0.39,),
 }  # fmt: skip
 
 
@@ -285,13 +286,39 @@ def test_a_bare_file_says_what_it_can_not_tell(tmp_path, content, caplog):
   bundle = convert.load(file)
   assert bundle.assumed.keys() == WORDS.keys()
   (record,) = caplog.records
-  assert "act=gelu, norm_eps=1e-06, pool=token, mean=0.35" in record.message
+  assert (
+    f"model={MODEL}, act=gelu, norm_eps=1e-06, pool=token" in record.message
+  )
   with pytest.raises(
-    ValueError, match=r"strict.* can't tell act=gelu"
+    ValueError, match=r"strict.* can't tell model=glyph_vit_token, act=gelu"
   ) as error:
     convert.load(file, strict=True)
   assert "--mode=zoo" in str(error.value)
   assert not convert.load(file, strict=True, **WORDS).assumed
+
+
+def test_a_mean_alone_leaves_the_deviation_assumed(tmp_path, content):
+  file = tmp_path / "toy.pth"
+  file.write_bytes(content)
+  assert convert.load(file, mean=(0.35,)).assumed["std"] == "0.39"
+
+
+def test_a_normalisation_of_pixels_up_to_255_is_refused(tmp_path):
+  state = convert.to_state_dict(random_bundle("glyph_convnext"), "timm")
+  state = {f"model.{k}": v for k, v in state.items()}
+  beside = {"mean": np.float32([123.7]), "std": np.float32([58.4])}
+  with pytest.raises(ValueError, match=r"pixels in \[0, 255\]"):
+    convert.load({**state, **beside})
+
+
+def test_no_format_of_ours_forgets_its_model(tmp_path):
+  with pytest.raises(ValueError, match="can't say of which model"):
+    convert.save(random_bundle(), tmp_path / "x.npz")
+  bundle = random_bundle()
+  tiny = jax.tree.map(lambda x: 1e-9 * np.tanh(x), bundle.params)
+  small = dataclasses.replace(bundle, params=tiny)
+  with pytest.raises(ValueError, match="is all 0 in float16"):
+    convert.save(small, tmp_path / "x.safetensors", half=True)
 
 
 def test_assumptions_stay_with_the_weights(tmp_path, content):
@@ -299,8 +326,8 @@ def test_assumptions_stay_with_the_weights(tmp_path, content):
   file.write_bytes(content)
   convert.save(convert.load(file, act="gelu"), ours)
   again = convert.load(ours, pool="token")
-  assert again.assumed.keys() == {"norm_eps", "mean", "std"}
-  with pytest.raises(ValueError, match="can't tell norm_eps"):
+  assert again.assumed.keys() == {"model", "norm_eps", "mean", "std"}
+  with pytest.raises(ValueError, match=f"can't tell model={MODEL}, norm_eps"):
     convert.load(ours, strict=True)
   words = {k: v for k, v in WORDS.items() if k != "act"}
   assert not convert.load(ours, strict=True, **words).assumed
@@ -313,4 +340,4 @@ def test_converting_can_be_strict(tmp_path, content):
     "--mode=convert", "--config=convert", f"--config.source={file}",
     f"--config.output={tmp_path}", "--config.strict=True",
   )  # fmt: skip
-  assert strict.returncode == 2 and "can't tell act=gelu" in strict.stderr
+  assert strict.returncode == 2 and f"can't tell model={MODEL}" in strict.stderr

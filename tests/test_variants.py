@@ -196,6 +196,14 @@ def test_what_a_distilled_vit_can_not_be():
     convert.to_state_dict(bundle, "torchvision")
 
 
+def test_heads_of_other_widths_are_not_googles(tmp_path):
+  model = models.create("avg", 5)
+  model = dataclasses.replace(model, backbone=SMALL(width=64))
+  bundle = convert.Bundle(model, *model.shapes())
+  with pytest.raises(ValueError, match="64 channels a head; this avg has 32"):
+    convert.to_state_dict(bundle, "google")
+
+
 def test_googles_files_have_its_names_and_shapes(tmp_path):
   """Those that its vision_transformer writes; the heads are of 64 channels."""
   wide = functools.partial(SMALL, width=128)

@@ -14,6 +14,13 @@ from roli_jax.convert.name_maps import LAYOUTS
 
 OF_FORMAT = "of the format"  # how `Coverage.normalised_by` begins then
 
+# Another network may have the tensors of these: none shows how many heads of a
+# ViT attend, an XCiT's strides, whence a residual network's shortcuts come and
+# whether it blurs, how a mobile one pads.
+_TRACELESS = (
+  models.Vit, models.Xcit, models.ResNet, models.PreactResNet, models.MobileNet,
+)  # fmt: skip
+
 
 def of(bundle: Bundle, told: Collection[str]) -> dict[str, str]:
   """Returns what is assumed of a bundle, by the argument that would tell it.
@@ -26,11 +33,10 @@ def of(bundle: Bundle, told: Collection[str]) -> dict[str, str]:
   (layout,) = (x for x in LAYOUTS if x.name == bundle.layout)
   acts = {act: name for name, act in models.ACTS.items()}
   found: dict[str, str] = {}
-  # Strides leave no trace: an XCiT of small images has another's tensors.
-  if isinstance(backbone, models.Xcit):
+  if isinstance(backbone, _TRACELESS) and "heads" not in told:
     found["model"] = model.name
-  if hasattr(backbone, "act"):
-    found["act"] = acts.get(backbone.act, f"that of {model.name}")
+  if getattr(backbone, "act", None) in acts:
+    found["act"] = acts[backbone.act]
   if hasattr(backbone, "eps"):
     found["norm_eps"] = f"{backbone.eps:g}"
   # Names don't tell whether a ViT's feature is the class token or, as under

@@ -106,8 +106,12 @@ def write(bundle: Bundle, path: pathlib.Path, half: bool = False) -> None:
   )
   if half:
     with np.errstate(over="ignore"):  # the check says where
-      leaves = {k: np.asarray(v, np.float16) for k, v in leaves.items()}
-    check_arrays(leaves, f"{path.name}, in float16")
+      halves = {k: np.asarray(v, np.float16) for k, v in leaves.items()}
+    check_arrays(halves, f"{path.name}, in float16")
+    for name, leaf in leaves.items():
+      if np.any(leaf) and not np.any(halves[name]):
+        raise ValueError(f"{path.name}: {name} is all 0 in float16")
+    leaves = halves
   leaves |= trees.paths({"extras": bundle.extras})
   about = {**models.to_spec(bundle.model), "layout": bundle.layout}
   if bundle.assumed:

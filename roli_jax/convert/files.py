@@ -293,10 +293,16 @@ def save(
 
   Raises:
     ValueError: the format has no names for the model, or isn't ours and half
-      precision is asked for; weights that float16 can't hold.
+      precision is asked for; `.npz` without a format; weights that float16
+      can't hold.
   """
   path = pathlib.Path(path)
   if format is None:
+    if path.suffix.lower() == ".npz":
+      raise ValueError(
+        f"{path.name}: a .npz can't say of which model it is; write another"
+        " suffix, or name a format"
+      )
     bundles.write(bundle, path, half)
     return
   if half:

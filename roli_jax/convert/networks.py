@@ -254,6 +254,11 @@ def _normalisation(
     return {}, None, None
   nearest = min(values, key=lambda p: (-_shared(prefix, p[0]), p[0].count(".")))
   mean, std = values[nearest]
+  if max(mean) > 1:
+    raise ValueError(
+      f"{nearest[0]} is {mean}: of pixels in [0, 255], and images here are in"
+      " [0, 1]; divide it and the deviation by 255"
+    )
   same = [key for pair in values if values[pair] == (mean, std) for key in pair]
   return {key: tensors[key] for key in same}, mean, std
 

@@ -92,8 +92,12 @@ class Checkpoint:
     """Returns what is stated of what a row of results has measured, if known.
 
     Args:
-      row: its `attack`, and but for clean images `norm` and `eps`.
+      row: its `data` and `attack`, and but for clean images `norm` and `eps`.
     """
+    # ImageNet is a folder at most places.
+    of_folder = (self.data, row["data"]) == ("imagenet", "folder")
+    if self.data not in row["data"] and not of_folder:
+      return None
     if row["attack"] == "none":
       return self.clean
     if (row["attack"], row["norm"]) != ("autoattack", self.norm):

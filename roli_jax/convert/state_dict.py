@@ -14,6 +14,10 @@ from roli_jax.convert.bundle import Bundle, Coverage
 from roli_jax.convert.name_maps import FORMATS, LAYOUTS, Layout
 from roli_jax.convert.networks import COUNTER, Network
 
+# Their names are of many networks, most of which take raw pixels: they settle
+# no normalisation.
+_MANY = ("meta", "robustbench")
+
 OF_FILE = "of the file"  # `Coverage.normalised_by` of a file that holds them
 
 
@@ -70,7 +74,9 @@ def to_bundle(
     resampled=tuple(k for k, p in keys.items() if set(p) & set(resampled)),
     dropped=tuple(sorted(dropped)),
     ignored=tuple(sorted({*network.tensors.keys() - needed, *network.extras})),
-    normalised_by=_normalised_by(mean, network, format, named),
+    normalised_by=_normalised_by(
+      mean is not None and std is not None, network, format, named
+    ),
     others=others,
   )
   return dataclasses.replace(bundle, coverage=coverage)
@@ -178,7 +184,7 @@ def _chosen(
 
 
 def _normalised_by(
-  mean: Sequence[float | int] | None,
+  told: bool,
   network: Network,
   given: str | None,
   format: str,
@@ -186,16 +192,16 @@ def _normalised_by(
   """Returns where mean and deviation are from, in words.
 
   Args:
-    mean: the given mean, or None.
+    told: whether both were given.
     network: whose file may hold them.
     given: the given format, whose own images are then meant, or None.
     format: that format, or the one that was recognised.
   """
-  if mean is not None:
+  if told:
     return "as given"
   if network.mean is not None:
     return OF_FILE
-  if given and FORMATS[given]:
+  if given and FORMATS[given] and given not in _MANY:
     return f"those of {given}, as given"
   return f"of the format {format}: check that they are the file's"
 
@@ -253,7 +259,17 @@ def to_state_dict(bundle: Bundle, format: str) -> dict[str, np.ndarray]:
       " merge what the method has added first"
     )
   layout = next((x for x in known if x.name == bundle.layout), known[0])
-  params = bundle.params
+  if layout.flax and backbone.width != 64 * backbone.num_heads:
+    raise ValueError(
+      f"{format} has 64 channels a head; this {bundle.model.name} has"
+      f" {backbone.width // backbone.num_heads}"
+    )
+  if isinstance(bundle.model.head, models.heads.Cosine):
+    raise ValueError(f"{format} has no names for a zero-shot head")
+  params, head = bundle.params, bundle.params.head
+  if "kernel" in head and "bias" not in head and not layout.projects:
+    zeros = np.zeros(bundle.model.num_classes, np.float32)
+    params = dataclasses.replace(params, head={**head, "bias": zeros})
   if getattr(backbone, "distilled", False) and "kernel" in params.head:
     params = dataclasses.replace(params, head=models.heads.pair(params.head))
   arrays = {

@@ -75,7 +75,7 @@ def evaluate(config: Mapping[str, Any], path: pathlib.Path) -> list[record.Row]:
     loss="",
   )  # fmt: skip
   path.mkdir(parents=True, exist_ok=True)
-  facts.add_assumed(weights, bundle.assumed, path)
+  facts.add_weights(weights, bundle, path)
   results = _Results(path / "results.jsonl", checkpoint)
   variables = (bundle.params, bundle.stats)
   stage_tests.add_tests(run, stage, results, predict, variables, chosen)

@@ -104,6 +104,11 @@ def build_model(run: Run, stage: Stage) -> models.Model:
   elif stage.name == "pretrain":
     side = backbone.get("image_size") or None
     told = backbone_sizes(backbone)
+    if backbone.get("mean") or backbone.get("std"):
+      raise ValueError(
+        "backbone.mean and backbone.std are those of a file of weights; a new"
+        " network has its model's"
+      )
     model = models.create(backbone["name"], run.num_classes, side, **told)
   elif stage.head_init == ZEROSHOT:
     model = load_zeroshot(run, stage.weights).model

@@ -3,7 +3,7 @@
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from roli_jax.convert import (
 from roli_jax.convert import bundle as bundles
 from roli_jax.types import Images, Params, PyTree
 
+T = TypeVar("T")
 Fact = tuple[str, str, str]  # what, how much, which: a row of the printed table
 
 _SIZES = (*models.SIZES, "channels")
@@ -68,10 +69,18 @@ def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, list[Fact]]:
   # no coverage), the output's.
   foreign = config["format"] if whole.coverage is None else ""
   suffix = ".pth" if foreign else ".safetensors"
+  if foreign == "google":
+    suffix = ".npz"
   path = output / f"{plain.model.name}{suffix}"
-  _write(path, lambda new: files.save(plain, new, foreign or None))
-  again = files.load(path, plain.model.name)
-  facts = [*_facts(plain), _check_same(plain, again, source)]
+  told = {k: v for k, v in models.sizes(plain.model).items() if foreign}
+
+  def save(new: pathlib.Path) -> tuple[Bundle, Fact]:
+    files.save(plain, new, foreign or None)
+    again = files.load(new, plain.model.name, **told)
+    return again, _check_same(plain, again, source, foreign)
+
+  again, checked = _write(path, save)
+  facts = [*_facts(plain), checked]
   if whole.params.peft:
     facts.append(_keep_added(whole, method, plain, path))
   check: Any = _outputs(whole if whole.params.peft else again)
@@ -124,22 +133,30 @@ def _keep_added(
   return (method.name, beside.name, note)
 
 
-def _write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
+def _write(path: pathlib.Path, save: Callable[[pathlib.Path], T]) -> T:
   """Writes the file; raises if it is there already with other content.
 
   Args:
     path: the file.
     save: writes to the path that it is given.
+
+  Returns:
+    What `save` returns.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   new = path.with_stem(path.stem + ".new")
-  save(new)
+  try:
+    result = save(new)
+  except BaseException:
+    new.unlink(missing_ok=True)
+    raise
   if path.exists() and _content(path) != _content(new):
     new.unlink()
     raise ValueError(
       f"{path} holds other weights; give another --config.output"
     )
   new.replace(path)
+  return result
 
 
 def _content(path: pathlib.Path) -> tuple[Any, bytes]:
@@ -186,7 +203,9 @@ def _facts(bundle: Bundle) -> list[Fact]:
   return facts
 
 
-def _check_same(bundle: Bundle, again: Bundle, source: pathlib.Path) -> Fact:
+def _check_same(
+  bundle: Bundle, again: Bundle, source: pathlib.Path, foreign: str
+) -> Fact:
   """Raises a RuntimeError unless what was written reads back bit for bit.
 
   Weights from elsewhere are also turned back into the source's own tensors.
@@ -195,8 +214,13 @@ def _check_same(bundle: Bundle, again: Bundle, source: pathlib.Path) -> Fact:
     bundle: what was to be written.
     again: what was read back.
     source: what `bundle` was read from.
+    foreign: the format that was written, whose head may be another than ours;
+      "": ours.
   """
-  before, after = trees.paths(bundle.params), trees.paths(again.params)
+  before, after = (
+    state_dict.to_state_dict(x, foreign) if foreign else trees.paths(x.params)
+    for x in (bundle, again)
+  )
   same = before.keys() == after.keys() and all(
     np.array_equal(before[path], after[path]) for path in before
   )

@@ -1,10 +1,14 @@
 """`facts.json`: sizes of methods, notes on data and weights, for reports."""
 
+import hashlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from roli_jax import data, trees
+import numpy as np
+
+from roli_jax import data, models, trees
+from roli_jax.convert.bundle import Bundle
 from roli_jax.experiment.program import build_program
 from roli_jax.experiment.run import Run
 from roli_jax.experiment.stages import Stage
@@ -43,17 +47,36 @@ def write(run: Run, stages: Sequence[Stage], path: pathlib.Path) -> None:
     tables.show(report.facts(path))
 
 
-def add_assumed(
-  weights: str, assumed: Mapping[str, str], path: pathlib.Path
-) -> None:
-  """Adds what is assumed of weights to `facts.json`, which need not be there.
+def add_weights(weights: str, bundle: Bundle, path: pathlib.Path) -> None:
+  """Adds weights that are tested to `facts.json`, which need not be there.
 
   Args:
     weights: their name or path.
-    assumed: as a bundle has it.
+    bundle: what it was read as.
     path: the directory of the rows.
+
+  Raises:
+    ValueError: there are rows of another network of that name: the content of
+      its file, or an option, has changed.
   """
   file = path / "facts.json"
   facts = json.loads(file.read_text()) if file.is_file() else {}
-  facts.setdefault("assumed", {})[weights] = dict(assumed)
+  digest = _digest(bundle)
+  if facts.setdefault("networks", {}).setdefault(weights, digest) != digest:
+    raise ValueError(
+      f"{path} has results of another network that {weights} was: its file or"
+      " an option of config.backbone has changed; give another --workdir"
+    )
+  facts.setdefault("assumed", {})[weights] = dict(bundle.assumed)
   workdir.write_json(file, facts)
+
+
+def _digest(bundle: Bundle) -> str:
+  """Returns what tells a network from another: of its model and arrays."""
+  digest = hashlib.sha256()
+  digest.update(json.dumps(models.to_spec(bundle.model)).encode())
+  leaves = trees.paths((bundle.params, bundle.stats))
+  for name, leaf in sorted(leaves.items()):
+    digest.update(name.encode())
+    digest.update(np.asarray(leaf, order="C").tobytes())
+  return digest.hexdigest()

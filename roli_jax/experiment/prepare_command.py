@@ -26,9 +26,13 @@ def run(config: Mapping[str, Any]) -> Iterator[str]:
       raise ValueError(
         f"this config has no {section}: there is nothing to fetch"
       )
+  if "pretrain" not in config:  # which makes its weights
+    yield from _weights(config)
   yield from data.prepare(config["data"])
-  if "pretrain" in config:
-    return  # it makes its weights
+
+
+def _weights(config: Mapping[str, Any]) -> Iterator[str]:
+  """Likewise of weights alone, which have to be of the right name."""
   backbone = config["backbone"]
   cells = config.get("cells", ({},))
   names = [cell.get("weights", backbone["weights"]) for cell in cells]

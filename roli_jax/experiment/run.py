@@ -127,6 +127,8 @@ def _load(
   return convert.load(
     source,
     model=backbone["name"] or None,
+    mean=backbone.get("mean") or None,
+    std=backbone.get("std") or None,
     num_classes=None if keeps_head else splits["train"].num_classes,
     image_size=backbone.get("image_size") or None,
     act=backbone.get("act") or None,
