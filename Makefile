@@ -21,6 +21,7 @@ test: $(VENV)/ready-test
 # browser, which must be there: apt-get install chromium.
 test-all: $(VENV)/ready-test
 	$(RUN) -m pytest -n 2 --dist loadfile -m slow
+	OPTIMIZED=1 $(RUN) -m pytest -n 2 -m passes
 
 # Toys of everything, compiled by the compilers of TPUs and GPUs, without any.
 CHIPS ?= .venv-chips

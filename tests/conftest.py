@@ -9,11 +9,13 @@ from importlib import metadata
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs are small and run a few times: what LLVM would gain is lost to it.
-os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-  " --xla_llvm_disable_expensive_passes=true"
-)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Most programs are small and run a few times: what LLVM would gain is lost.
+if "OPTIMIZED" not in os.environ:
+  os.environ["XLA_FLAGS"] += (
+    " --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true"
+  )
 if metadata.version("jaxlib").startswith("0.10."):
   # The older emitters compile in half the time; jaxlib 0.11 has none but new.
   os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"

@@ -35,7 +35,7 @@ def run(name, norm, rows=slice(None), **settings):
   )  # fmt: skip
 
 
-@pytest.mark.slow  # minutes in each norm
+@pytest.mark.passes
 @pytest.mark.parametrize("norm", EPS)
 def test_flags_and_passes_are_the_official_ones(norm, official, devices):
   """One image more and two less are chance; fewer passes are no wonder."""
@@ -57,7 +57,7 @@ def test_flags_and_passes_are_the_official_ones(norm, official, devices):
   assert outside["ball_and_box"] == "pass"
 
 
-@pytest.mark.slow
+@pytest.mark.passes
 @pytest.mark.parametrize("norm", EPS)
 def test_fab_alone_breaks_what_the_official_one_does(norm, official):
   rows = slice(0, 32)
@@ -68,7 +68,7 @@ def test_fab_alone_breaks_what_the_official_one_does(norm, official):
   assert (result.min_distance[result.robust] > EPS[norm]).all()
 
 
-@pytest.mark.slow
+@pytest.mark.passes
 def test_fast_agrees_with_standard_at_a_third_of_the_passes(official):
   result = run("autoattack_fast", "linf")
   assert (result.robust != official["linf/square"]).sum() <= 1
@@ -77,7 +77,7 @@ def test_fast_agrees_with_standard_at_a_third_of_the_passes(official):
   assert result.summary()["broken_by"][""] == result.robust.sum()
 
 
-@pytest.mark.slow
+@pytest.mark.passes
 def test_a_curve_is_what_separate_runs_find():
   norm, rows = "linf", slice(0, 24)
   curve = run("curve", norm, rows, num_rounds=5)

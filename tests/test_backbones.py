@@ -353,10 +353,13 @@ def test_toys_compute_what_they_did_when_the_large_were_right(name):
 
 def test_what_a_method_adds_must_fit():
   model = models.create("glyph_vit_token", 3)
-  bundle = convert.Bundle(model, *jax.jit(model.init)(keys.root(0)))
+  bundle = convert.Bundle(
+    model, *jax.jit(model.init)(keys.root(0)), classes=("a", "b", "c")
+  )
   added = {"classifier.weight": np.ones((5, 32)), "classifier.bias": np.ones(5)}
   with pytest.raises(ValueError, match=r"missing: blocks.0.attn.query_lora.A"):
     peft.load(bundle, added, "lora")
   with pytest.raises(ValueError, match="did you mean 'lora'"):
     peft.load(bundle, added, "lra")
-  assert peft.load(bundle, added, "linear").model.num_classes == 5
+  other = peft.load(bundle, added, "linear")
+  assert other.model.num_classes == 5 and not other.classes

@@ -290,9 +290,14 @@ def test_prepare_refuses_what_it_can_not_fetch(home, tmp_path):
   )  # fmt: skip
   assert weights.stdout == "cifar10 is there\n"
   assert weights.returncode == 2 and "swin_b at 'ares'" in weights.stderr
+  typo = cli.run(
+    "--config=cifar_roli", "--config.backbone.weights=madry:resnet50_linf_eps4",
+    "--mode=prepare", cwd=home,
+  )  # fmt: skip
+  assert typo.returncode == 2 and not typo.stdout
   bench = cli.run("--config=bench", "--mode=prepare", cwd=home)
   assert bench.returncode == 2 and "nothing to fetch" in bench.stderr
-  for done in (cars, weights, bench):
+  for done in (cars, weights, typo, bench):
     assert len(done.stderr.splitlines()) <= 6
 
 

@@ -317,9 +317,10 @@ def test_a_zero_shot_head_can_be_fine_tuned(made):
   assert value - loss(moved) == pytest.approx(1e-3 * float(norm2), rel=0.3)
 
 
-def test_a_cosine_head_has_no_name_in_open_clip(made):
-  with pytest.raises(ValueError, match="no name for head/"):
-    convert.to_state_dict(made, "open_clip")
+@pytest.mark.parametrize("format", ["open_clip", "timm"])
+def test_a_cosine_head_has_no_name_elsewhere(made, format):
+  with pytest.raises(ValueError, match="no names for a zero-shot head"):
+    convert.to_state_dict(made, format)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from roli_jax.convert.name_maps import LAYOUTS, TEXT, Layout
 
 # Averaged networks go first, since published accuracies are theirs, and what
 # was trained beside the model last.
-_AVERAGED = re.compile(r"(.*_)?(ema|swa|averaged)(_.*)?")
+_AVERAGED = re.compile(r"(?!.*before)(.*_)?(ema|swa|averaged)(_.*)?")
 _ORDER = ("last", "state_dict", "model_state_dict", "model", "net")
 _BESIDE = ("attacker", "optimizer")
 # What a model that normalises its own images calls mean and deviation.

@@ -26,19 +26,20 @@ def run(config: Mapping[str, Any]) -> Iterator[str]:
       raise ValueError(
         f"this config has no {section}: there is nothing to fetch"
       )
-  if "pretrain" not in config:  # which makes its weights
-    yield from _weights(config)
+  weights = [] if "pretrain" in config else _weights(config)
+  # A name that is none is told before anything is fetched.
+  named = {x: registry.named(x) for x in weights if registry.is_name(x)}
   yield from data.prepare(config["data"])
-
-
-def _weights(config: Mapping[str, Any]) -> Iterator[str]:
-  """Likewise of weights alone, which have to be of the right name."""
-  backbone = config["backbone"]
-  cells = config.get("cells", ({},))
-  names = [cell.get("weights", backbone["weights"]) for cell in cells]
-  for weights in dict.fromkeys(names):
-    if registry.is_name(weights):
-      yield from origins.fetch(registry.named(weights))
+  for name in weights:
+    if name in named:
+      yield from origins.fetch(named[name])
       continue
-    file = convert.find(backbone["name"], weights)
-    yield f"{backbone['name']}'s weights are there: {file}"
+    model = config["backbone"]["name"]
+    yield f"{model}'s weights are there: {convert.find(model, name)}"
+
+
+def _weights(config: Mapping[str, Any]) -> list[str]:
+  """Returns the names or paths of a config's weights, each once."""
+  told = config["backbone"]["weights"]
+  cells = config.get("cells", ({},))
+  return list(dict.fromkeys(cell.get("weights", told) for cell in cells))

@@ -94,7 +94,12 @@ def load(
   params = dataclasses.replace(
     bundle.params, peft=tree.get("peft", {}), head=tree["head"]
   )
-  return dataclasses.replace(bundle, model=model, params=params)
+  # Names of another number of classes are not this classifier's.
+  same = len(classifier) == bundle.model.num_classes
+  classes = bundle.classes if same else ()
+  return dataclasses.replace(
+    bundle, model=model, params=params, classes=classes
+  )
 
 
 def state_dict(bundle: Bundle) -> dict[str, np.ndarray]:
