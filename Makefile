@@ -18,7 +18,8 @@ test: $(VENV)/ready-test
 	$(RUN) -m pytest -n 2 --dist loadfile
 
 # What is slow: full-size networks, whole grids, wheels, and report.html in a
-# browser, which must be there: apt-get install chromium.
+# browser, which must be there: apt-get install chromium. What takes long by its
+# passes runs with LLVM's optimizations.
 test-all: $(VENV)/ready-test
 	$(RUN) -m pytest -n 2 --dist loadfile -m slow
 	OPTIMIZED=1 $(RUN) -m pytest -n 2 -m passes

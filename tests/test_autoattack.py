@@ -60,9 +60,8 @@ def test_flags_and_passes_are_the_official_ones(norm, official, devices):
 @pytest.mark.passes
 @pytest.mark.parametrize("norm", EPS)
 def test_fab_alone_breaks_what_the_official_one_does(norm, official):
-  rows = slice(0, 32)
-  result = run("fab_t", norm, rows)
-  differ = result.robust != official[f"{norm}/alone/fab-t"][rows]
+  result = run("fab_t", norm)
+  differ = result.robust != official[f"{norm}/alone/fab-t"]
   assert differ.sum() <= 1
   assert (result.min_distance[result.broken_by == "fab_t"] <= EPS[norm]).all()
   assert (result.min_distance[result.robust] > EPS[norm]).all()

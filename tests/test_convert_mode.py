@@ -54,24 +54,38 @@ FAMILY = functools.partial(
 )
 
 
+def projected():
+  """CLIP's tower, whose head has no bias."""
+  model = models.create("glyph_clip", 5)
+  return dataclasses.replace(model, head=models.heads.projection(5))
+
+
 def distilled():
   model = models.create("glyph_vit_token", 5)
   backbone = model.backbone.clone(distilled=True)
   return dataclasses.replace(model, backbone=backbone)
 
 
-@pytest.mark.parametrize("made", [FAMILY, distilled])
-def test_a_bundle_becomes_another_formats_file(made, tmp_path):
+@pytest.mark.parametrize(
+  "made, format, suffix",
+  [
+    (FAMILY, "timm", ".pth"),
+    (functools.partial(FAMILY, width=128, heads=2), "google", ".npz"),
+    (distilled, "timm", ".pth"),
+    (projected, "timm", ".pth"),
+  ],
+)
+def test_a_bundle_becomes_another_formats_file(made, format, suffix, tmp_path):
   """What tensors don't show is told when it is read back."""
   model = made()
   bundle = convert.Bundle(model, *jax.jit(model.init)(keys.root(0)))
   convert.save(bundle, tmp_path / "ours.safetensors")
   done = cli.run(
     *CONVERT, f"--config.source={tmp_path}/ours.safetensors",
-    f"--config.output={tmp_path}/out", "--config.format=timm",
+    f"--config.output={tmp_path}/out", f"--config.format={format}",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  again = convert.load(tmp_path / "out" / f"{model.name}.pth", model.name,
+  again = convert.load(tmp_path / "out" / f"{model.name}{suffix}", model.name,
                        heads=models.sizes(model).get("heads"))  # fmt: skip
   x = np.random.default_rng(0).random((2, 8, 8, model.channels), np.float32)
   found = again.model.logits(again.params, {}, x)

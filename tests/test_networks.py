@@ -205,6 +205,10 @@ def test_averaged_weights_go_first_and_are_told(kind, key, first, state, other):
   assert is_of(load(dict(both), key=key), state)
 
 
+def test_what_was_there_before_averaging_is_not_averaged(state, other):
+  assert is_of(load({"model_before_swa": other, "model": state}), state)
+
+
 def test_averages_within_one_dict_go_first(state, other):
   """As ema_pytorch has it, or who registers a copy as a module."""
   flat = {

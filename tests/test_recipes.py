@@ -129,7 +129,7 @@ def _parameters(config, path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", (0, 2))
+@pytest.mark.parametrize("num_workers", (0, 1, 2))
 def test_killed_in_an_epoch_it_ends_at_the_same_bits_with_any_workers(
   folder, tmp_path, monkeypatch, num_workers
 ):

@@ -14,9 +14,8 @@ from roli_jax.convert.bundle import Bundle, Coverage
 from roli_jax.convert.name_maps import FORMATS, LAYOUTS, Layout
 from roli_jax.convert.networks import COUNTER, Network
 
-# Their names are of many networks, most of which take raw pixels: they settle
-# no normalisation.
-_MANY = ("meta", "robustbench")
+# Formats of many networks that differ in it: naming one settles nothing.
+_OF_ANY_NORMALISATION = ("meta", "robustbench")
 
 OF_FILE = "of the file"  # `Coverage.normalised_by` of a file that holds them
 
@@ -201,7 +200,7 @@ def _normalised_by(
     return "as given"
   if network.mean is not None:
     return OF_FILE
-  if given and FORMATS[given] and given not in _MANY:
+  if given and FORMATS[given] and given not in _OF_ANY_NORMALISATION:
     return f"those of {given}, as given"
   return f"of the format {format}: check that they are the file's"
 

@@ -72,11 +72,10 @@ def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, list[Fact]]:
   if foreign == "google":
     suffix = ".npz"
   path = output / f"{plain.model.name}{suffix}"
-  told = {k: v for k, v in models.sizes(plain.model).items() if foreign}
 
   def save(new: pathlib.Path) -> tuple[Bundle, Fact]:
     files.save(plain, new, foreign or None)
-    again = files.load(new, plain.model.name, **told)
+    again = files.load(new, plain.model.name, **models.sizes(plain.model))
     return again, _check_same(plain, again, source, foreign)
 
   again, checked = _write(path, save)

@@ -1,18 +1,17 @@
 """`facts.json`: sizes of methods, notes on data and weights, for reports."""
 
-import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
 
-import numpy as np
+import jax
 
 from roli_jax import data, models, trees
 from roli_jax.convert.bundle import Bundle
 from roli_jax.experiment.program import build_program
 from roli_jax.experiment.run import Run
 from roli_jax.experiment.stages import Stage
-from roli_jax.files import workdir
+from roli_jax.files import journal, workdir
 from roli_jax.results import report, tables
 
 
@@ -61,22 +60,13 @@ def add_weights(weights: str, bundle: Bundle, path: pathlib.Path) -> None:
   """
   file = path / "facts.json"
   facts = json.loads(file.read_text()) if file.is_file() else {}
-  digest = _digest(bundle)
-  if facts.setdefault("networks", {}).setdefault(weights, digest) != digest:
+  leaves = jax.tree.leaves((bundle.params, bundle.stats))
+  about = models.to_spec(bundle.model) | {"arrays": journal.digest(*leaves)}
+  network = json.dumps(about, sort_keys=True)
+  if facts.setdefault("networks", {}).setdefault(weights, network) != network:
     raise ValueError(
       f"{path} has results of another network that {weights} was: its file or"
       " an option of config.backbone has changed; give another --workdir"
     )
   facts.setdefault("assumed", {})[weights] = dict(bundle.assumed)
   workdir.write_json(file, facts)
-
-
-def _digest(bundle: Bundle) -> str:
-  """Returns what tells a network from another: of its model and arrays."""
-  digest = hashlib.sha256()
-  digest.update(json.dumps(models.to_spec(bundle.model)).encode())
-  leaves = trees.paths((bundle.params, bundle.stats))
-  for name, leaf in sorted(leaves.items()):
-    digest.update(name.encode())
-    digest.update(np.asarray(leaf, order="C").tobytes())
-  return digest.hexdigest()

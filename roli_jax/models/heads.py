@@ -115,7 +115,7 @@ class Pair(nn.Module):
 
 def pair(linear: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   """The parameters of `Pair` that compute what those of a linear head do."""
-  halves = jnp.split(2 * jnp.asarray(linear["kernel"]), 2)
+  halves = np.split(2 * np.asarray(linear["kernel"]), 2)
   return {
     name: {**linear, "kernel": half}
     for name, half in zip(("cls", "dist"), halves, strict=True)

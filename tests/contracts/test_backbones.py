@@ -178,11 +178,9 @@ def test_a_batch_moves_statistics_by_a_tenth():
   np.testing.assert_allclose(after["stem_norm"]["mean"], mean, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", mostly_slow(TOYS, "glyph_vit", "glyph_wrn"))
 def test_curvature_can_be_asked_for(name):
-  """Every operation has one; that it is finite is seen on two."""
-  model, *variables = made(name)
-  params, stats = jax.device_put(variables)
+  model, params, stats = made(name)
 
   def loss(x):
     return (model.logits(params, stats, x) ** 2).sum()
@@ -190,10 +188,7 @@ def test_curvature_can_be_asked_for(name):
   def along(x):
     return jax.jvp(jax.grad(loss), (x,), (jnp.ones_like(x),))[1]
 
-  if name in ("glyph_vit", "glyph_wrn"):
-    assert np.isfinite(jax.jit(along)(images(2))).all()
-  else:
-    assert jax.eval_shape(along, images(2)).shape == images(2).shape
+  assert np.isfinite(jax.jit(along)(images(2))).all()
 
 
 @pytest.mark.parametrize(
