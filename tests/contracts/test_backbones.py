@@ -180,7 +180,8 @@ def test_a_batch_moves_statistics_by_a_tenth():
 
 @pytest.mark.parametrize("name", mostly_slow(TOYS, "glyph_vit", "glyph_wrn"))
 def test_curvature_can_be_asked_for(name):
-  model, params, stats = made(name)
+  model, *variables = made(name)
+  params, stats = jax.device_put(variables)
 
   def loss(x):
     return (model.logits(params, stats, x) ** 2).sum()
