@@ -42,7 +42,8 @@ def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, list[Fact]]:
   `<model>.<method>.safetensors`.
 
   Args:
-    config: the fields of `configs/convert.py`.
+    config: the fields of `configs/convert.py`; but for the source and the
+      output, those that are told.
 
   Returns:
     The file that was written, and facts about it: what, how much, which.
@@ -56,7 +57,7 @@ def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, list[Fact]]:
       raise ValueError(f"--config.{field}= is missing; see --help")
   source = pathlib.Path(config["source"]).expanduser()
   output = pathlib.Path(config["output"]).expanduser()
-  given = {k: config[k] for k in LOAD_FIELDS if config[k]}
+  given = {k: config[k] for k in LOAD_FIELDS if config.get(k)}
   if registry.is_name(config["source"]):
     source = origins.find(registry.named(config["source"]))
     whole, method = files.load(config["source"], **given), peft.linear()
@@ -67,7 +68,7 @@ def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, list[Fact]]:
     plain = peft.merge(whole, method) if method.scale else peft.without(whole)
   # The format is the foreign side's: the source's, or if that is ours (it has
   # no coverage), the output's.
-  foreign = config["format"] if whole.coverage is None else ""
+  foreign = given.get("format", "") if whole.coverage is None else ""
   suffix = ".pth" if foreign else ".safetensors"
   if foreign == "google":
     suffix = ".npz"

@@ -99,9 +99,8 @@ def _write_weights(
   Returns:
     What each file is, by name; the bundle in the first of them.
   """
-  fields: dict[str, Any] = dict.fromkeys(convert_command.LOAD_FIELDS)
   file, _ = convert_command.run(
-    {**fields, "source": str(checkpoint), "output": str(output)}
+    {"source": str(checkpoint), "output": str(output)}
   )
   check = file.with_suffix(".check.npz")
   files = {
