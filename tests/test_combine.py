@@ -33,6 +33,7 @@ def small():
     section.num_steps, section.val_every, section.batch_size = 3, 3, 16
     section.lr = 0.01
   config.data.train_size = 20
+  config.num_val_images, config.num_images = 40, 50
   config.curve, config.test = (), True
   config.attack.num_steps = 1
   config.val_attack.num_steps = config.eval_attack.num_steps = 2

@@ -72,6 +72,7 @@ def setup(weights):
     config.backbone.weights = str(weights)
     config.cells = ({"method": method, "init": init},)
     config.test, config.curve, config.data.train_size = False, (), 32
+    config.num_val_images = 40
     for attack in (config.attack, config.val_attack, config.eval_attack):
       attack.num_steps = 1
     for section in (config.probe, config.adapt):

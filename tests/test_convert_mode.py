@@ -169,6 +169,7 @@ def test_the_demo_starts_from_any_family(name, moves, tmp_path):
   config.backbone.remat = name == "glyph_convnext"
   config.curve = ()
   config.data.train_size = 50
+  config.num_val_images, config.num_images = 40, 50
   for attack in (config.attack, config.val_attack, config.eval_attack):
     attack.num_steps = 1
   for stage in (config.probe, config.adapt):

@@ -188,6 +188,7 @@ def finished(tmp_path_factory):
     {"method": name, "init": "ranli"} for name in ("lora", "adapter")
   )
   config.test, config.curve, config.data.train_size = False, (), 32
+  config.num_val_images = 40
   for attack in (config.attack, config.val_attack, config.eval_attack):
     attack.num_steps = 1
   config.adapt.update(

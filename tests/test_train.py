@@ -46,7 +46,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
   names = {p.relative_to(path).as_posix() for p in path.rglob("*.*")}
   assert {
     "config.json", "results.jsonl", "report.md", "report.html",
-    "training.jsonl", "evaluations/clean-test-n500.npz",
+    "training.jsonl", "evaluations/clean-test-n50.npz",
     "figures/accuracy.png", "figures/curve.png", "figures/examples.png",
     "figures/training.png",
   } <= names  # fmt: skip
@@ -63,7 +63,7 @@ def test_rows_are_the_contracts(finished):
   for row in rows:
     assert tuple(row) == record.FIELDS
     assert 0 <= row["value"] <= 1 and row["metric"] == "accuracy"
-    assert row["n"] == {"val": 297, "test": 500}[row["split"]]
+    assert row["n"] == {"val": 40, "test": 50}[row["split"]]
     assert row["backbone"] == "glyph_vit" and row["run"] == "a"
   said = [
     (r["stage"], r["method"], r["init"], r["split"], r["attack"], r["eps"])
@@ -234,17 +234,18 @@ def test_validations_and_tests_are_of_as_many_images_as_said(tmp_path):
   path = tmp_path / "a"
   done = cli.run(
     f"{cli.GLYPHS}:method=linear", *cli.TINY, f"--workdir={path}",
-    "--config.num_val_images=40", "--config.num_images=50",
+    "--config.num_val_images=0", "--config.num_images=0",
     '--config.cells=({"method": "linear", "init": "roli", "tests":'
     ' (("fgsm", "linf", "0.1", 30), ("fgsm", "linf", "0.2", 0))},)',
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   rows = record.read(path / "results.jsonl")
-  assert {row["n"] for row in record.where(rows, split="val")} == {40}
+  assert {row["n"] for row in record.where(rows, split="val")} == {297}
   said = {(r["attack"], r["eps"]): r["n"] for r in rows if r["split"] == "test"}
   # A test's own number goes before.
   assert said == {
-    ("none", None): 50, ("pgd", 0.1): 50, ("fgsm", 0.1): 30, ("fgsm", 0.2): 50,
+    ("none", None): 500, ("pgd", 0.1): 500, ("fgsm", 0.1): 30,
+    ("fgsm", 0.2): 500,
   }  # fmt: skip
   log = record.where(record.read(path / "training.jsonl"), split="val")
-  assert {row["n"] for row in log} == {40}
+  assert {row["n"] for row in log} == {297}
