@@ -190,5 +190,9 @@ def _make_small(config: ConfigDict) -> None:
   if config.data.name != "folder":  # which may have fewer
     config.data.train_size = 2000
   config.num_val_images, config.num_images = 500, 1000
+  # The backbone has under 8% at 8/255.
+  config.curve = ("4/255",)
+  tested = {"curve": True, "tests": (("autoattack", "linf", "8/255", 200),)}
+  config.cells = tuple({**cell, **tested} for cell in config.cells)
   for section in (config.probe, config.adapt):
     section.num_steps, section.val_every, section.log_every = 300, 100, 10

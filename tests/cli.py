@@ -19,7 +19,8 @@ TINY = (
   "--config.val_attack.num_steps=2",
   "--config.eval_attack.num_steps=2",
   '--config.curve=("0.2",)',
-  "--config.num_val_images=40", "--config.num_images=50",
+  "--config.num_val_images=40",
+  "--config.num_images=50",
   *(
     f"--config.{stage}.{field}"
     for stage in ("probe", "adapt")

@@ -170,8 +170,13 @@ def test_with_the_backbone_in_the_package_the_recipe_is_a_small_one():
   probe, adapt = expand(config.to_dict())
   for stage in (probe, adapt):
     assert (stage.num_steps, stage.train_size) == (300, 2000)
-  for section in ("threat", "attack", "val_attack", "eval_attack", "cells"):
+  for section in ("threat", "attack", "val_attack", "eval_attack"):
     assert config[section] == whole[section]
+  (cell,), (same,) = config.cells, whole.cells
+  assert {k: cell[k] for k in same} == same
+  # At half the radius, too, and by AutoAttack.
+  assert config.curve == ("4/255",) and adapt.curve and not probe.curve
+  assert adapt.tests == (("autoattack", "linf", "8/255", 200),)
   # A folder of one's own may have fewer.
   folder = roli.get_config("dataset=folder,backbone=tiny32")
   assert folder.data.train_size == 0 and folder.probe.num_steps == 300
