@@ -89,7 +89,7 @@ def run(config: Mapping[str, Any]) -> tuple[pathlib.Path, list[Fact]]:
 
 
 def _read(
-  source: pathlib.Path, given: dict[str, Any]
+  source: pathlib.Path, given: Mapping[str, Any]
 ) -> tuple[Bundle, peft.Method]:
   """Reads a file, or a run's checkpoint; returns its bundle and its method.
 
@@ -100,14 +100,15 @@ def _read(
   if not source.is_dir() or any(source.glob("*.safetensors")):
     return files.load(source, **given), peft.linear()
   found, method = peft.restore(source)
-  name = given.pop("model", found.model.name)
+  name = given.get("model", found.model.name)
   if name != found.model.name:
     raise ValueError(f"{source} is a {found.model.name}, not a {name}")
-  given.pop("format", None)
-  given.pop("strict", None)  # a checkpoint of ours assumes nothing
-  told = {size: given.pop(size) for size in _SIZES if size in given}
+  told = {size: given[size] for size in _SIZES if size in given}
   models.check_sizes(found.model, told, str(source))
-  return files.adjusted(found, **given), method
+  # The format is the output's, and a checkpoint of ours assumes nothing.
+  settled = ("model", "format", "strict", *_SIZES)
+  rest = {field: given[field] for field in given if field not in settled}
+  return files.adjusted(found, **rest), method
 
 
 def _keep_added(
