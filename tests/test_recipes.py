@@ -1,8 +1,8 @@
 """The published recipes, end to end, on small data in the real formats.
 
 CIFAR as TFDS prepares it with a toy ViT: every method from a random head and
-from a probe, for two steps. Birds with JSON splits with a toy Swin, whose methods
-tests/contracts have one by one: two of them, from a probe.
+from a probe, for two steps. Birds with JSON splits with a toy Swin: two methods
+from a probe, as tests/contracts have every one of them.
 """
 
 import dataclasses
