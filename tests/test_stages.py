@@ -166,6 +166,7 @@ def test_with_the_backbone_in_the_package_the_recipe_is_a_small_one():
   assert (config.backbone.name, config.backbone.weights) == ("tiny32", "robust")
   images = (config.num_val_images, config.num_images)
   assert images == (500, 1000) and config.cpu_devices == 2
+  assert config.probe.lr == 0.2
   assert (whole.num_val_images, whole.num_images) == (0, 0)
   probe, adapt = expand(config.to_dict())
   for stage in (probe, adapt):
