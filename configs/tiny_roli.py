@@ -29,7 +29,12 @@ PROBE_RATES = (1e-2, 1e-1, 1.0)
 
 # (pattern, rate): a stage's rate is that of the first pattern that matches
 # <cell>/<stage>/<steps>; each is to be chosen on validation.
-CHOSEN = ((".*-small-.*/probe/.*", 1e-2), (".*/probe/.*", 1e-1), (".*", 3e-4))
+CHOSEN = (
+  (".*-small-.*/probe/.*", 1e-2),
+  (".*-std-.*/probe/.*", 1e-1),
+  (".*/probe/.*", 1.0),
+  (".*", 3e-4),
+)
 
 SMALL = {"head_init": "small"}
 # The backbone has under 8% at 8/255: every seed at half of it, too.
