@@ -196,5 +196,5 @@ def _make_small(config: ConfigDict) -> None:
   config.cells = tuple({**cell, **tested} for cell in config.cells)
   for section in (config.probe, config.adapt):
     section.num_steps, section.val_every, section.log_every = 300, 100, 10
-  # On CIFAR-10's validation images, as docs/photographs.md says.
+  # Chosen on CIFAR-10's validation images (docs/photographs.md).
   config.probe.lr = 0.2

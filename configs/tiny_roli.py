@@ -28,13 +28,14 @@ RATES = (1e-4, 3e-4, 1e-3)
 PROBE_RATES = (1e-2, 1e-1, 1.0)
 
 # (pattern, rate): a stage's rate is that of the first pattern that matches
-# <cell>/<stage>/<steps>; each is to be chosen on validation.
+# <cell>/<stage>/<steps>. Of full fine-tuning, chosen on CIFAR-10's validation
+# images at size=200 (docs/photographs.md); others are to be chosen.
 CHOSEN = (
   (".*-small-.*/probe/.*", 1e-2),
   (".*-std-.*/probe/.*", 1e-1),
   (".*/probe/.*", 1.0),
-  (".*-ranli-n200-.*", 1e-3),
-  (".*-roli-small-n200-.*", 1e-4),
+  (".*-full-ranli-n200-.*", 1e-3),
+  (".*-full-roli-small-n200-.*", 1e-4),
   (".*", 3e-4),
 )
 

@@ -191,11 +191,16 @@ def test_an_unknown_argument_lists_the_known():
 
 
 def test_a_test_is_of_the_configs_images_or_its_own_number():
-  own = (("fgsm", "linf", "0.1", 30), ("corruptions:glyphs", "", "3", 0))
+  own = (
+    ("fgsm", "linf", "0.1", 30), ("", "linf", "0.05", 20),
+    ("corruptions:glyphs", "", "3", 0),
+  )  # fmt: skip
   cell = {"method": "linear", "init": "roli", "curve": True, "tests": own}
   changes = {"cells": (cell,), "num_images": 50, "num_val_images": 40}
   made = build_run({**glyphs_roli.get_config().to_dict(), **changes})
   (probe,) = expand(made.config)
-  first, fgsm, *corruptions = stage_tests.tests(made, probe)
-  assert (first.num_images, fgsm.num_images) == (50, 30)
+  first, fgsm, same, *corruptions = stage_tests.tests(made, probe)
+  assert (first.num_images, fgsm.num_images, same.num_images) == (50, 30, 20)
+  # Without a name it is the config's attack, with its steps.
+  assert (same.attack.name, same.attack.num_steps) == ("pgd", 20)
   assert {test.num_images for test in corruptions} == {50}
