@@ -11,7 +11,8 @@ the devices, `engine` decides who attacks whom and judges what was found,
 `batching` packs searches into batches, `ledger` keeps what an attack's jobs
 have found, `result` is what comes out. `checks` tests in each evaluation
 whether its number can be trusted; `diagnosis` does so by attacks of its own.
-`host` makes functions of those that JAX can't trace.
+`host` makes functions of those that JAX can't trace; `convolutions` have fast
+gradients on CPUs.
 """
 
 import dataclasses

@@ -37,6 +37,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from roli_jax import keys, trees
 from roli_jax.attacks import search
+from roli_jax.evaluate import convolutions
 from roli_jax.files import journal
 from roli_jax.types import Array, Float, Images, Keys, Logits, PyTree
 
@@ -166,7 +167,10 @@ def programs(
     return kept[kind][1]
   is_stale = digest != _digest(jaxpr)
   is_fickle = is_stale and digest != _fresh_digest(in_float32, args)
-  new = Programs(in_float32, num_classes, no_slope, is_fickle, is_stale)
+  fast = in_float32
+  if jax.default_backend() == "cpu" and convolutions.has_any(jaxpr.jaxpr):
+    fast = convolutions.made_fast(in_float32)
+  new = Programs(fast, num_classes, no_slope, is_fickle, is_stale)
   if digest:
     kept[kind] = (digest, new)
   return new
@@ -175,16 +179,19 @@ def programs(
 def _shapes(params: PyTree) -> PyTree:
   """The params' shapes; what is no array is an error that names it."""
 
-  def shape(path: str, x: Any) -> jax.ShapeDtypeStruct:
+  def check(path: str, x: Any) -> None:
     try:
-      return jax.eval_shape(lambda x: x, x)
+      jax.typeof(x)
     except TypeError as error:
       raise ValueError(
         f"params are a tree of arrays, and {path!r} of them is a"
         f" {type(x).__name__}: let the function close over it"
       ) from error
 
-  return () if params is None else trees.map_named(shape, params)
+  if params is None:
+    return ()
+  trees.map_named(check, params)
+  return jax.eval_shape(lambda tree: tree, params)
 
 
 def _kept(logits_fn: Callable[..., Any], pure: bool) -> _Kept:
