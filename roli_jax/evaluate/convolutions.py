@@ -28,10 +28,10 @@ from jax.lax import ConvDimensionNumbers
 Operand = jax.Array | np.ndarray
 
 
-def made_fast(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def made_fast(fn: Callable[..., Any]) -> Callable[..., Any]:
   """The function with its convolutions in order; traced in each call."""
 
-  def call(*args: Any) -> jax.Array:
+  def call(*args: Any) -> Any:
     # A new function: JAX remembers traces by the function.
     traced = jax.make_jaxpr(lambda *args: fn(*args))(*args)
     return jaxpr_as_fun(_closed(traced))(*jax.tree.leaves(args))[0]
@@ -54,8 +54,12 @@ def _would_change(eqn: JaxprEqn) -> bool:
     eqn.primitive is conv_general_dilated_p
     and params["feature_group_count"] == params["batch_group_count"] == 1
     and max(params["lhs_dilation"], default=1) == 1
-    and len({x.aval.dtype for x in (*eqn.invars, *eqn.outvars)}) == 1
+    and len({_shape(x).dtype for x in (*eqn.invars, *eqn.outvars)}) == 1
   )
+
+
+def _shape(atom: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
 
 
 def _closed(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
@@ -69,10 +73,7 @@ def _opened(jaxpr: Jaxpr) -> Jaxpr:
 def _replaced(eqn: JaxprEqn) -> JaxprEqn:
   """The operation, or another one where it or one inside of it would change."""
   if _would_change(eqn):
-    shapes = [
-      jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
-      for atom in eqn.invars
-    ]
+    shapes = map(_shape, eqn.invars)
     (ours,) = jax.make_jaxpr(_convolution(eqn.params))(*shapes).eqns
     return ours.replace(invars=eqn.invars, outvars=eqn.outvars)
   if not any(map(has_any, jaxprs_in_params(eqn.params))):
@@ -114,7 +115,7 @@ def _convolution(params: Mapping[str, Any]) -> Callable[..., jax.Array]:
   def forward(x: Operand, kernel: Operand) -> jax.Array:
     x, kernel = jnp.transpose(x, of_map), jnp.transpose(kernel, of_kernel)
     y = convolve(x, kernel, strides, params["padding"])
-    return jnp.transpose(y, np.argsort(of_output))
+    return jnp.transpose(y, _inverse(of_output))
 
   def backward(
     saved: tuple[Operand, Operand], g: jax.Array
@@ -132,10 +133,15 @@ def _convolution(params: Mapping[str, Any]) -> Callable[..., jax.Array]:
     reversed_kernel = jnp.swapaxes(jnp.flip(kernel, places), -1, -2)
     once = (1,) * len(sides)
     by_map = convolve(g, reversed_kernel, once, padding, lhs_dilation=strides)
-    return jnp.transpose(by_map, np.argsort(of_map)), by_kernel
+    return jnp.transpose(by_map, _inverse(of_map)), by_kernel
 
   convolution = jax.custom_vjp(forward)
   convolution.defvjp(
     lambda x, kernel: (forward(x, kernel), (x, kernel)), backward
   )
   return convolution
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+  """The order that undoes another one."""
+  return tuple(map(order.index, range(len(order))))
