@@ -15,9 +15,9 @@ KERNEL = np.random.default_rng(0).standard_normal((3, 2, 4, 4))
 KERNEL = KERNEL.astype(np.float32)
 
 
-def convolve(x, padding="SAME"):
+def convolve(x, padding="SAME", strides=(2, 3), dilation=None):
   return jax.lax.conv_general_dilated(
-    x, KERNEL, (2, 3), padding, rhs_dilation=(1, 2),
+    x, KERNEL, strides, padding, rhs_dilation=dilation,
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
   )  # fmt: skip
 
@@ -28,6 +28,8 @@ def grown(x):
 
 # What a user's function may have around it.
 FUNCTIONS = {
+  "no stride": functools.partial(convolve, strides=(1, 1)),
+  "dilated": functools.partial(convolve, strides=(1, 1), dilation=(2, 3)),
   "no padding": functools.partial(convolve, padding="VALID"),
   "much padding": functools.partial(convolve, padding=[(3, 0), (1, 5)]),
   "less than none": functools.partial(convolve, padding=[(-1, 0), (0, -2)]),

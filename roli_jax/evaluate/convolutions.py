@@ -2,14 +2,15 @@
 
 XLA has a fast kernel for maps with channels last and kernels with the output's
 channels last. Outside of loops it brings others into this order; inside it
-doesn't. Maps with channels first take up to 75 times as long there, and each
-gradient by a map, whose kernel JAX names the other way round, 1.3 to 3.3 times
-(docs/evaluation.md).
+doesn't. Maps with channels first take up to 75 times as long there, and so do,
+up to six times, gradients by a map, for which JAX dilates what comes down and
+names the kernel the other way round (docs/evaluation.md).
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +49,16 @@ def has_any(jaxpr: Jaxpr) -> bool:
 
 
 def _would_change(eqn: JaxprEqn) -> bool:
-  """Whether it is a convolution, neither grouped nor of a dilated map."""
+  """Whether it is a convolution of a map with a kernel, and nothing beside."""
   params = eqn.params
+  if eqn.primitive is not conv_general_dilated_p:
+    return False
+  strided = max(params["window_strides"], default=1) > 1
+  dilated = max(params["rhs_dilation"], default=1) > 1
   return (
-    eqn.primitive is conv_general_dilated_p
-    and params["feature_group_count"] == params["batch_group_count"] == 1
+    params["feature_group_count"] == params["batch_group_count"] == 1
     and max(params["lhs_dilation"], default=1) == 1
+    and not (strided and dilated)
     and len({_shape(x).dtype for x in (*eqn.invars, *eqn.outvars)}) == 1
   )
 
@@ -92,7 +97,7 @@ def _replaced_in(param: Any) -> Any:
 
 def _convolution(params: Mapping[str, Any]) -> Callable[..., jax.Array]:
   """The convolution of a map and a kernel, itself and its gradient in order."""
-  strides, dilations = params["window_strides"], params["rhs_dilation"]
+  strides, padding = params["window_strides"], params["padding"]
   numbers = params["dimension_numbers"]
   of_map, of_output = (
     (batch, *sides, channels)
@@ -101,12 +106,12 @@ def _convolution(params: Mapping[str, Any]) -> Callable[..., jax.Array]:
   out, into, *sides = numbers.rhs_spec
   of_kernel = (*sides, into, out)
   last = 1 + len(sides)
-  axes, places = (0, last, *range(1, last)), tuple(range(len(sides)))
+  axes = (0, last, *range(1, last))
   convolve = functools.partial(
     jax.lax.conv_general_dilated,
-    rhs_dilation=dilations,
+    rhs_dilation=params["rhs_dilation"],
     dimension_numbers=ConvDimensionNumbers(
-      axes, (last, last - 1, *places), axes
+      axes, (last, last - 1, *range(last - 1)), axes
     ),
     precision=params["precision"],
     preferred_element_type=params["preferred_element_type"],
@@ -114,7 +119,7 @@ def _convolution(params: Mapping[str, Any]) -> Callable[..., jax.Array]:
 
   def forward(x: Operand, kernel: Operand) -> jax.Array:
     x, kernel = jnp.transpose(x, of_map), jnp.transpose(kernel, of_kernel)
-    y = convolve(x, kernel, strides, params["padding"])
+    y = convolve(x, kernel, strides, padding)
     return jnp.transpose(y, _inverse(of_output))
 
   def backward(
@@ -123,16 +128,17 @@ def _convolution(params: Mapping[str, Any]) -> Callable[..., jax.Array]:
     x, kernel = saved
     # Linear in the kernel: where its gradient isn't read, XLA leaves it out.
     (by_kernel,) = jax.vjp(lambda kernel: forward(x, kernel), kernel)[1](g)
-    g, kernel = jnp.transpose(g, of_output), jnp.transpose(kernel, of_kernel)
-    padding = []
-    for i, (before, _) in enumerate(params["padding"]):
-      reach = (kernel.shape[i] - 1) * dilations[i]
-      seen = (g.shape[1 + i] - 1) * strides[i] + 1
-      first = reach - before
-      padding.append((first, x.shape[of_map[1 + i]] + reach - seen - first))
-    reversed_kernel = jnp.swapaxes(jnp.flip(kernel, places), -1, -2)
-    once = (1,) * len(sides)
-    by_map = convolve(g, reversed_kernel, once, padding, lhs_dilation=strides)
+    seen = [
+      _Side(x.shape[axis], kernel.shape[place], stride, dilation, before)
+      for axis, place, stride, dilation, (before, _) in zip(
+        of_map[1:-1], sides, strides, params["rhs_dilation"], padding,
+        strict=True,
+      )
+    ]  # fmt: skip
+    by_map = _by_map(
+      convolve, seen, jnp.transpose(kernel, of_kernel),
+      jnp.transpose(g, of_output),
+    )  # fmt: skip
     return jnp.transpose(by_map, _inverse(of_map)), by_kernel
 
   convolution = jax.custom_vjp(forward)
@@ -140,6 +146,92 @@ def _convolution(params: Mapping[str, Any]) -> Callable[..., jax.Array]:
     lambda x, kernel: (forward(x, kernel), (x, kernel)), backward
   )
   return convolution
+
+
+class _Side(NamedTuple):
+  """A side of a convolution, its lengths in places of the map.
+
+  Attributes:
+    length: the map's.
+    kernel: the kernel's.
+    stride: >= 1.
+    dilation: of the kernel, 1 where there is a stride.
+    before: how much is padded before the map; less than 0 cuts.
+  """
+
+  length: int
+  kernel: int
+  stride: int
+  dilation: int
+  before: int
+
+  @property
+  def steps(self) -> int:
+    """How many outputs see a place of the map."""
+    return -(-self.kernel // self.stride)
+
+  @property
+  def phases(self) -> int:
+    """How many of the places between two outputs the kernel reaches."""
+    return min(self.kernel, self.stride)
+
+  @property
+  def first(self) -> int:
+    """The stride in which the map begins."""
+    return self.before // self.stride
+
+  @property
+  def strides(self) -> int:
+    """How many strides the map touches."""
+    end = (self.length - 1 + self.before) // self.stride
+    return end + 1 - self.first
+
+
+def _by_map(
+  convolve: Callable[..., jax.Array],
+  sides: Sequence[_Side],
+  kernel: jax.Array,
+  g: jax.Array,
+) -> jax.Array:
+  """The gradient by the map: of stride 1, with a channel for each phase.
+
+  Place s q + r of the padded map is seen by the outputs q - t, through place
+  s t + r of the kernel: there is nothing dilated in the sum over t.
+
+  Args:
+    convolve: takes a map, a kernel, strides and padding, in order.
+    sides: the convolution's.
+    kernel: [*sides, c, d].
+    g: what comes down, [b, *outputs, d].
+
+  Returns:
+    [b, *sides, c].
+  """
+  n, (c, d) = len(sides), kernel.shape[-2:]
+  steps, phases = [s.steps for s in sides], [s.phases for s in sides]
+  whole = [(0, s.steps * s.phases - s.kernel) for s in sides]
+  kernel = jnp.pad(kernel, (*whole, (0, 0), (0, 0)))
+  kernel = kernel.reshape(
+    *itertools.chain(*zip(steps, phases, strict=True)), c, d
+  )
+  of_steps, of_phases = range(0, 2 * n, 2), range(1, 2 * n, 2)
+  kernel = jnp.flip(kernel, tuple(of_steps))
+  kernel = kernel.transpose(*of_steps, 2 * n + 1, *of_phases, 2 * n)
+  padding = []
+  for s, outputs in zip(sides, g.shape[1:-1], strict=True):
+    before = (s.steps - 1) * s.dilation - s.first
+    padding.append((before, s.strides - outputs + s.first))
+  y = convolve(g, kernel.reshape(*steps, d, -1), (1,) * n, padding)
+  y = y.reshape(*y.shape[:-1], *phases, c)
+  unreached = [(0, s.stride - s.phases) for s in sides]
+  y = jnp.pad(y, ((0, 0),) * (1 + n) + (*unreached, (0, 0)))
+  pairs = itertools.chain(*((1 + i, 1 + n + i) for i in range(n)))
+  y = y.transpose(0, *pairs, 1 + 2 * n)
+  y = y.reshape(len(g), *(s.strides * s.stride for s in sides), c)
+  for i, s in enumerate(sides):
+    start = s.before - s.first * s.stride
+    y = jax.lax.slice_in_dim(y, start, start + s.length, axis=1 + i)
+  return y
 
 
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
