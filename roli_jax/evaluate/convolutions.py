@@ -2,9 +2,9 @@
 
 XLA has a fast kernel for maps with channels last and kernels with the output's
 channels last. Outside of loops it brings others into this order; inside it
-doesn't. Maps with channels first take up to 75 times as long there, and so do,
-up to six times, gradients by a map, for which JAX dilates what comes down and
-names the kernel the other way round (docs/evaluation.md).
+doesn't. Maps with channels first take up to 80 times as long there, and so do, up
+to five times, gradients by a map, for which JAX dilates what comes down and names
+the kernel the other way round (docs/evaluation.md).
 """
 
 import functools
@@ -209,8 +209,8 @@ def _by_map(
   """
   n, (c, d) = len(sides), kernel.shape[-2:]
   steps, phases = [s.steps for s in sides], [s.phases for s in sides]
-  whole = [(0, s.steps * s.phases - s.kernel) for s in sides]
-  kernel = jnp.pad(kernel, (*whole, (0, 0), (0, 0)))
+  missing = [(0, s.steps * s.phases - s.kernel) for s in sides]
+  kernel = jnp.pad(kernel, (*missing, (0, 0), (0, 0)))
   kernel = kernel.reshape(
     *itertools.chain(*zip(steps, phases, strict=True)), c, d
   )
