@@ -2,9 +2,9 @@
 
 XLA has a fast kernel for maps with channels last and kernels with the output's
 channels last. Outside of loops it brings others into this order; inside it
-doesn't. Maps with channels first take up to 80 times as long there, and so do, up
-to five times, gradients by a map, for which JAX dilates what comes down and names
-the kernel the other way round (docs/evaluation.md).
+doesn't. Maps with channels first take up to 80 times as long there, gradients
+by a map up to three times: JAX names the kernel the other way round, and
+dilates what comes down (docs/evaluation.md).
 """
 
 import functools
