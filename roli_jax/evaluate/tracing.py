@@ -50,7 +50,8 @@ class Programs:
   """A function, and what has been compiled for it.
 
   Attributes:
-    fn: `(params, images, keys) -> logits` in float32.
+    fn: `(params, images, keys) -> logits` in float32; on a CPU with its
+      convolutions in order, see `convolutions`.
     num_classes: the width of its logits, >= 2.
     no_slope: why JAX can't differentiate it, "" where it can.
     is_fickle: whether it is another function each time it is traced, as with
