@@ -64,8 +64,8 @@ class Classifier:
     stochastic: whether it draws from its keys; then it is judged by the mean
       margin and the majority of 20 draws.
     dtype: what the attacks' passes compute in: `bfloat16`, `float32`, or None
-      for the function's own. The judge always runs the function as it is, its
-      products in float32 at highest precision.
+      for the function's own. The judge's products are always in float32 at
+      highest precision.
     seed: decides the judge's draws, an int >= 0.
     targeted: whether labels are targets, for the judge.
   """

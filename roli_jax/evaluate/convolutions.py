@@ -49,7 +49,11 @@ def has_any(jaxpr: Jaxpr) -> bool:
 
 
 def _would_change(eqn: JaxprEqn) -> bool:
-  """Whether it is a convolution of a map with a kernel, and nothing beside."""
+  """Whether it is a convolution whose gradient `_by_map` can be.
+
+  That is one of all channels, of a map that isn't dilated and of one dtype, and
+  not both strided and with a dilated kernel.
+  """
   params = eqn.params
   if eqn.primitive is not conv_general_dilated_p:
     return False
