@@ -1,9 +1,10 @@
-"""Letters -> digits: what RoLI gains, on two CPU cores in a few minutes.
+"""Letters -> digits: what RoLI gains, on two CPU cores in some minutes.
 
   python -m roli_jax.main --config=configs/glyphs_roli.py --workdir=runs/demo
 
 Robust and standard backbones, pretrained on rendered letters, are fine-tuned
-adversarially on 200 of scikit-learn's handwritten digits (linf, eps 0.1).
+adversarially on 50 and on 200 of scikit-learn's handwritten digits (linf, eps
+0.1).
 
 Arguments, after a colon:
   table=default|controls|sizes|methods|grid|methods_grid|full
@@ -82,6 +83,7 @@ STANDARD = {
 def _default(**of_roli) -> tuple[dict, ...]:
   roli = {**ROLI, **CURVE, **of_roli}
   return (
+    *each(5, LINEAR, RANLI, ROLI, train_size=50),
     *each(5, LINEAR, {**RANLI, **CURVE}, roli),
     *each(2, LINEAR, RANLI, ROLI, weights="standard"),
   )

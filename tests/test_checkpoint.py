@@ -50,6 +50,22 @@ def test_the_latest_and_the_best_are_kept(tmp_path, scores, best, kept):
     assert sorted(checkpoints.all_steps()) == kept
 
 
+def test_steps_that_take_its_buffers_leave_what_is_saved(tmp_path):
+  """Saving goes on while training does, whose step donates its state."""
+  onwards = jax.jit(lambda x: x + 1, donate_argnums=0)
+  state = onwards(sharding.replicate(jnp.zeros(100_000), sharding.mesh()))
+  with checkpoint.manager(tmp_path) as checkpoints:
+    checkpoint.save(
+      checkpoints, 1, model={"w": state}, rest=(state,), meta={}, score=1
+    )
+    for _ in range(20):
+      state = onwards(state)
+    checkpoints.wait_until_finished()
+    like = {"w": state}
+    saved = checkpoint.restore(checkpoints, 1, model=like)["model"]["w"]
+  assert (np.asarray(state) == 21).all() and (np.asarray(saved) == 1).all()
+
+
 def test_all_items_come_back(tmp_path):
   write(tmp_path, (0.1, 0.2))
   like = sharding.ruled(jax.eval_shape(lambda: tree(0.0)), sharding.mesh())

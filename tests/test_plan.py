@@ -163,7 +163,7 @@ def test_full_fine_tuning_costs_more_than_probing():
 
 def test_a_table_of_many_cells_is_planned_too():
   made = plan.make(glyphs_roli.get_config("table=default").to_dict())
-  assert len(made["stages"]) == 21
+  assert len(made["stages"]) == 36
   assert made["dataset"] == "digits" and made["backbone"] == "glyph_vit"
 
 

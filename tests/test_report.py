@@ -73,6 +73,17 @@ def test_differences_are_paired_by_seed():
   assert "linear probe (RoLI) − full RanLI, robust" in by_pair
 
 
+def test_bars_say_what_roli_gains_at_each_number_of_images():
+  few = rows("full", "ranli", (0.70, 0.76, 0.73), train_size=50)
+  more = rows("full", "roli", (0.71, 0.75, 0.74), train_size=50, lr=0.1)
+  figure = figures.bars([*few, *more, *PROBE, *RANLI, *ROLI])
+  left, right = figure.axes
+  assert left.get_title() == "robust backbone, 50 images"
+  compared = "full RoLI − full RanLI: PGD-20 linf 0.1"
+  assert left.get_xlabel() == f"{compared}\n+0.3 [-2.5, +3.2]"
+  assert right.get_xlabel() == f"{compared}\n+10.0 [+7.5, +12.5]"
+
+
 def test_the_small_head_is_compared_with_its_own():
   small = [{**row, "head_init": "small"} for row in (*ROLI, *RANLI)]
   pairs = [row[0] for row in report.differences([*ROLI, *RANLI, *small]).rows]

@@ -24,8 +24,9 @@ def expanded(arg="", **changes):
 def test_the_default_table_is_the_protocols():
   stages = expanded()
   cells = [(s.weights, s.train_size, s.method, s.init, s.seed) for s in stages]
-  assert len(cells) == len(set(cells)) == 5 * 3 + 2 * 3
+  assert len(cells) == len(set(cells)) == 2 * 5 * 3 + 2 * 3
   for *setting, seeds in (
+    ("robust", 50, 5),
     ("robust", 200, 5),
     ("standard", 200, 2),
   ):

@@ -50,10 +50,10 @@ def test_a_tables_cells_are_one_run_each():
   words = ("--config=configs/glyphs_roli.py:table=default",)
   cells = runs.swept_runs(words, resolve)
   assert [cell.words[-1] for cell in cells] == [
-    f"--config.only={i}" for i in range(6)
+    f"--config.only={i}" for i in range(9)
   ]
-  assert cells[3].name == "03-standard-linear-roli"
-  assert {cell.config["only"] for cell in cells} == set(range(6))
+  assert cells[6].name == "06-standard-linear-roli"
+  assert {cell.config["only"] for cell in cells} == set(range(9))
 
 
 @pytest.mark.parametrize(

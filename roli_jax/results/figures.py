@@ -1,5 +1,7 @@
 """From rows to figures."""
 
+import dataclasses
+import itertools
 import pathlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,7 +61,7 @@ def write(
   """
   folder.mkdir(exist_ok=True)
   figures = {
-    "accuracy": _bars(rows),
+    "accuracy": bars(rows),
     "curve": _curve(rows),
     "evaluations": _evaluations(evaluated),
     "examples": _examples(folder / "examples.npz"),
@@ -258,8 +260,17 @@ def _colour(group: Group) -> str:
   return _COLOURS["linear" if group.method == "linear" else group.init]
 
 
-def _bars(rows: Sequence[Row]) -> Figure | None:
-  """Draws clean and robust accuracy of each group, with whiskers for seeds."""
+def bars(rows: Sequence[Row]) -> Figure | None:
+  """Draws clean and robust accuracy of each group, with whiskers for seeds.
+
+  A panel for each backbone and number of images, with what RoLI gains there.
+
+  Args:
+    rows: the rows of results.
+
+  Returns:
+    The figure, or None if nothing was tested.
+  """
   tests = record.where(rows, split="test")
   if not tests:
     return None
@@ -289,13 +300,33 @@ def _bars(rows: Sequence[Row]) -> Figure | None:
     names = ["\n".join(told_apart(group, shown)) for group in shown]
     axis.set_xticks(range(len(shown)), names, fontsize=8)
     axis.set_title(f"{backbone} backbone, {size} images")
+    axis.set_xlabel(_gains({g: groups[g] for g in shown}, attack), fontsize=8)
     axis.set_ylim(0, 100)
   axes[0].set_ylabel("test accuracy, %")
   figure.suptitle(
-    f"pale: clean; full: {attack.name}; whiskers: standard deviation of seeds",
+    f"pale: clean; full: {attack.name}; whiskers: standard deviation of seeds;"
+    " differences in points, paired by seed, with 95% Student intervals",
     fontsize=9,
   )
   return figure
+
+
+def _gains(groups: Mapping[Group, Sequence[Row]], attack: Attacked) -> str:
+  """Says what RoLI gains on a random head under the attack, and how surely."""
+  pairs = [
+    (
+      (f"{ours.name} − {theirs.name}", attack.name),
+      by_seed(groups[ours], attack),
+      by_seed(groups[theirs], attack),
+    )
+    for ours, theirs in itertools.product(groups, repeat=2)
+    if ours.init == "roli"
+    and dataclasses.replace(ours, init="ranli", lr=theirs.lr) == theirs
+  ]
+  return "\n".join(
+    f"{each.name}\n{each.mean:+.1f} [{each.low:+.1f}, {each.high:+.1f}]"
+    for each in comparison.intervals(comparison.paired("", ("", ""), pairs))
+  )
 
 
 def _curve(rows: Sequence[Row]) -> Figure | None:
