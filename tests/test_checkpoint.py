@@ -56,7 +56,7 @@ def test_steps_that_take_its_buffers_leave_what_is_saved(tmp_path):
   state = onwards(sharding.replicate(jnp.zeros(100_000), sharding.mesh()))
   with checkpoint.manager(tmp_path) as checkpoints:
     checkpoint.save(
-      checkpoints, 1, model={"w": state}, rest=(state,), meta={}, score=1
+      checkpoints, 1, model={"w": state}, rest=(state,), meta={}, score=1.0
     )
     for _ in range(20):
       state = onwards(state)
