@@ -272,7 +272,8 @@ class _Pool:
     """The program that takes a full batch on by all steps, not compiled."""
     none = np.zeros(self.function.sizes[-1], np.int64)
     news = self._starts(none, none)
-    rows = jax.eval_shape(_empty, self._of_a_job, self._key, news)
+    news = jax.eval_shape(_keyed, self._key, news)
+    rows = jax.eval_shape(_empty, self._of_a_job, news)
     fresh = jax.ShapeDtypeStruct(none.shape, bool)
     where = sharding.split(self.function.mesh)
     placed = jax.tree.map(
@@ -315,14 +316,13 @@ class _Pool:
       name: _placed(values, places[is_new], size)
       for name, values in starts.items()
     }
-    arrays = sharding.spread(
+    *arrays, news = sharding.spread(
       (order, retract, fresh, used, news), self.function.mesh
     )
+    news = _keyed(self._key, news)
     if self._rows is None:
-      self._rows = _empty(self._of_a_job, self._key, arrays[-1])
-    return _pack(
-      self.function.mesh, self._of_a_job, self._key, self._rows, *arrays
-    )
+      self._rows = _empty(self._of_a_job, news)
+    return _pack(self.function.mesh, self._of_a_job, self._rows, *arrays, news)
 
   def _starts(
     self, rows: np.ndarray, jobs: np.ndarray
@@ -352,20 +352,21 @@ def _placed(values: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
   return out
 
 
-def _job(key: Key[Array, ""], news: Mapping[str, jax.Array]) -> Job:
-  """New jobs; their keys come from who the image is and the job's number."""
+# Apart, so that all attacks share it: of what `_pack` did once, deriving keys
+# took longest to compile.
+@jax.jit
+def _keyed(key: Key[Array, ""], news: PyTree) -> PyTree:
+  """The fields of new jobs: keys in place of who the image is and the job."""
   fields = dict(news)
   image_keys = keys.per_image(key, fields.pop("indices"))
-  job_keys = keys.fold(image_keys, fields.pop("jobs"))
-  return Job(**fields, keys=job_keys)
+  fields["keys"] = keys.fold(image_keys, fields.pop("jobs"))
+  return fields
 
 
 @jax.jit
-def _empty(
-  attack: Search, key: Key[Array, ""], news: Mapping[str, jax.Array]
-) -> tuple[Job, State]:
+def _empty(attack: Search, news: Mapping[str, jax.Array]) -> tuple[Job, State]:
   """A pool of no jobs."""
-  job = _job(key, news)
+  job = Job(**news)
   state = jax.tree.map(jnp.zeros_like, attack.begin(job))
   return job, dataclasses.replace(state, done=jnp.ones_like(state.done))
 
@@ -374,7 +375,6 @@ def _empty(
 def _pack(
   mesh: Mesh,
   attack: Search,
-  key: Key[Array, ""],
   pool: tuple[Job, State],
   order: Int[Array, " b"],
   retract: Bool[Array, " b"],
@@ -387,16 +387,15 @@ def _pack(
   Args:
     mesh: the devices, over which rows are split.
     attack: the search.
-    key: that of the attack.
     pool: jobs and states as they were.
     order: where each row was before.
     retract: whose claim proved false.
     fresh: which rows begin a new job.
     used: which rows have a job; the others are done.
-    news: what new jobs begin with, see `_Pool._starts`.
+    news: the fields of new jobs.
   """
   job, state = jax.tree.map(lambda x: x[order], pool)
-  job = search.where(fresh, _job(key, news), job)
+  job = search.where(fresh, Job(**news), job)
   state = attack.retract(state, retract)
   state = dataclasses.replace(state, done=state.done | ~used)
   packed = (job, state, fresh)
