@@ -39,7 +39,7 @@ MISTAKES = {
   ),
   "recipe": ([f"{GLYPHS}:recipe=fpt"], "ftp"),
   "ensemble": ([GLYPHS, '--config.ensembles=("wse",)'], "wise_ft"),
-  "no such cell": ([GLYPHS, "--config.only=6"], "below the 6 cells"),
+  "no such cell": ([GLYPHS, "--config.only=9"], "below the 9 cells"),
   "nothing to sweep": (
     ["--mode=sweep", f"{GLYPHS}:method=full"], "nothing to sweep"
   ),
