@@ -5,6 +5,7 @@ import math
 import pytest
 
 from roli_jax.results import comparison, figures, record, report
+from roli_jax.results.page.answers import named
 
 ABOUT = {
   "backbone": "glyph_vit", "data": "digits", "train_size": 200, "steps": 60,
@@ -141,10 +142,30 @@ def test_controls_are_told_apart():
   ]
 
 
+def test_groups_of_one_name_are_told_apart_alike():
+  """Each by all that it takes: not one alone by what it happens to lack."""
+  few = rows("full", "roli", (0.7, 0.7), train_size=50, lr=0.1)
+  twin = rows("full", "roli", (0.6, 0.6), weights="standard", lr=0.1)
+  names = list(comparison.by_name(named([*few, *ROLI, *twin, *RANLI, *PROBE])))
+  assert names == [
+    "full RoLI, weights robust, 50 training images",
+    "full RoLI, weights robust, 200 training images",
+    "full RoLI, weights standard, 200 training images",
+    "full RanLI",
+    "linear probe (RoLI)",
+  ]
+  slow = rows("full", "roli", (0.6, 0.6), lr=1e-4)
+  names = list(comparison.by_name(named([*ROLI, *slow])))
+  assert names == ["full RoLI, lr 0.001", "full RoLI, lr 0.0001"]
+
+
 def test_a_curve_is_one_seeds():
   far = rows("full", "roli", (0.3,), attack={**PGD, "eps": 0.2})
   table = report.curves([*CLEAN, *ROLI, *far, *RANLI])
-  assert table.header == ("eps", "full RoLI, robust, seed 0, PGD-20")
+  assert table.header == (
+    "eps",
+    "full RoLI, robust, 200 images, seed 0, PGD-20",
+  )
   assert table.rows == [
     ("0", "90.0"), ("0.1", "80.0"), ("0.2", "30.0"), ("mean", "70.0"),
   ]  # fmt: skip

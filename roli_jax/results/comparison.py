@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
 
 from roli_jax import statistics
@@ -36,30 +36,52 @@ def tables(rows: Sequence[Row]) -> list[Table]:
   return filled(table(rows) for table in made)
 
 
+# By what groups of one name are told apart, as far as it takes.
+_SETTINGS: dict[str, Callable[[Group], str]] = {
+  "weights": lambda group: f"weights {group.weights}",
+  "train_size": lambda group: f"{group.train_size} training images",
+  "steps": lambda group: f"{group.steps} steps",
+  "lr": lambda group: f"lr {group.lr:g}",
+}
+
+
 def by_name(rows: Sequence[Row]) -> dict[str, tuple[Group, list[Row]]]:
   """Returns what is compared, by name: runs that differ in their seed are one.
 
   A probe that several runs share stands once.
   """
-  found: dict[str, tuple[Group, list[Row]]] = {}
+  found: list[tuple[str, Group, list[Row]]] = []
   seen = set()
   for run, of_run in by_run(rows).items():
     groups = {g: own for g, own in by_group(of_run).items() if not g.is_member}
     adapted = [group for group in groups if group.stage != "probe"]
     for group, own in groups.items():
+      name = group.name
       if group.stage != "probe":
         alone = run and len(adapted) == 1
-        name = run if alone else f"{run}: {group.name}".removeprefix(": ")
+        name = run if alone else f"{run}: {name}".removeprefix(": ")
       elif group in seen:
         continue
-      else:
-        name = group.name
       seen.add(group)
-      for field in ("weights", "train_size", "steps", "lr"):
-        if name in found:
-          name = f"{name}, {field} {getattr(group, field)}"
-      found[name] = group, own
-  return found
+      found.append((name, group, own))
+  alike: dict[str, list[Group]] = {}
+  for name, group, _ in found:
+    alike.setdefault(name, []).append(group)
+
+  def full(name: str, group: Group) -> str:
+    return ", ".join([name, *_told_apart(group, alike[name])])
+
+  return {full(name, group): (group, own) for name, group, own in found}
+
+
+def _told_apart(group: Group, alike: Sequence[Group]) -> list[str]:
+  """Returns the group's settings that tell it from those of the same name."""
+  chosen: list[str] = []
+  for field in _SETTINGS:
+    values = {tuple(getattr(g, f) for f in chosen) for g in alike}
+    if len(values) < len(alike) and len({getattr(g, field) for g in alike}) > 1:
+      chosen.append(field)
+  return [_SETTINGS[field](group) for field in chosen]
 
 
 def spreads(rows: Sequence[Row], shown: Iterable[Attacked]) -> list[str]:

@@ -186,8 +186,9 @@ class Curve:
 
   @property
   def name(self) -> str:
+    size = f"{self.group.train_size} images, " if self.group.train_size else ""
     return (
-      f"{self.group.name}, {self.group.weights}, seed {self.seed},"
+      f"{self.group.name}, {self.group.weights}, {size}seed {self.seed},"
       f" {self.recipe}"
     )
 
