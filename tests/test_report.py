@@ -81,8 +81,9 @@ def test_bars_say_what_roli_gains_at_each_number_of_images():
   left, right = figure.axes
   assert left.get_title() == "robust backbone, 50 images"
   compared = "full RoLI − full RanLI: PGD-20 linf 0.1"
-  assert left.get_xlabel() == f"{compared}\n+0.3 [-2.5, +3.2]"
-  assert right.get_xlabel() == f"{compared}\n+10.0 [+7.5, +12.5]"
+  student = "95% Student interval"
+  assert left.get_xlabel() == f"{compared}\n+0.3, {student} [-2.5, +3.2]"
+  assert right.get_xlabel() == f"{compared}\n+10.0, {student} [+7.5, +12.5]"
 
 
 def test_the_small_head_is_compared_with_its_own():

@@ -304,8 +304,7 @@ def bars(rows: Sequence[Row]) -> Figure | None:
     axis.set_ylim(0, 100)
   axes[0].set_ylabel("test accuracy, %")
   figure.suptitle(
-    f"pale: clean; full: {attack.name}; whiskers: standard deviation of seeds;"
-    " differences in points, paired by seed, with 95% Student intervals",
+    f"pale: clean; full: {attack.name}; whiskers: standard deviation of seeds",
     fontsize=9,
   )
   return figure
@@ -324,7 +323,8 @@ def _gains(groups: Mapping[Group, Sequence[Row]], attack: Attacked) -> str:
     and dataclasses.replace(ours, init="ranli", lr=theirs.lr) == theirs
   ]
   return "\n".join(
-    f"{each.name}\n{each.mean:+.1f} [{each.low:+.1f}, {each.high:+.1f}]"
+    f"{each.name}\n{each.mean:+.1f}, 95% Student interval"
+    f" [{each.low:+.1f}, {each.high:+.1f}]"
     for each in comparison.intervals(comparison.paired("", ("", ""), pairs))
   )
 
