@@ -158,6 +158,9 @@ def test_groups_of_one_name_are_told_apart_alike():
   slow = rows("full", "roli", (0.6, 0.6), lr=1e-4)
   names = list(comparison.by_name(named([*ROLI, *slow])))
   assert names == ["full RoLI, lr 0.001", "full RoLI, lr 0.0001"]
+  lecun = rows("full", "roli", (0.6, 0.6), head_init="lecun")
+  names = list(comparison.by_name(named([*ROLI, *lecun])))
+  assert names == ["full RoLI, head kaiming_fan_out", "full RoLI, head lecun"]
 
 
 def test_a_curve_is_one_seeds():

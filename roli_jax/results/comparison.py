@@ -18,6 +18,7 @@ from roli_jax.results.grouping import (
   by_group,
   by_run,
   by_seed,
+  collect,
   expected_robustness,
   kinds,
   measured_curves,
@@ -40,6 +41,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 _SETTINGS: dict[str, Callable[[Group], str]] = {
   "weights": lambda group: f"weights {group.weights}",
   "train_size": lambda group: f"{group.train_size} training images",
+  "head_init": lambda group: f"head {group.head_init}",
   "steps": lambda group: f"{group.steps} steps",
   "lr": lambda group: f"lr {group.lr:g}",
 }
@@ -64,12 +66,11 @@ def by_name(rows: Sequence[Row]) -> dict[str, tuple[Group, list[Row]]]:
         continue
       seen.add(group)
       found.append((name, group, own))
-  alike: dict[str, list[Group]] = {}
-  for name, group, _ in found:
-    alike.setdefault(name, []).append(group)
+  by_base = collect(found, lambda entry: entry[0])
 
   def full(name: str, group: Group) -> str:
-    return ", ".join([name, *_told_apart(group, alike[name])])
+    alike = [other for _, other, _ in by_base[name]]
+    return ", ".join([name, *_told_apart(group, alike)])
 
   return {full(name, group): (group, own) for name, group, own in found}
 
