@@ -14,7 +14,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from roli_jax import attacks, evaluate
+from roli_jax import attacks, evaluate, keys
+from roli_jax.attacks import jobs
 from roli_jax.files import journal
 from roli_jax.threat import ThreatModel
 from tests.covering import covering, mostly_slow
@@ -469,6 +470,34 @@ def test_a_restored_image_that_is_none_any_more_does_not_count(tmp_path):
   again = evaluate.run(net, IMAGES, labels, PGD, params=W, save=tmp_path)
   np.testing.assert_array_equal(whole.robust, again.robust)
   np.testing.assert_array_equal(whole.adv, again.adv)
+
+
+@pytest.mark.parametrize(
+  "held, ahead, replaced", [(True, 5e-6, False), (True, 0.1, True),
+                            (False, 5e-6, True)]
+)  # fmt: skip
+def test_what_rounding_may_undo_replaces_no_find(held, ahead, replaced):
+  """Else an image that FAB broke stood where the judge denied the nearer."""
+  threat = dataclasses.replace(BALL, eps=np.float32([0.05]))
+  job = jobs.make_job(
+    threat, IMAGES[:1], np.int32([0]), keys.stream(keys.root(0), "fab")[None]
+  )
+
+  def classify(x, _):
+    slope = x.sum((1, 2, 3)) - jax.lax.stop_gradient(x.sum((1, 2, 3)))
+    return jnp.stack([jnp.ones(1), 1 + ahead + slope], -1)
+
+  fab = attacks.Fab(threat)
+  found = IMAGES[:1] + np.float32(0.04)
+  before = dataclasses.replace(
+    fab.begin(job),
+    x=jnp.asarray(IMAGES[:1] + np.float32(0.02)),
+    found=jnp.array([held]),
+    **({"adv": found, "distance": jnp.float32([0.04])} if held else {}),
+  )
+  after = fab.step(classify, job, before)
+  assert (float(after.distance[0]) < 0.03) == replaced
+  assert (np.asarray(after.adv) == before.adv).all() != replaced
 
 
 # Logits and gradients that are not finite, by every attack.

@@ -95,12 +95,17 @@ def test_a_backbone_that_attends_by_head_is_the_same(name):
   x = jnp.abs(normal(0, 3, 8, 8, 1))
 
   def gradient(model):
-    return jax.grad(lambda x: jnp.sin(model.logits(*variables, x)).sum())(x)
+    loss = lambda x: jnp.sin(model.logits(*variables, x)).sum()  # noqa: E731
+    return jax.jit(jax.grad(loss))(x)
 
-  expected = gradient(plain)
-  np.testing.assert_allclose(
-    gradient(looped), expected, atol=1e-5 * np.abs(expected).max()
-  )
+  with jax.enable_x64(True):
+    variables, x = jax.tree.map(
+      lambda leaf: np.asarray(leaf, np.float64), (variables, x)
+    )
+    expected = gradient(plain)
+    np.testing.assert_allclose(
+      gradient(looped), expected, atol=1e-12 * np.abs(expected).max()
+    )
 
 
 def test_a_swin_takes_the_attentions_that_have_a_bias():

@@ -16,11 +16,13 @@ from roli_jax.attacks.jobs import Job
 from roli_jax.attacks.search import Classify
 from roli_jax.keys import fold
 from roli_jax.threat import TINY, near_one, per_image
-from roli_jax.types import Array, Bool, Float, Images, Keys
+from roli_jax.types import Array, Bool, Float, Images, Keys, Labels, Logits
 
 BIAS = 0.1  # largest weight of the step from the clean image (alpha_max)
 OVERSHOOT = 1.05  # factor that carries a step across the boundary (eta)
 BACK = 0.9  # share of the offset that is kept after a crossing (beta)
+# Of two logits' size: by as much other programs may see their difference.
+ROUNDING = 1e-5
 
 # The distance of a class's linearised boundary, the gap of logits to it, and
 # the gradient of that gap.
@@ -125,9 +127,12 @@ class Fab(search.Search[FabState]):
     x = (state.x + OVERSHOOT * ways[0]) * (1 - bias)
     x = jnp.clip(x + (x0 + OVERSHOOT * ways[1]) * bias, threat.low, threat.high)
 
-    wrong = self.succeeds(classify(x, draws), job.labels)
+    logits = classify(x, draws)
+    wrong = self.succeeds(logits, job.labels)
     distance = threat.distance(x, x0)
     nearer = wrong & (distance < state.distance)
+    # What the judge may not see as misclassified replaces nothing that it does.
+    nearer &= _is_sure(logits, job.labels) | ~state.found
     adv, best = search.where(nearer, (x, distance), (state.adv, state.distance))
     too_far = (state.i == 0) & (lengths[0] > self.reach * job.eps)
     i, found = state.i + 1, (state.found | wrong) & ~too_far
@@ -165,6 +170,12 @@ class Fab(search.Search[FabState]):
 
   def pick(self, job: Job, state: FabState) -> Images:
     return search.where(state.distance <= job.eps, state.adv, job.images)
+
+
+def _is_sure(logits: Logits, labels: Labels) -> Bool[Array, " b"]:
+  """Whether rounding can't have decided on which side of the label they are."""
+  gap, label = losses.margin(logits, labels), losses.own(logits, labels)
+  return jnp.abs(gap) > ROUNDING * (jnp.abs(label) + jnp.abs(label + gap))
 
 
 def _nearest(
