@@ -103,8 +103,13 @@ def run_on(
   *,
   indices: np.ndarray | None = None,
   save: str | os.PathLike[str] | None = None,
+  checked: bool = True,
 ) -> Result:
-  """`run`, of a function that is a classifier on the devices already."""
+  """`run`, of a function that is a classifier on the devices already.
+
+  Not `checked`, the result lacks the checks that take passes of their own, as
+  for a validation, whose accuracies alone are read.
+  """
   started = time.perf_counter()
   images, labels = np.asarray(images), np.asarray(labels)
   indices = np.arange(len(images)) if indices is None else np.asarray(indices)
@@ -117,7 +122,7 @@ def run_on(
     labels.astype(np.int32),  # 8 bits don't count 300 classes
     indices.astype(np.int64),
   )
-  now = Evaluation(function, examples, attack, save)
+  now = Evaluation(function, examples, attack, save, checked)
   if attack is not None:
     attack.run_in(now)
   return now.result(time.perf_counter() - started)

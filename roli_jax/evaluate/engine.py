@@ -40,6 +40,8 @@ class Evaluation:
     examples: float32 images, int32 labels, int64 indices.
     attack: the attack that will be run; None: none.
     save: the directory of the journal; None keeps nothing.
+    checked: whether outputs and gradients at clean images are checked. A
+      journal needs it: by them it knows the model.
   """
 
   def __init__(
@@ -48,17 +50,23 @@ class Evaluation:
     examples: Examples,
     attack: attacks.Attack | None,
     save: str | os.PathLike[str] | None,
+    checked: bool = True,
   ):
+    assert checked or not save
     self.function, self.examples = function, examples
     n = len(examples)
     self.clean, self.margin, self.logits = function.judge(examples)
     inputs.check_numbers(self.logits, examples.indices)
     self.work = {"none": Work(forward=n)}
     self.resumed: list[Work] = []
-    self.checks = checks.of_outputs(function, examples, self.clean, self.logits)
-    seen = slice(checks.MOST) if attack is None else self.clean
-    found, self.slopes = checks.of_gradients(function, examples[seen])
-    self.checks.append(found)
+    self.checks: list[checks.Check] = []
+    if checked:
+      self.checks += checks.of_outputs(
+        function, examples, self.clean, self.logits
+      )
+      seen = slice(checks.MOST) if attack is None else self.clean
+      found, self.slopes = checks.of_gradients(function, examples[seen])
+      self.checks.append(found)
     self.notes: list[str] = []
     self.robust = self.clean.copy()
     self.broken_by = np.where(self.clean, "", "clean").astype(object)

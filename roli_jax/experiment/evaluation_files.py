@@ -98,9 +98,9 @@ def keep_images(
   most = MOST_IMAGES["small" if is_small else "large"]
   rows = rows[: min(most, len(result.adv))]  # a result may have a few images
   m, images = len(rows), source.pixels(rows)
-  adv, is_broken, is_attempt = _attacked(result, images)
-  clean_said, clean_sure = _said(function, source, rows, images)
-  said, sure = _said(function, source, rows, adv)
+  adv, is_broken, is_attempt = attacked(result, images)
+  clean_said, clean_sure = predicted(function, source, rows, images)
+  said, sure = predicted(function, source, rows, adv)
   if not distributed.leads():
     return
   folder = root / directory
@@ -134,7 +134,7 @@ def keep_images(
   )
 
 
-def _attacked(
+def attacked(
   result: Result, images: Images
 ) -> tuple[Images, np.ndarray, np.ndarray]:
   """Returns what an evaluation made of its first images.
@@ -164,7 +164,7 @@ def _like(flags: np.ndarray, images: Images) -> np.ndarray:
   return flags.reshape(-1, *(1,) * (images.ndim - 1))
 
 
-def _said(
+def predicted(
   function: Classifier, source: data.Source, rows: np.ndarray, images: Images
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the class that the model says, and its probability, each [n]."""

@@ -119,6 +119,7 @@ def run(
   test: Test | Corruption,
   save: pathlib.Path | None = None,
   keep_adv: bool = False,
+  checked: bool = True,
 ) -> evaluate.Result:
   """Runs one test on one split of the run's data.
 
@@ -136,6 +137,7 @@ def run(
       a killed evaluation goes on; None keeps nothing.
     keep_adv: whether the result has all adversarial images, from a file in
       `save`; otherwise it has those of the first piece.
+    checked: see `evaluate.run_on`.
   """
   source: data.Source = run.data[split]
   rows = source.some(test.num_images)
@@ -158,6 +160,7 @@ def run(
       test.attack,
       indices=source.indices[few],
       save=save / f"piece-{number:05d}" if save and len(pieces) > 1 else save,
+      checked=checked,
     )
     if every_adv is not None:
       start = number * len(pieces[0])

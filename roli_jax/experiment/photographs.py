@@ -14,14 +14,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from roli_jax import attacks, convert, keys, specs
 from roli_jax.data import decode, transforms
-from roli_jax.experiment import products
 from roli_jax.files import extras
 from roli_jax.results import pictures
 from roli_jax.threat import ThreatModel
+from roli_jax.types import Images
 
 BACKBONE = "tiny32"
 # As it was pretrained at.
@@ -80,13 +81,20 @@ def attacked(bundle: convert.Bundle, images: np.ndarray) -> dict[str, Any]:
   """
   threat = ThreatModel("linf", specs.number(EPS))
   pgd = attacks.build("pgd", threat, num_steps=20, step_size="eps/4")
-  logits_fn = jax.jit(
-    functools.partial(bundle.model.logits, bundle.params, bundle.stats)
+  logits_fn = functools.partial(
+    bundle.model.logits, bundle.params, bundle.stats
   )
-  search = products.attacked(logits_fn, pgd, keys.root(0))
-  said = logits_fn(images).argmax(-1)
-  found = search(images, said, np.arange(len(images), dtype=np.uint32))
-  adv, before, after = map(np.asarray, found)
+  image_keys = keys.per_image(
+    keys.root(0), np.arange(len(images), dtype=np.uint32)
+  )
+
+  @jax.jit
+  def search(images: Images) -> tuple[jax.Array, jax.Array, jax.Array]:
+    said = logits_fn(images).argmax(-1)
+    adv = jnp.asarray(pgd(logits_fn, images, said, image_keys))
+    return adv, said, logits_fn(adv).argmax(-1)
+
+  adv, before, after = map(np.asarray, search(images))
   names = np.array(bundle.classes)
   return {
     "adv": adv,

@@ -1,29 +1,19 @@
 """What a finished run leaves beside rows: examples, pretrained weights."""
 
-import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from roli_jax import attacks, convert, distributed, keys, sharding
+from roli_jax import convert, distributed, evaluate
+from roli_jax.experiment import evaluation_files, measure
 from roli_jax.experiment.build import build_attack, build_model
 from roli_jax.experiment.program import build_predict
 from roli_jax.experiment.run import Run
 from roli_jax.experiment.stages import Stage
 from roli_jax.experiment.start_and_resume import Best
-from roli_jax.types import (
-  Array,
-  Images,
-  Integer,
-  Key,
-  Labels,
-  Logits,
-  Variables,
-)
+from roli_jax.types import Variables
 
 
 def keep(
@@ -75,6 +65,8 @@ def _keep_examples(
 def _examples(run: Run, stage: Stage, variables: Variables) -> dict[str, Any]:
   """Attacks one test image of each class (ten at most), for a picture.
 
+  As its test does, by the same programs and with the same draws.
+
   Returns:
     Arrays: `images`, `adv` [n, h, w, c]; `labels`, `clean_said` and
     `adv_said` [n], the classes before and after; `eps` and `cell`.
@@ -82,46 +74,31 @@ def _examples(run: Run, stage: Stage, variables: Variables) -> dict[str, Any]:
   attack = build_attack(run, "eval_attack")
   source = run.data["test"]
   _, firsts = np.unique(source.labels, return_index=True)
-  few = source.take(firsts[:10])
-  logits_fn = functools.partial(build_predict(run, stage), variables)
-  key = keys.stream(keys.root(stage.seed), attack.name)
-  search = attacked(logits_fn, attack, key)
-  found = search(few.pixels(), few.labels, few.indices)
-  adv, clean_said, adv_said = sharding.fetch(found)
+  rows = firsts[:10]
+  images = source.pixels(rows)
+  predict = build_predict(run, stage)
+  function = measure.on_devices(
+    run, source, predict, variables, stage.seed, run.compute_dtype
+  )
+  result = evaluate.run_on(
+    function,
+    images,
+    source.labels[rows],
+    attack,
+    indices=source.indices[rows],
+    checked=False,
+  )
+  adv, *_ = evaluation_files.attacked(result, images)
+  clean_said, adv_said = (
+    evaluation_files.predicted(function, source, rows, seen)[0]
+    for seen in (images, adv)
+  )
   return {
     "cell": stage.cell,
     "eps": attack.threat.eps,
-    "images": few.pixels(),
-    "labels": few.labels,
+    "images": images,
+    "labels": source.labels[rows],
     "adv": adv,
     "clean_said": clean_said,
     "adv_said": adv_said,
   }
-
-
-def attacked(
-  logits_fn: Callable[[Images], Logits],
-  attack: attacks.Attack,
-  key: Key[Array, ""],
-) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-  """Returns a jitted attack of few images, for pictures.
-
-  Args:
-    logits_fn: images in, logits out.
-    attack: a single attack, no ensemble.
-    key: the root of the images' keys.
-
-  Returns:
-    From images, labels and who they are: the adversarial images, and the
-    classes that the function says before and after.
-  """
-
-  @jax.jit
-  def search(
-    images: Images, labels: Labels, indices: Integer[jax.Array, " b"]
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    image_keys = keys.per_image(key, indices)
-    adv = jnp.asarray(attack(logits_fn, images, labels, image_keys))
-    return adv, logits_fn(images).argmax(-1), logits_fn(adv).argmax(-1)
-
-  return search

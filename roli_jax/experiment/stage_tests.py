@@ -128,7 +128,9 @@ def validate(
     The fields `attack`, `value` and `n` of the log's rows: clean, attacked.
   """
   test, predict = _validation(run), build_predict(run, stage)
-  result = measure.run(run, predict, variables, stage.seed, "val", test)
+  result = measure.run(
+    run, predict, variables, stage.seed, "val", test, checked=False
+  )
   clean, robust = test.values(result)
   n = len(result.clean)
   return (
