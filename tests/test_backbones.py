@@ -187,12 +187,14 @@ def test_all_but_our_own_are_counted():
   assert {n for n in models.MODELS if not n.startswith("glyph")} == {*SIZES}
 
 
-def loaded(name):
-  """What is known of a checkpoint, and its bundle."""
+@pytest.fixture(scope="module", params=EACH)
+def made(request):
+  """A checkpoint: its name, what is known of it, its arrays, its bundle."""
+  name = request.param
   spec = golden.specs()[name]
   state = golden.state_dict(spec, dropped=True)
   told = {"mean": spec["mean"], "std": spec["std"]}
-  return spec, convert.load(state, *GOLDEN[name], **told)
+  return name, spec, state, convert.load(state, *GOLDEN[name], **told)
 
 
 def wide(tree):
@@ -216,10 +218,9 @@ def ours(tap):
   return match and f"stage{int(match[1]) - 1}"
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_features_and_logits_are_the_originals(name):
+def test_features_and_logits_are_the_originals(made):
   """So are gradients by the pixels, where they are known."""
-  spec, bundle = loaded(name)
+  name, spec, _, bundle = made
   model, gold = bundle.model, golden.arrays(name)
 
   def probed(images, params, stats):
@@ -263,9 +264,8 @@ def test_features_and_logits_are_the_originals(name):
   np.testing.assert_allclose(at, gold["grad_sub_f64"], 0, 1e-9)
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_single_precision_errs_by_little(name):
-  spec, bundle = loaded(name)
+def test_single_precision_errs_by_little(made):
+  name, spec, _, bundle = made
   gold, model = golden.arrays(name), bundle.model
 
   @jax.jit
@@ -281,10 +281,9 @@ def test_single_precision_errs_by_little(name):
     np.testing.assert_allclose(got, expected, 0, 2e-5)
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_a_state_dict_comes_back_bit_for_bit(name):
-  spec = golden.specs()[name]
-  state = golden.state_dict(spec)
+def test_a_state_dict_comes_back_bit_for_bit(made):
+  name, spec, whole, _ = made
+  state = {key: whole[key] for key, *_, dropped in spec["keys"] if not dropped}
   assert golden.digest(state) == spec["fingerprint"]["weights"]
   bundle = convert.load(state)  # model and format told from the file
   assert bundle.model.name == GOLDEN[name][0]
@@ -295,15 +294,17 @@ def test_a_state_dict_comes_back_bit_for_bit(name):
     np.testing.assert_array_equal(back[key], tensor, err_msg=key)
 
 
+@pytest.fixture(scope="module")
+def vit_base():
+  return golden.state_dict(golden.specs()["timm_vit_base_patch16_224"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", golden.specs("peft"))
-def test_what_a_method_adds_is_the_originals(name):
-  base = golden.specs()["timm_vit_base_patch16_224"]
+def test_what_a_method_adds_is_the_originals(name, vit_base):
   spec = golden.specs("peft")[name]
   method = {"prompt": "vpt"}.get(spec["transfer"], spec["transfer"])
-  bundle = convert.load(
-    golden.state_dict(base), "vit_b16", mean=spec["mean"], std=spec["std"]
-  )
+  bundle = convert.load(vit_base, "vit_b16", mean=spec["mean"], std=spec["std"])
   added = golden.state_dict(spec)
   bundle = peft.load(bundle, added, method, **spec["options"])
   gold = list(golden.arrays(name, "peft").values())

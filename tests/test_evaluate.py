@@ -198,6 +198,19 @@ def test_clean_accuracy_alone_needs_no_attack(toy):
   assert result.clean.all() and (result.robust == result.clean).all()
 
 
+def test_without_checks_it_finds_the_same(toy):
+  """Validations have none, and compile nothing for them."""
+  logits_fn, images, labels = toy
+  on = classifier.make(logits_fn, None, images.shape[1:], 64)
+  whole, bare = (
+    evaluate.run_on(on, images, labels, PGD, checked=checked)
+    for checked in (True, False)
+  )
+  same(whole, bare)
+  lacks = {c.name for c in whole.checks} - {c.name for c in bare.checks}
+  assert {"gradients finite", "clean accuracy"} <= lacks
+
+
 def test_the_judge_is_precise_whatever_the_model_asks_for(toy):
   """The judge's products are float32, not what an accelerator likes best."""
   _, images, labels = toy

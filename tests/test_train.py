@@ -58,6 +58,22 @@ def test_a_run_leaves_what_the_contract_says(finished):
   assert not done.stderr  # quiet where stderr is no terminal
 
 
+def test_examples_are_images_of_the_test(finished):
+  path = finished[0]
+  examples = np.load(path / "figures/examples.npz")
+  clean = np.load(path / "evaluations/clean-test-n50.npz")
+  _, firsts = np.unique(clean["labels"], return_index=True)
+  stage = path / "evaluations/robust-full-roli-n200-seed0/adapt"
+  (file,) = stage.rglob("images-test-pgd-2-1-linf-0.1.npz")
+  kept = np.load(file)
+  np.testing.assert_array_equal(examples["labels"], clean["labels"][firsts])
+  change = (examples["adv"] - examples["images"]) * 127 / kept["scale"]
+  assert change.any()
+  np.testing.assert_array_equal(np.rint(change), kept["change"][firsts])
+  for ours, theirs in (("adv_said", "said"), ("clean_said", "clean_said")):
+    np.testing.assert_array_equal(examples[ours], kept[theirs][firsts])
+
+
 def test_rows_are_the_contracts(finished):
   rows = record.read(finished[0] / "results.jsonl")
   for row in rows:
