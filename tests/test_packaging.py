@@ -19,7 +19,7 @@ from tests import cli, pictures
 
 TEST_TOOLS = {
   "beartype", "hypothesis", "jaxtyping", "mypy", "playwright", "pytest",
-  "pytest-xdist", "ruff",
+  "pytest-xdist", "ruff", "zstandard",
 }  # fmt: skip
 
 
