@@ -99,10 +99,11 @@ def test_every_method_trains_from_a_random_head_and_from_a_probe(
   for stage in stages:
     before, _ = initial_variables(made, stage)
     after, _ = best_variables(made, stage, tmp_path / "run")
+    trains = trees.paths(build_method(made, stage).trains(before).backbone)
+    ended = trees.paths(after.backbone)
     for name, leaf in trees.paths(before.backbone).items():
-      trained = build_method(made, stage).trains(before).backbone
-      if not trees.paths(trained)[name]:
-        np.testing.assert_array_equal(leaf, trees.paths(after.backbone)[name])
+      if not trains[name]:
+        np.testing.assert_array_equal(leaf, ended[name])
 
 
 def test_data_in_files_is_told_of_in_the_report(folder, tmp_path, capsys):
