@@ -14,8 +14,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from roli_jax import attacks, evaluate, keys
-from roli_jax.attacks import jobs
+from roli_jax import attacks, evaluate
+from roli_jax.attacks import fab
+from roli_jax.evaluate import classifier
 from roli_jax.files import journal
 from roli_jax.threat import ThreatModel
 from tests.covering import covering, mostly_slow
@@ -472,32 +473,37 @@ def test_a_restored_image_that_is_none_any_more_does_not_count(tmp_path):
   np.testing.assert_array_equal(whole.adv, again.adv)
 
 
-@pytest.mark.parametrize(
-  "held, ahead, replaced", [(True, 5e-6, False), (True, 0.1, True),
-                            (False, 5e-6, True)]
-)  # fmt: skip
-def test_what_rounding_may_undo_replaces_no_find(held, ahead, replaced):
-  """Else an image that FAB broke stood where the judge denied the nearer."""
-  threat = dataclasses.replace(BALL, eps=np.float32([0.05]))
-  job = jobs.make_job(
-    threat, IMAGES[:1], np.int32([0]), keys.stream(keys.root(0), "fab")[None]
-  )
+def thin(logits, labels):
+  """Whose two logits differ by less than so much of their size."""
+  return ~np.asarray(fab._is_sure(jnp.asarray(logits), jnp.asarray(labels)))
 
-  def classify(x, _):
-    slope = x.sum((1, 2, 3)) - jax.lax.stop_gradient(x.sum((1, 2, 3)))
-    return jnp.stack([jnp.ones(1), 1 + ahead + slope], -1)
 
-  fab = attacks.Fab(threat)
-  found = IMAGES[:1] + np.float32(0.04)
-  before = dataclasses.replace(
-    fab.begin(job),
-    x=jnp.asarray(IMAGES[:1] + np.float32(0.02)),
-    found=jnp.array([held]),
-    **({"adv": found, "distance": jnp.float32([0.04])} if held else {}),
+def test_what_the_judge_denies_costs_no_image_that_fab_broke(monkeypatch):
+  """Its nearest image lies where the judge may round to the other side."""
+  monkeypatch.setattr(fab, "ROUNDING", 0.04)
+  labels = labels_of(lambda x: net(W, x))
+  last = attacks.build("fab", BALL, num_steps=10)
+  nearest = evaluate.run(lambda x: net(W, x), IMAGES, labels, last)
+  judge, denied = classifier.Classifier.judge, []
+
+  def strict(self, examples):
+    right, margin, logits = judge(self, examples)
+    doubtful = thin(logits, examples.labels) & ~right
+    denied.append(doubtful.sum())
+    return right | doubtful, margin, logits
+
+  monkeypatch.setattr(classifier.Classifier, "judge", strict)
+  stops = dataclasses.replace(last, stop=True)
+  found, first = (
+    evaluate.run(lambda x: net(W, x), IMAGES, labels, attack)
+    for attack in (last, stops)
   )
-  after = fab.step(classify, job, before)
-  assert (float(after.distance[0]) < 0.03) == replaced
-  assert (np.asarray(after.adv) == before.adv).all() != replaced
+  assert sum(denied) and not nearest.robust.all()
+  assert not (found.robust & ~first.robust).any()
+  assert (found.min_distance >= nearest.min_distance).all()
+  assert (found.min_distance > nearest.min_distance).any()
+  said = np.asarray(net(W, found.adv))
+  assert not (thin(said, labels) & ~found.robust).any()
 
 
 # Logits and gradients that are not finite, by every attack.

@@ -37,10 +37,16 @@ class FabState(jobs.State):
     x: float [b, *image], the iterate.
     distance: float [b], from the clean image to `adv`, in the norm of the
       threat model; inf where none was found.
+    sure: float [b, *image], the nearest image that is misclassified by more
+      than rounding, which is left if the judge denies `adv`; None of jobs that
+      stop, which go on in that case.
+    sure_distance: float [b], its distance.
   """
 
   x: Any
   distance: Any
+  sure: Any = None
+  sure_distance: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -95,12 +101,31 @@ class Fab(search.Search[FabState]):
       **fresh,
       x=jobs.noisy_start(job, self.within(job), radius),
       distance=jnp.full_like(fresh["merit"], jnp.inf),
+      sure=None if self.stop else fresh["adv"],
+      sure_distance=None
+      if self.stop
+      else jnp.full_like(fresh["merit"], jnp.inf),
     )
 
+  def has_more(self, state: FabState) -> Bool[Array, " b"]:
+    if self.stop:
+      return super().has_more(state)
+    return jnp.isfinite(state.sure_distance)
+
   def retract(self, state: FabState, rows: Bool[Array, " b"]) -> FabState:
-    state = super().retract(state, rows)
-    distance = jnp.where(rows, jnp.inf, state.distance)
-    return dataclasses.replace(state, distance=distance)
+    if self.stop:
+      state = super().retract(state, rows)
+      distance = jnp.where(rows, jnp.inf, state.distance)
+      return dataclasses.replace(state, distance=distance)
+    sure = (state.sure, state.sure_distance)
+    adv, distance = search.where(rows, sure, (state.adv, state.distance))
+    return dataclasses.replace(
+      state,
+      adv=adv,
+      distance=distance,
+      found=state.found & jnp.isfinite(distance),
+      sure_distance=jnp.where(rows, jnp.inf, state.sure_distance),
+    )
 
   def step(self, classify: Classify, job: Job, state: FabState) -> FabState:
     threat, x0 = self.within(job), jnp.asarray(job.images)
@@ -130,10 +155,14 @@ class Fab(search.Search[FabState]):
     logits = classify(x, draws)
     wrong = self.succeeds(logits, job.labels)
     distance = threat.distance(x, x0)
+    here = (x, distance)
     nearer = wrong & (distance < state.distance)
-    # What the judge may not see as misclassified replaces nothing that it does.
-    nearer &= _is_sure(logits, job.labels) | ~state.found
-    adv, best = search.where(nearer, (x, distance), (state.adv, state.distance))
+    adv, best = search.where(nearer, here, (state.adv, state.distance))
+    sure = (state.sure, state.sure_distance)
+    if not self.stop:
+      surely = wrong & _is_sure(logits, job.labels)
+      surely &= distance < state.sure_distance
+      sure = search.where(surely, here, sure)
     too_far = (state.i == 0) & (lengths[0] > self.reach * job.eps)
     i, found = state.i + 1, (state.found | wrong) & ~too_far
     return dataclasses.replace(
@@ -142,6 +171,8 @@ class Fab(search.Search[FabState]):
       x=search.where(wrong, x0 + BACK * (x - x0), x),
       adv=adv,
       distance=best,
+      sure=sure[0],
+      sure_distance=sure[1],
       found=found,
       done=(self.stop & (best <= job.eps)) | (i >= self.length) | too_far,
       merit=-best,

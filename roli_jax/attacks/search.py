@@ -145,12 +145,16 @@ class Search(base.Attack, Generic[S]):
     """Takes one step of each job and returns its state."""
     raise NotImplementedError
 
+  def has_more(self, state: S) -> Bool[Array, " b"]:
+    """Returns which jobs go on if their image proves to be no break."""
+    return self.stop & (state.i < self.length)
+
   def retract(self, state: S, rows: Bool[Array, " b"]) -> S:
     """Lets jobs go on whose image proved to be no break.
 
     Args:
       state: the jobs.
-      rows: which of them go on, as if they had found nothing.
+      rows: which of them go on, as if they had not found that image.
     """
     return dataclasses.replace(
       state, found=state.found & ~rows, done=state.done & ~rows

@@ -54,7 +54,7 @@ class Ended:
     jobs: which job of each of those images, int [b].
     found: whether the job claims to have found a misclassified image, bool [b].
     adv: that image, or the clean one, [b, ...].
-    can_go_on: whether a claim that proves false leaves steps to take, bool [b].
+    can_go_on: whether the job goes on if its claim proves false, bool [b].
   """
 
   rows: np.ndarray
@@ -295,9 +295,10 @@ class _Pool:
     state = self._rows[1]
     found = sharding.fetch(state.found)[ended.slots]
     adv = self.subjects.examples.images[ended.rows]  # a copy, as of any indices
+    can_go_on = np.zeros_like(found)
     if found.any():
       adv[found] = sharding.fetch(state.adv)[ended.slots[found]]
-    can_go_on = ended.steps < self.attack.length
+      can_go_on = sharding.fetch(self.attack.has_more(state))[ended.slots]
     return Ended(ended.rows, ended.jobs, found, adv, can_go_on)
 
   def _packed(

@@ -241,8 +241,11 @@ class Evaluation:
     def settle(ended: Ended) -> tuple[np.ndarray, np.ndarray]:
       """Judges jobs, keeps and enters the verdicts: broken, and to go on."""
       verdicts = self._judged(attack, radii, ended, ledger.work)
-      is_false = ended.found & ~verdicts["broke"]
-      goes_on = is_false & ended.can_go_on & ledger.stops
+      # Where the least distance is looked for, beyond eps is found too.
+      holds = (
+        verdicts["broke"] if ledger.stops else np.isfinite(verdicts["far"])
+      )
+      goes_on = ended.found & ~holds & ended.can_go_on
       ledger.work.seconds = time.perf_counter() - started
       work = dataclasses.astuple(ledger.work)
       entry = {**verdicts, "ended": ~goes_on, "work": work}
