@@ -21,7 +21,8 @@ from roli_jax.types import Array, Bool, Float, Images, Keys, Labels, Logits
 BIAS = 0.1  # largest weight of the step from the clean image (alpha_max)
 OVERSHOOT = 1.05  # factor that carries a step across the boundary (eta)
 BACK = 0.9  # share of the offset that is kept after a crossing (beta)
-# Of two logits' size: by as much other programs may see their difference.
+# By as much of two logits' size the judge, another program, may see their
+# difference otherwise.
 ROUNDING = 1e-5
 
 # The distance of a class's linearised boundary, the gap of logits to it, and
@@ -97,15 +98,12 @@ class Fab(search.Search[FabState]):
   def begin(self, job: Job) -> FabState:
     radius = jnp.where(job.restart == 0, 0, job.eps / 2)
     fresh = jobs.fresh_state(job)
-    return FabState(
-      **fresh,
-      x=jobs.noisy_start(job, self.within(job), radius),
-      distance=jnp.full_like(fresh["merit"], jnp.inf),
-      sure=None if self.stop else fresh["adv"],
-      sure_distance=None
-      if self.stop
-      else jnp.full_like(fresh["merit"], jnp.inf),
-    )
+    far = jnp.full_like(fresh["merit"], jnp.inf)
+    start = jobs.noisy_start(job, self.within(job), radius)
+    state = FabState(**fresh, x=start, distance=far)
+    if self.stop:
+      return state
+    return dataclasses.replace(state, sure=fresh["adv"], sure_distance=far)
 
   def has_more(self, state: FabState) -> Bool[Array, " b"]:
     if self.stop:
